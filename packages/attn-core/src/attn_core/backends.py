@@ -1,0 +1,220 @@
+"""Which backend runs a problem, and why each other one does not.
+
+A backend implements some operators. Operators and backends know each other by name alone:
+``"attn_flash::attention"`` is an operator, ``"triton"`` a backend. By convention the gradient of
+an operator is the operator ``<name>_backward``.
+
+Packages register their own backends when they are imported. Other distributions add theirs
+through the entry-point group ``attn_core.backends``: each entry point names a function that takes
+nothing and returns an iterable of `Backend`.
+
+The environment variable ``ATTN_BACKEND`` takes the place of ``"auto"`` in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
+
+AUTO = "auto"
+ENTRY_POINT_GROUP = "attn_core.backends"
+
+
+class Problem(Hashable, Protocol):
+    """What every operator's frozen Problem has, whatever else it holds."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a backward pass will be asked for."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute some operators.
+
+    Attributes
+    ----------
+    name : str
+        What a caller writes in ``backend=``.
+    ops : mapping of str to str
+        Operator name to ``"module:function"``. The module is imported at the first call, so
+        registering a backend imports no GPU library.
+    priority : int
+        Among backends that support a problem, ``"auto"`` takes the highest.
+    supports : callable
+        ``supports(op, problem)`` returns None where the backend computes this problem, else one
+        sentence that says why not.
+    """
+
+    name: str
+    ops: Mapping[str, str]
+    priority: int
+    supports: Callable[[str, Any], str | None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend says to one problem: `reason` is None where it can run it."""
+
+    backend: str
+    reason: str | None
+    chosen: bool
+
+
+_backends: dict[tuple[str, str], Backend] = {}
+_examples: dict[str, Callable[[torch.device], Problem]] = {}
+_plugins_loaded = False
+
+
+def register(backend: Backend) -> None:
+    """Make `backend` known for each of its operators; the last one of a name wins."""
+    for op in backend.ops:
+        _backends[op, backend.name] = backend
+    _resolve.cache_clear()
+    implementation.cache_clear()
+
+
+def register_example(op: str, example: Callable[[torch.device], Problem]) -> None:
+    """Name a typical problem of `op`, for ``python -m attn_core`` to explain."""
+    _examples[op] = example
+
+
+def operators() -> dict[str, Callable[[torch.device], Problem]]:
+    """Operators of the imported packages, each with the maker of its typical problem."""
+    return dict(_examples)
+
+
+def available(op: str) -> list[str]:
+    """Names of the backends that implement `op`, the preferred first."""
+    return [backend.name for backend in _candidates(op)]
+
+
+def explain(op: str, problem: Problem, requested: str = AUTO) -> list[Verdict]:
+    """Say for every backend of `op` whether it can run `problem` and which one would.
+
+    Parameters
+    ----------
+    op : str
+        Operator name, such as ``"attn_flash::attention"``.
+    problem : Problem
+        The operator's frozen problem.
+    requested : str, default "auto"
+        What the call would pass as ``backend=``.
+
+    Returns
+    -------
+    list of Verdict
+        One for each backend, the preferred first; at most one is chosen.
+    """
+    try:
+        chosen = resolve(op, problem, requested)
+    except (UnsupportedProblemError, BackendUnavailableError):
+        chosen = ""
+    return [
+        Verdict(backend.name, _refusal(backend, op, problem), backend.name == chosen)
+        for backend in _candidates(op)
+    ]
+
+
+def resolve(op: str, problem: Problem, requested: str = AUTO) -> str:
+    """Choose the backend that runs `problem`.
+
+    Parameters
+    ----------
+    op : str
+        Operator name.
+    problem : Problem
+        The operator's frozen problem.
+    requested : str, default "auto"
+        A backend's name, which is then used or refused but never replaced, or ``"auto"``.
+
+    Returns
+    -------
+    str
+        The backend's name.
+
+    Raises
+    ------
+    BackendUnavailableError
+        The named backend does not exist for this operator.
+    UnsupportedProblemError
+        The named backend, or every backend, refuses the problem; the message has each reason.
+    """
+    if requested == AUTO:
+        requested = os.environ.get("ATTN_BACKEND", AUTO)
+    if torch.compiler.is_compiling():
+        return requested  # sizes may be symbolic here; the operator resolves when it runs
+    return _resolve(op, problem, requested)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(op: str, problem: Problem, requested: str) -> str:
+    candidates = _candidates(op)
+    if requested != AUTO:
+        candidates = [backend for backend in candidates if backend.name == requested]
+        if not candidates:
+            raise BackendUnavailableError(
+                f"backend must be one of {[AUTO, *available(op)]} for {op}, got {requested!r}"
+            )
+    refusals = []
+    for backend in candidates:
+        reason = _refusal(backend, op, problem)
+        if reason is None:
+            return backend.name
+        refusals.append(f"{backend.name}: {reason}")
+    raise UnsupportedProblemError(f"no backend runs this {op} problem ({'; '.join(refusals)})")
+
+
+@functools.lru_cache(maxsize=None)
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """The function by which backend `name` computes `op`, imported on first use."""
+    _load_plugins()
+    backend = _backends.get((op, name))
+    if backend is None:
+        raise BackendUnavailableError(
+            f"backend must be one of {available(op)} for {op}, got {name!r}"
+        )
+    module, function = backend.ops[op].split(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _candidates(op: str) -> list[Backend]:
+    _load_plugins()
+    found = [backend for (name, _), backend in _backends.items() if name == op]
+    return sorted(found, key=lambda backend: -backend.priority)
+
+
+def _refusal(backend: Backend, op: str, problem: Problem) -> str | None:
+    if problem.needs_grad and f"{op}_backward" not in backend.ops:
+        return "it has no backward pass"
+    return backend.supports(op, problem)
+
+
+def _load_plugins() -> None:
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            plugin: Iterable[Backend] = entry_point.load()()
+            for backend in plugin:
+                register(backend)
+        except Exception as error:  # a broken plug-in must not take the others down
+            warnings.warn(
+                f"attention backend {entry_point.name!r} is broken: {error}", stacklevel=2
+            )

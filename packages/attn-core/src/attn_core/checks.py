@@ -1,0 +1,83 @@
+"""Argument checks. Each failure is one sentence: the argument, what is allowed, what it got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Check that `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def require_rank(name: str, tensor: torch.Tensor, symbols: str) -> None:
+    """Check the number of dimensions; `symbols` names them, as in ``"(B, N, H, D)"``."""
+    require_tensor(name, tensor)
+    rank = symbols.count(",") + 1
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"{name} must have {rank} dimensions {symbols}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def require_shape(
+    name: str, tensor: torch.Tensor, symbols: str, expected: Sequence[int | torch.SymInt]
+) -> None:
+    """Check the whole shape; `symbols` names the dimensions of `expected`."""
+    require_tensor(name, tensor)
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must have shape {symbols} = {tuple(expected)}, got {tuple(tensor.shape)}"
+        )
+
+
+def require_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Check the dtype against those allowed."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(
+            f"{name} must have dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+
+
+def require_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Check that `tensor` has the dtype and device of `other`."""
+    require_tensor(name, tensor)
+    if tensor.dtype != other.dtype:
+        raise ValueError(
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}"
+        )
+    require_device(name, tensor, other_name, other)
+
+
+def require_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Check that `tensor` is on the device of `other`."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
+        )
+
+
+def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Check that `value` is a positive multiple of `divisor`, or both are zero."""
+    if divisor <= 0 or value % divisor != 0:
+        raise ValueError(
+            f"{name} must be a multiple of {divisor_name}, got {name} = {value} and "
+            f"{divisor_name} = {divisor}"
+        )
+
+
+def require_range(name: str, value: int, low: int, high: int) -> None:
+    """Check ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+
+def require_finite(name: str, value: float) -> None:
+    """Check that a number is neither infinite nor NaN."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")

@@ -1,0 +1,100 @@
+"""What is known about a device. The only file of the family that asks torch about hardware."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """Facts about one device that decide which kernels run and how they are tiled.
+
+    Attributes
+    ----------
+    type : str
+        ``"cpu"``, ``"cuda"`` (NVIDIA), ``"hip"`` (AMD), or torch's own name of any other device.
+    name : str
+        Marketing name, as the driver gives it.
+    arch : str
+        ``"sm_90"`` for NVIDIA, ``"gfx942"`` for AMD, ``""`` where there is no such thing.
+    num_sms : int
+        Streaming multiprocessors or compute units; 0 where unknown.
+    memory : int
+        Total device memory in bytes; 0 where unknown.
+    """
+
+    type: str
+    name: str
+    arch: str = ""
+    num_sms: int = 0
+    memory: int = 0
+
+    @property
+    def capability(self) -> int:
+        """The number behind ``sm_`` (90 for Hopper), 0 on anything but NVIDIA."""
+        return int(self.arch[3:].rstrip("af")) if self.arch.startswith("sm_") else 0
+
+
+def device_info(device: torch.device | str) -> DeviceInfo:
+    """Describe `device`; asked once per device and process.
+
+    Examples
+    --------
+    >>> device_info("cpu").type
+    'cpu'
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _device_info(device)
+
+
+@functools.lru_cache(maxsize=None)
+def _device_info(device: torch.device) -> DeviceInfo:
+    if device.type != "cuda":
+        return DeviceInfo(device.type, device.type)
+    properties = torch.cuda.get_device_properties(device)
+    is_hip = torch.version.hip is not None
+    arch = (
+        properties.gcnArchName.split(":")[0]
+        if is_hip
+        else f"sm_{properties.major}{properties.minor}"
+    )
+    return DeviceInfo(
+        "hip" if is_hip else "cuda",
+        properties.name,
+        arch,
+        properties.multi_processor_count,
+        properties.total_memory,
+    )
+
+
+def list_devices() -> list[torch.device]:
+    """Every device torch can use on this machine, the CPU first."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if hasattr(torch, "xpu"):
+        devices += [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append(torch.device("mps"))
+    return devices
+
+
+@functools.lru_cache(maxsize=None)
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor version of the installed Triton, or None; does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        major, minor = version.split(".")[:2]
+        return int(major), int(minor)
+    return None

@@ -1,0 +1,29 @@
+"""FlashAttention for every device torch runs on: Triton kernels on GPUs, torch elsewhere."""
+
+from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
+from attn_flash import _backends
+from attn_flash._version import __version__
+from attn_flash.api import (
+    flash_attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    get_available_backends,
+    sdpa_triton_fa,
+)
+from attn_flash.module import FlashAttention
+
+_backends.register()
+
+__all__ = [
+    "BackendUnavailableError",
+    "FlashAttention",
+    "UnsupportedProblemError",
+    "__version__",
+    "flash_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "get_available_backends",
+    "sdpa_triton_fa",
+]

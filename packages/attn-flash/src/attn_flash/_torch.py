@@ -1,0 +1,122 @@
+"""Backend "torch": right on every device torch has.
+
+On the CPU torch's own flash kernel, the one behind F.scaled_dot_product_attention, does the work
+wherever its contract fits. Everywhere else the plain formula runs over blocks of queries, so that
+memory grows with the number of keys and not with M times N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from attn_flash.reference import visible
+
+_BLOCK_BYTES = 1 << 27  # of one block of scores
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
+    if _fits_cpu_kernel(q, k, window):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *_heads_first(q, k, v), 0.0, window[1] == 0, scale=scale
+        )
+        return out.transpose(1, 2), lse.contiguous()
+    grouped, keys, values = _grouped(q, k), _keys(k), _keys(v)
+    out = q.new_zeros(q.shape)
+    lse = torch.full(_lse_shape(q), -torch.inf, dtype=keys.dtype, device=q.device)
+    for rows in _query_blocks(q, k):
+        scores = _scores(grouped, keys, rows, scale, window)
+        block_lse = torch.logsumexp(scores, dim=-1)  # [B, H_KV, G, M]
+        probs = torch.exp(scores - _finite(block_lse)[..., None])
+        out[:, rows] = torch.einsum("bhgij,bhjd->bihgd", probs, values).flatten(2, 3).to(q.dtype)
+        lse[..., rows] = block_lse.flatten(1, 2)
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    window: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
+    if dlse is None and q.shape[2] == k.shape[2] and _fits_cpu_kernel(q, k, window):
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_heads_first(dout, q, k, v, out), lse, 0.0, window[1] == 0, scale=scale
+        )
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+    grouped, keys, values, douts = _grouped(q, k), _keys(k), _keys(v), _grouped(dout, k)
+    lse = lse.unflatten(1, (k.shape[2], -1))  # [B, H_KV, G, M]
+    delta = (douts * _grouped(out, k)).sum(-1).permute(0, 2, 3, 1)
+    if dlse is not None:
+        delta = delta - dlse.unflatten(1, (k.shape[2], -1))
+    dq = q.new_zeros(q.shape)
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    for rows in _query_blocks(q, k):
+        scores = _scores(grouped, keys, rows, scale, window)
+        probs = torch.exp(scores - _finite(lse[..., rows])[..., None])
+        dprobs = torch.einsum("bihgd,bhjd->bhgij", douts[:, rows], values)
+        dscores = probs * (dprobs - delta[..., rows, None]) * scale
+        dq[:, rows] = torch.einsum("bhgij,bhjd->bihgd", dscores, keys).flatten(2, 3).to(q.dtype)
+        dk += torch.einsum("bhgij,bihgd->bhjd", dscores, grouped[:, rows])
+        dv += torch.einsum("bhgij,bihgd->bhjd", probs, douts[:, rows])
+    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+
+
+def _fits_cpu_kernel(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
+    # The kernel divides by sizes, so empty tensors kill the process; its causal mask is top-left.
+    is_plain = window == (-1, -1) or (window == (-1, 0) and q.shape[1] == k.shape[1])
+    return is_plain and q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+
+
+def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """(B, M, H, D) as (B, M, H_KV, G, D), in the accumulator's dtype."""
+    return x.to(_accumulator(x.dtype)).unflatten(2, (k.shape[2], -1))
+
+
+def _keys(x: torch.Tensor) -> torch.Tensor:
+    """(B, N, H_KV, D) as (B, H_KV, N, D), in the accumulator's dtype."""
+    return x.to(_accumulator(x.dtype)).transpose(1, 2)
+
+
+def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
+    return q.shape[0], q.shape[2], q.shape[1]
+
+
+def _query_blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
+    row_bytes = 8 * q.shape[0] * q.shape[2] * max(k.shape[1], 1)
+    step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
+    for start in range(0, q.shape[1], step):
+        yield slice(start, min(start + step, q.shape[1]))
+
+
+def _scores(
+    grouped: torch.Tensor, keys: torch.Tensor, rows: slice, scale: float, window: tuple[int, int]
+) -> torch.Tensor:
+    """Scaled scores of a block of queries, -inf outside the window: (B, H_KV, G, rows, N)."""
+    scores = torch.einsum("bihgd,bhjd->bhgij", grouped[:, rows], keys) * scale
+    mask = visible(grouped.shape[1], keys.shape[2], window, keys.device)
+    return scores if mask is None else scores.masked_fill(~mask[rows], -torch.inf)
+
+
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """A pivot that is a number also where a query sees no key."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
