@@ -1,0 +1,22 @@
+"""Tiles of strided matrices: where their elements are, and loads that mask only what can overrun."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_offsets(offs_row, stride_row, offs_col, stride_col):
+    """Offsets of a tile from its first row: 32-bit, so a tile must span less than 2**31 elements."""
+    return offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
+
+
+@triton.jit
+def load_tile(ptrs, mask_row, mask_col, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
+    """Load a tile; rows and columns outside the masks read as zero, unmasked sides cost nothing."""
+    if MASK_ROWS and MASK_COLS:
+        return tl.load(ptrs, mask=mask_row[:, None] & mask_col[None, :], other=0.0)
+    if MASK_ROWS:
+        return tl.load(ptrs, mask=mask_row[:, None], other=0.0)
+    if MASK_COLS:
+        return tl.load(ptrs, mask=mask_col[None, :], other=0.0)
+    return tl.load(ptrs)
