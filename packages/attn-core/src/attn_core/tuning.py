@@ -15,7 +15,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -262,20 +261,18 @@ def _store(table: Table, info: DeviceInfo, key: Key, config: TileConfig) -> None
 
 def _write(path: Path, rows: Mapping[Key, TileConfig]) -> None:
     text = json.dumps({json.dumps(key): row._asdict() for key, row in rows.items()}, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of one cache file against other processes; it ends with its holder."""
-    with open(path, "a+b") as file:
+    with path.open("a+b") as file:
         if sys.platform == "win32":
             import msvcrt
 
