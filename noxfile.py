@@ -1,0 +1,368 @@
+"""Every job of this repository, for people and for CI: ``nox -l`` lists them.
+
+Arguments after ``--`` that name packages pick those packages, the rest goes to the tool:
+``nox -s tests -- attn-triangle -q``. On a machine that has torch already and no network,
+``nox --no-venv -s SESSION`` installs nothing and runs from the source folders.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "virtualenv"  # uv does not see every build of torch
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typecheck", "tests", "docstrings"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+CONSTRAINTS = ROOT / "shared" / "constraints"
+TOOLS = nox.project.load_toml(ROOT / "pyproject.toml")
+PYPROJECT = {
+    path.parent.name: nox.project.load_toml(path)
+    for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
+}
+
+
+def siblings(package: str) -> list[str]:
+    """Packages of this repository that `package` depends on."""
+    names = [re.split(r"[^\w-]", line)[0] for line in PYPROJECT[package]["project"]["dependencies"]]
+    return [name for name in names if name in PYPROJECT]
+
+
+# In the order in which they depend on one another.
+PACKAGES = tuple(graphlib.TopologicalSorter({p: siblings(p) for p in PYPROJECT}).static_order())
+
+# A stack is one name for a set of versions that install together.
+STACKS = tuple(path.stem for path in sorted(CONSTRAINTS.glob("*.txt")))
+DEFAULT_STACK = "torch-2.13"
+MINIMUMS = "minimums"
+TRITON_STACKS = [stack for stack in STACKS if "-triton-" in stack]
+
+BUILD_BACKEND = PYPROJECT["attn-core"]["build-system"]["requires"]
+DEVICES = ("cpu", "cuda", "hip", "vulkan")
+CPU_TESTS = "not gpu and not interpret and not compile"
+# The default changes in Triton 3.10, and with it the last bits of results.
+RUN_ENV = {"TRITON_DEFAULT_FP_FUSION": "1"}
+LINTED = ("noxfile.py", "benchmarks", "ci", "demos", "docs", "packages")
+
+triton_stack = nox.parametrize("stack", [nox.param(stack, id=stack) for stack in TRITON_STACKS])
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests that need neither a GPU nor Triton."""
+    run_tests(session, DEFAULT_STACK, CPU_TESTS)
+
+
+@nox.session(name="tests-interpret")
+@triton_stack
+def tests_interpret(session: nox.Session, stack: str) -> None:
+    """Run the Triton kernels on the CPU, in Triton's interpreter."""
+    run_tests(session, stack, "interpret", env={"TRITON_INTERPRET": "1"})
+
+
+@nox.session(name="tests-compile")
+@triton_stack
+def tests_compile(session: nox.Session, stack: str) -> None:
+    """Compile every kernel for sm_80, sm_90, sm_100 and gfx942, without a GPU."""
+    run_tests(session, stack, "compile")
+
+
+@nox.session(name="tests-cuda")
+def tests_cuda(session: nox.Session) -> None:
+    """Run the GPU tests on CUDA; -- --allow-missing skips where there is no device."""
+    run_tests(session, DEFAULT_STACK, "gpu", "--device=cuda")
+
+
+@nox.session(name="tests-rocm")
+def tests_rocm(session: nox.Session) -> None:
+    """Run the GPU tests on ROCm; -- --allow-missing skips where there is no device."""
+    run_tests(session, DEFAULT_STACK, "gpu", "--device=hip")
+
+
+@nox.session(name="tests-vulkan")
+def tests_vulkan(session: nox.Session) -> None:
+    """Run the GPU tests on Vulkan; -- --allow-missing skips where there is no device."""
+    run_tests(session, DEFAULT_STACK, "gpu", "--device=vulkan")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the tests on the lowest versions the packages allow."""
+    run_tests(session, MINIMUMS, CPU_TESTS)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Hold every installed backend to its operator's contract, on every device present."""
+    packages, args = split(session.posargs)
+    env = install(session, DEFAULT_STACK, *package_group("test"))
+    suites = existing(f"packages/{package}/tests/test_conformance.py" for package in packages)
+    for device in DEVICES:
+        options = (f"--device={device}", "--allow-missing")
+        session.run(python(session), "-m", "pytest", *options, *suites, *args, env=env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format, spelling and the direction of imports."""
+    install_tools(session, "lint")
+    session.run("ruff", "check", *existing(LINTED), external=True)
+    session.run("ruff", "format", "--check", *existing(LINTED), external=True)
+    session.run("codespell", *existing((*LINTED, "README.md", "CONTRIBUTING.md")), external=True)
+    session.run("lint-imports", "--no-logo", env=source_path(), external=True)
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check types with mypy, strictly but for the kernels."""
+    install_tools(session, "typecheck", stack=DEFAULT_STACK)
+    session.run(python(session), "-m", "mypy", *session.posargs, external=True)
+
+
+@nox.session
+def docstrings(session: nox.Session) -> None:
+    """Validate the docstrings of public names and run their examples on the CPU."""
+    packages, args = split(session.posargs)
+    env = install(session, DEFAULT_STACK, *root_group("docstrings"))
+    modules = [package.replace("-", "_") for package in packages if has_module(package)]
+    session.run(python(session), "ci/docstrings.py", *modules, *args, env=env)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdists and wheels, check what is in them, install each wheel with attn-core alone."""
+    install_tools(session, "build")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        build_package(session, package)
+    session.run(python(session), "ci/check_dists.py", str(DIST), *PACKAGES)
+    for package in PACKAGES:
+        install_alone(session, package)
+    for extra in PYPROJECT["attn-all"]["project"]["optional-dependencies"]:
+        install_alone(session, "attn-all", extra)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time operators against their peers: nox -s bench -- attn-flash."""
+    env = install(session, DEFAULT_STACK, *root_group("bench"))
+    session.run(python(session), "-m", "benchmarks", *session.posargs, env=env)
+
+
+@nox.session(name="bench-compare")
+def bench_compare(session: nox.Session) -> None:
+    """Compare two results of bench: nox -s bench-compare -- OLD.json NEW.json."""
+    env = install(session, DEFAULT_STACK, *root_group("bench"))
+    session.run(python(session), "-m", "benchmarks.compare", *session.posargs, env=env)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    env = install(session, DEFAULT_STACK, *root_group("docs"))
+    session.run(python(session), "-m", "sphinx", "-W", "docs", "docs/_build/html", env=env)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small vision transformer on handwritten digits, then meet the other packages."""
+    env = install(session, DEFAULT_STACK, *root_group("demo"))
+    session.run(python(session), "demos/demo.py", *session.posargs, env=env)
+
+
+@nox.session
+def changelog(session: nox.Session) -> None:
+    """Draft each package's next changelog; fail where src/ changed without a fragment."""
+    packages, args = split(session.posargs)
+    install_tools(session, "changelog")
+    for package in packages:
+        session.run(
+            *("towncrier", "build", "--draft", "--config", str(ROOT / "pyproject.toml")),
+            *("--dir", f"packages/{package}", "--name", package, "--version", version(package)),
+            external=True,
+        )
+    session.run(python(session), "ci/check_fragments.py", *(args or ["main...HEAD"]), *packages)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Check that a package is ready, build it and tag it here: nox -s release -- attn-flash."""
+    packages, args = split(session.posargs)
+    if args or len(packages) != 1:
+        session.error(f"name one package of {', '.join(PACKAGES)}")
+    [package] = packages
+    install_tools(session, "build")
+    tag = f"{package}-v{version(package)}"
+    session.run(python(session), "ci/check_release.py", package, tag)
+    shutil.rmtree(DIST, ignore_errors=True)
+    build_package(session, package)
+    session.run(python(session), "ci/check_dists.py", str(DIST), package)
+    session.run("git", "tag", "--annotate", tag, "--message", tag, external=True)
+    session.log(f"tagged {tag} here; pushing it is yours")
+
+
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """Make .venv with every package editable and every tool."""
+    home = ROOT / ".venv"
+    groups = [
+        requirement for name in TOOLS["dependency-groups"] for requirement in root_group(name)
+    ]
+    session.run(sys.executable, "-m", "virtualenv", str(home))
+    requirements = ("-r", str(CONSTRAINTS / f"{TRITON_STACKS[0]}.txt"))
+    session.run(
+        *(python_of(home), "-m", "pip", "install", *requirements),
+        *(*editable(), *package_group("test"), *groups),
+    )
+
+
+def run_tests(
+    session: nox.Session,
+    stack: str,
+    markers: str,
+    *options: str,
+    env: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Run the tests of the picked packages that `markers` selects."""
+    packages, args = split(session.posargs)
+    folders = existing(f"packages/{package}/tests" for package in packages)
+    session.run(
+        *(python(session), "-m", "pytest", "-m", markers, *options, *folders, *args),
+        env={**install(session, stack, *package_group("test")), **env},
+    )
+
+
+def split(posargs: list[str]) -> tuple[list[str], list[str]]:
+    """Part the arguments after ``--``: picked packages (all by default), and the tool's own."""
+    packages = [package for package in PACKAGES if package in posargs]
+    return packages or list(PACKAGES), [arg for arg in posargs if arg not in PACKAGES]
+
+
+def install(session: nox.Session, stack: str, *requirements: str) -> dict[str, str]:
+    """Install the packages editable over a stack; return the environment to run in."""
+    if session.venv_backend == "none":
+        return {**RUN_ENV, **source_path()}
+    put_stack(session, python(session), stack)
+    constraint = ("-c", str(CONSTRAINTS / f"{stack}.txt"))
+    session.install("--no-build-isolation", *constraint, *editable(), *requirements)
+    return RUN_ENV
+
+
+def install_tools(session: nox.Session, group: str, *, stack: str | None = None) -> None:
+    """Install one group of tools, over a stack where they must see torch."""
+    if session.venv_backend == "none":
+        return
+    if stack:
+        put_stack(session, python(session), stack)
+    session.install(*root_group(group))
+
+
+def put_stack(session: nox.Session, interpreter: str, stack: str) -> None:
+    """Let the environment of `interpreter` see a stack.
+
+    torch is large, so a stack is installed once, into a folder of its own. An environment holds
+    the packages of this repository and the tools of a session, and sees the rest there.
+    """
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = session.run(interpreter, "-c", code, external=True, silent=True, log=False)
+    Path(str(site).strip(), "stack.pth").write_text(f"{stack_folder(session, stack)}\n")
+
+
+def stack_folder(session: nox.Session, stack: str) -> Path:
+    """Where a stack is installed: on first use, and again when its file changes."""
+    requirements = CONSTRAINTS / f"{stack}.txt"
+    folder = session.cache_dir / "stacks" / stack
+    stamp = folder / "installed"
+    wanted = f"{sys.version}\n{requirements.read_text()}"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run_install(
+        *(python(session), "-m", "pip", "install", "--target", str(folder)),
+        *("-r", str(requirements), *BUILD_BACKEND),
+        silent=True,
+    )
+    stamp.write_text(wanted)
+    return folder
+
+
+def build_package(session: nox.Session, package: str) -> None:
+    """Build the sdist of one package, and the wheel from it."""
+    source = f"packages/{package}"
+    session.run(python(session), "-m", "build", "--no-isolation", "--outdir", str(DIST), source)
+
+
+def install_alone(session: nox.Session, package: str, extra: str = "") -> None:
+    """Install a built wheel in an empty environment with attn-core alone, and import it."""
+    home = session.cache_dir / "alone"
+    session.run(python(session), "-m", "venv", "--clear", "--without-pip", str(home))
+    interpreter = python_of(home)
+    put_stack(session, interpreter, TRITON_STACKS[0] if extra else DEFAULT_STACK)
+    pip = (python(session), "-m", "pip", "--python", interpreter, "install")
+    [core] = DIST.glob("attn_core-*.whl")
+    session.run(*pip, str(core))
+    requirement = f"{package}[{extra}]" if extra else package
+    session.run(*pip, "--no-index", "--find-links", str(DIST), requirement)
+    session.run(interpreter, "-I", "ci/check_install.py", package, external=True)
+
+
+def editable() -> list[str]:
+    """Arguments of pip that install every package from its folder; all in one command."""
+    return [arg for package in PACKAGES for arg in ("-e", f"packages/{package}")]
+
+
+def source_path() -> dict[str, str]:
+    """Environment in which the packages are imported from their folders."""
+    sources = [str(ROOT / "packages" / package / "src") for package in PACKAGES]
+    return {"PYTHONPATH": os.pathsep.join(sources)}
+
+
+def package_group(name: str) -> list[str]:
+    """Requirements of one dependency group, over all packages."""
+    lines = [nox.project.dependency_groups(PYPROJECT[package], name) for package in PACKAGES]
+    return list(dict.fromkeys(requirement for group in lines for requirement in group))
+
+
+def root_group(name: str) -> list[str]:
+    """Requirements of one dependency group of the repository."""
+    return list(nox.project.dependency_groups(TOOLS, name))
+
+
+def version(package: str) -> str:
+    """Version of a package, as its own file says."""
+    pyproject = PYPROJECT[package]
+    if not has_module(package):
+        return str(pyproject["project"]["version"])
+    source = ROOT / "packages" / package / pyproject["tool"]["hatch"]["version"]["path"]
+    return source.read_text().split('"')[1]
+
+
+def has_module(package: str) -> bool:
+    """Whether a package holds code; attn-all is a list of dependencies."""
+    return "version" in PYPROJECT[package]["project"].get("dynamic", [])
+
+
+def existing(paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that are there."""
+    return [path for path in paths if (ROOT / path).exists()]
+
+
+def python(session: nox.Session) -> str:
+    """Interpreter of the session's environment, or without one the one that runs nox."""
+    return sys.executable if session.venv_backend == "none" else "python"
+
+
+def python_of(home: Path) -> str:
+    """Interpreter of the virtual environment in `home`."""
+    return str(home / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
