@@ -48,8 +48,10 @@ DEFAULT_STACK = "torch-2.13"
 MINIMUMS = "minimums"
 TRITON_STACKS = [stack for stack in STACKS if "-triton-" in stack]
 
-BUILD_BACKEND = PYPROJECT["attn-core"]["build-system"]["requires"]
+# hatchling asks for editables only when it meets an editable install
+BUILD_BACKEND = [*PYPROJECT["attn-core"]["build-system"]["requires"], "editables"]
 DEVICES = ("cpu", "cuda", "hip", "vulkan")
+OTHER_TESTS = ("benchmarks/tests", "ci/tests", "demos/tests")
 CPU_TESTS = "not gpu and not interpret and not compile"
 # The default changes in Triton 3.10, and with it the last bits of results.
 RUN_ENV = {"TRITON_DEFAULT_FP_FUSION": "1"}
@@ -61,7 +63,9 @@ triton_stack = nox.parametrize("stack", [nox.param(stack, id=stack) for stack in
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests that need neither a GPU nor Triton."""
-    run_tests(session, DEFAULT_STACK, CPU_TESTS)
+    picked_all = len(split(session.posargs)[0]) == len(PACKAGES)
+    elsewhere = existing(OTHER_TESTS) if picked_all else []
+    run_tests(session, DEFAULT_STACK, CPU_TESTS, *elsewhere, groups=("bench", "demo"))
 
 
 @nox.session(name="tests-interpret")
@@ -126,15 +130,15 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types with mypy, strictly but for the kernels."""
-    install_tools(session, "typecheck", stack=DEFAULT_STACK)
-    session.run(python(session), "-m", "mypy", *session.posargs, external=True)
+    env = install(session, DEFAULT_STACK, *package_group("test"), *root_groups("typecheck"))
+    session.run(python(session), "-m", "mypy", *session.posargs, env=env)
 
 
 @nox.session
 def docstrings(session: nox.Session) -> None:
     """Validate the docstrings of public names and run their examples on the CPU."""
     packages, args = split(session.posargs)
-    env = install(session, DEFAULT_STACK, *root_group("docstrings"))
+    env = install(session, DEFAULT_STACK, *root_groups("docstrings"))
     modules = [package.replace("-", "_") for package in packages if has_module(package)]
     session.run(python(session), "ci/docstrings.py", *modules, *args, env=env)
 
@@ -156,28 +160,28 @@ def build(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Time operators against their peers: nox -s bench -- attn-flash."""
-    env = install(session, DEFAULT_STACK, *root_group("bench"))
+    env = install(session, DEFAULT_STACK, *root_groups("bench"))
     session.run(python(session), "-m", "benchmarks", *session.posargs, env=env)
 
 
 @nox.session(name="bench-compare")
 def bench_compare(session: nox.Session) -> None:
     """Compare two results of bench: nox -s bench-compare -- OLD.json NEW.json."""
-    env = install(session, DEFAULT_STACK, *root_group("bench"))
+    env = install(session, DEFAULT_STACK, *root_groups("bench"))
     session.run(python(session), "-m", "benchmarks.compare", *session.posargs, env=env)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
-    env = install(session, DEFAULT_STACK, *root_group("docs"))
+    env = install(session, DEFAULT_STACK, *root_groups("docs"))
     session.run(python(session), "-m", "sphinx", "-W", "docs", "docs/_build/html", env=env)
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train a small vision transformer on handwritten digits, then meet the other packages."""
-    env = install(session, DEFAULT_STACK, *root_group("demo"))
+    env = install(session, DEFAULT_STACK, *root_groups("demo"))
     session.run(python(session), "demos/demo.py", *session.posargs, env=env)
 
 
@@ -216,14 +220,12 @@ def release(session: nox.Session) -> None:
 def dev(session: nox.Session) -> None:
     """Make .venv with every package editable and every tool."""
     home = ROOT / ".venv"
-    groups = [
-        requirement for name in TOOLS["dependency-groups"] for requirement in root_group(name)
-    ]
+    stack = CONSTRAINTS / f"{TRITON_STACKS[0]}.txt"
+    tools = root_groups(*TOOLS["dependency-groups"])
     session.run(sys.executable, "-m", "virtualenv", str(home))
-    requirements = ("-r", str(CONSTRAINTS / f"{TRITON_STACKS[0]}.txt"))
     session.run(
-        *(python_of(home), "-m", "pip", "install", *requirements),
-        *(*editable(), *package_group("test"), *groups),
+        *(python_of(home), "-m", "pip", "install", "-r", str(stack)),
+        *(*editable(), *package_group("test"), *tools),
     )
 
 
@@ -232,14 +234,16 @@ def run_tests(
     stack: str,
     markers: str,
     *options: str,
+    groups: Iterable[str] = (),
     env: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Run the tests of the picked packages that `markers` selects."""
     packages, args = split(session.posargs)
+    requirements = [*package_group("test"), *root_groups(*groups)]
     folders = existing(f"packages/{package}/tests" for package in packages)
     session.run(
-        *(python(session), "-m", "pytest", "-m", markers, *options, *folders, *args),
-        env={**install(session, stack, *package_group("test")), **env},
+        *(python(session), "-m", "pytest", "-m", markers, *folders, *options, *args),
+        env={**install(session, stack, *requirements), **env},
     )
 
 
@@ -259,13 +263,10 @@ def install(session: nox.Session, stack: str, *requirements: str) -> dict[str, s
     return RUN_ENV
 
 
-def install_tools(session: nox.Session, group: str, *, stack: str | None = None) -> None:
-    """Install one group of tools, over a stack where they must see torch."""
-    if session.venv_backend == "none":
-        return
-    if stack:
-        put_stack(session, python(session), stack)
-    session.install(*root_group(group))
+def install_tools(session: nox.Session, group: str) -> None:
+    """Install one group of tools that need no package of this repository."""
+    if session.venv_backend != "none":
+        session.install(*root_groups(group))
 
 
 def put_stack(session: nox.Session, interpreter: str, stack: str) -> None:
@@ -282,9 +283,9 @@ def put_stack(session: nox.Session, interpreter: str, stack: str) -> None:
 def stack_folder(session: nox.Session, stack: str) -> Path:
     """Where a stack is installed: on first use, and again when its file changes."""
     requirements = CONSTRAINTS / f"{stack}.txt"
-    folder = session.cache_dir / "stacks" / stack
+    folder = ROOT / session.cache_dir / "stacks" / stack
     stamp = folder / "installed"
-    wanted = f"{sys.version}\n{requirements.read_text()}"
+    wanted = "\n".join((sys.version, requirements.read_text(), *BUILD_BACKEND))
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -305,7 +306,7 @@ def build_package(session: nox.Session, package: str) -> None:
 
 def install_alone(session: nox.Session, package: str, extra: str = "") -> None:
     """Install a built wheel in an empty environment with attn-core alone, and import it."""
-    home = session.cache_dir / "alone"
+    home = ROOT / session.cache_dir / "alone"
     session.run(python(session), "-m", "venv", "--clear", "--without-pip", str(home))
     interpreter = python_of(home)
     put_stack(session, interpreter, TRITON_STACKS[0] if extra else DEFAULT_STACK)
@@ -330,13 +331,14 @@ def source_path() -> dict[str, str]:
 
 def package_group(name: str) -> list[str]:
     """Requirements of one dependency group, over all packages."""
-    lines = [nox.project.dependency_groups(PYPROJECT[package], name) for package in PACKAGES]
-    return list(dict.fromkeys(requirement for group in lines for requirement in group))
+    with_code = [PYPROJECT[package] for package in PACKAGES if has_module(package)]
+    groups = [nox.project.dependency_groups(pyproject, name) for pyproject in with_code]
+    return list(dict.fromkeys(requirement for group in groups for requirement in group))
 
 
-def root_group(name: str) -> list[str]:
-    """Requirements of one dependency group of the repository."""
-    return list(nox.project.dependency_groups(TOOLS, name))
+def root_groups(*names: str) -> list[str]:
+    """Requirements of dependency groups of the repository."""
+    return list(nox.project.dependency_groups(TOOLS, *names))
 
 
 def version(package: str) -> str:

@@ -8,7 +8,14 @@ import zipfile
 from email import message_from_string
 from pathlib import Path
 
-from packages import git, pyproject
+from packages import ROOT, git, pyproject
+
+
+def sources(package: str) -> set[str]:
+    """Files of `package` that git tracks or would track."""
+    home = f"packages/{package}/"
+    listed = git("ls-files", "--cached", "--others", "--exclude-standard", home)
+    return {file.removeprefix(home) for file in listed.splitlines() if (ROOT / file).exists()}
 
 
 def wheel_faults(wheel: Path, package: str) -> list[str]:
@@ -19,8 +26,7 @@ def wheel_faults(wheel: Path, package: str) -> list[str]:
         metadata = message_from_string(archive.read(metadata_path).decode())
     info = metadata_path.removesuffix("METADATA")
     code = {name for name in found if not name.startswith(info)}
-    tracked = git("ls-files", f"packages/{package}/src").splitlines()
-    wanted = {file.removeprefix(f"packages/{package}/src/") for file in tracked}
+    wanted = {file.removeprefix("src/") for file in sources(package) if file.startswith("src/")}
     module = package.replace("-", "_")
     project = pyproject(package)["project"]
     checks = {
@@ -36,12 +42,10 @@ def wheel_faults(wheel: Path, package: str) -> list[str]:
 
 
 def sdist_faults(sdist: Path, package: str) -> list[str]:
-    """What is wrong with the sdist of `package`: all that git tracks must be in it, tests too."""
+    """What is wrong with the sdist of `package`: tests must be in it too."""
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = git("ls-files", f"packages/{package}").splitlines()
-    files = {file.removeprefix(f"packages/{package}/") for file in tracked}
-    wanted = {file for file in files if not file.startswith("changelog.d/")}
+    wanted = {file for file in sources(package) if not file.startswith("changelog.d/")}
     return [f"{sdist.name} lacks {file}" for file in sorted(wanted - found)]
 
 
