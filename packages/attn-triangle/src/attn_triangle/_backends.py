@@ -1,0 +1,36 @@
+"""The backends this package brings, and what each of them takes."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_core import backends
+from attn_triangle.checks import TriangleProblem
+from attn_triangle.ops import ATTENTION, ATTENTION_BACKWARD
+
+
+def _torch_supports(op: str, problem: TriangleProblem) -> str | None:
+    return None
+
+
+def _typical_problem(device: torch.device) -> TriangleProblem:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return TriangleProblem(
+        device, dtype, dtype, 1, 4, 256, 256, 256, 32, True, "mean", needs_grad=True
+    )
+
+
+def register() -> None:
+    """Make the package's backends and a typical problem known to attn-core."""
+    backends.register(
+        backends.Backend(
+            name="torch",
+            ops={
+                ATTENTION: "attn_triangle._torch:attention",
+                ATTENTION_BACKWARD: "attn_triangle._torch:attention_backward",
+            },
+            priority=0,
+            supports=_torch_supports,
+        )
+    )
+    backends.register_example(ATTENTION, _typical_problem)

@@ -1,0 +1,27 @@
+"""What operators, their fakes and every backend agree on about results: memory layout and dtype.
+
+Results shaped (B, H, R, M, D) are stored as (B, R, M, H, D): moving the heads last and flattening
+them, which is what the output projection reads, is then a view. The layout depends on shapes alone,
+so that a compiler knows it without the strides of the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def new_heads_last(like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor shaped as `like`, (B, H, R, M, D), and stored as (B, R, M, H, D)."""
+    batch, heads, rows, length, head_dim = like.shape
+    stored = like.new_empty((batch, rows, length, heads, head_dim))
+    return stored.permute(0, 3, 1, 2, 4)
+
+
+def new_lse(q: torch.Tensor) -> torch.Tensor:
+    """An uninitialised lse (B, H, R, M) for queries q (B, H, R, M, D)."""
+    return q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, except for float64 problems."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

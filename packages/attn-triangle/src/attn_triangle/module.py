@@ -1,0 +1,147 @@
+"""Triangle self-attention as a torch.nn.Module."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from attn_core import backends
+from attn_triangle.api import triangle_attention
+
+
+class TriangleAttention(nn.Module):
+    """Gated triangle self-attention around the starting or the ending node.
+
+    Layer norm, projections to queries, keys, values and one bias a head, `triangle_attention`, a
+    sigmoid gate and the output projection: Algorithm 13 of AlphaFold 2, or Algorithm 14, which is
+    the same on the transposed pair tensor. Add the result to the input yourself. Parameters have
+    OpenFold's names and its initial values: gates near open, output projection zero, so that the
+    fresh module returns 0.
+
+    Parameters
+    ----------
+    c_in : int
+        Channels of the pair representation.
+    c_hidden : int
+        Channels of one head, from 1 to 128.
+    no_heads : int
+        Number of heads.
+    starting : bool, default True
+        Attend around the starting node (along rows), or else the ending node (along columns).
+    backend : str, default "auto"
+        As in `triangle_attention`.
+
+    References
+    ----------
+    Jumper et al., "Highly accurate protein structure prediction with AlphaFold", 2021, supplement,
+    Algorithms 13 and 14.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attn_triangle import TriangleAttention
+    >>> pair = torch.randn(1, 40, 40, 128)
+    >>> keep = torch.ones(1, 40, 40)
+    >>> layer = TriangleAttention(c_in=128, c_hidden=32, no_heads=4, starting=False)
+    >>> (pair + layer(pair, keep)).shape
+    torch.Size([1, 40, 40, 128])
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_hidden: int,
+        no_heads: int,
+        starting: bool = True,
+        *,
+        backend: str = backends.AUTO,
+    ) -> None:
+        super().__init__()
+        self.starting = starting
+        self.layer_norm = nn.LayerNorm(c_in)
+        self.linear = nn.Linear(c_in, no_heads, bias=False)
+        self.mha = _GatedAttention(c_in, c_hidden, no_heads, backend)
+        nn.init.normal_(self.linear.weight, std=c_in**-0.5)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Update a pair representation.
+
+        Parameters
+        ----------
+        x : Tensor, shape (*, N, N, c_in)
+            Pair representation.
+        mask : Tensor, shape (*, N, N), optional
+            Of any dtype; 1 or True *keeps* a pair, 0 or False masks it out as a key. This is
+            OpenFold's convention for pair masks and the opposite of `triangle_attention`'s.
+
+        Returns
+        -------
+        Tensor, shape (*, N, N, c_in)
+            The update, to be added to `x`. Masked pairs get one too.
+
+        Raises
+        ------
+        ValueError
+            `x` or `mask` does not have the right shape.
+        """
+        self._check(x, mask)
+        if not self.starting:
+            x = x.transpose(-2, -3)
+            mask = None if mask is None else mask.transpose(-1, -2)
+        x = self.layer_norm(x)
+        bias = self.linear(x).movedim(-1, -3)  # [*, H, N, N]
+        update: torch.Tensor = self.mha(x, bias, None if mask is None else mask == 0)
+        return update if self.starting else update.transpose(-2, -3)
+
+    def extra_repr(self) -> str:
+        """Show the orientation in the module's repr."""
+        return f"starting={self.starting}"
+
+    def _check(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        channels = self.layer_norm.normalized_shape[0]
+        if x.dim() < 3 or x.shape[-2] != x.shape[-3] or x.shape[-1] != channels:
+            raise ValueError(
+                f"x must have shape (*, N, N, c_in) with c_in = {channels}, got {tuple(x.shape)}"
+            )
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"mask must have shape (*, N, N) = {tuple(x.shape[:-1])}, got {tuple(mask.shape)}"
+            )
+
+
+class _GatedAttention(nn.Module):
+    """Projections, attention, gate and output projection on a normalised pair representation."""
+
+    def __init__(self, c_in: int, c_hidden: int, no_heads: int, backend: str) -> None:
+        super().__init__()
+        self.c_hidden = c_hidden
+        self.no_heads = no_heads
+        self.backend = backend
+        self.linear_q = nn.Linear(c_in, c_hidden * no_heads, bias=False)
+        self.linear_k = nn.Linear(c_in, c_hidden * no_heads, bias=False)
+        self.linear_v = nn.Linear(c_in, c_hidden * no_heads, bias=False)
+        self.linear_g = nn.Linear(c_in, c_hidden * no_heads)
+        self.linear_o = nn.Linear(c_hidden * no_heads, c_in)
+        for projection in (self.linear_q, self.linear_k, self.linear_v):
+            nn.init.xavier_uniform_(projection.weight)
+        nn.init.zeros_(self.linear_g.weight)
+        nn.init.ones_(self.linear_g.bias)
+        nn.init.zeros_(self.linear_o.weight)
+        nn.init.zeros_(self.linear_o.bias)
+
+    def forward(
+        self, x: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend within the rows of x (*, N, N, c_in); bias (*, H, N, N), mask True = masked."""
+        q, k, v = (
+            self._heads_first(project(x))
+            for project in (self.linear_q, self.linear_k, self.linear_v)
+        )
+        out = triangle_attention(q, k, v, bias, mask, backend=self.backend)
+        gated = out.movedim(-4, -2).flatten(-2) * torch.sigmoid(self.linear_g(x))
+        update: torch.Tensor = self.linear_o(gated)
+        return update
+
+    def _heads_first(self, x: torch.Tensor) -> torch.Tensor:
+        """(*, N, N, H D) as (*, H, N, N, D), a view."""
+        return x.view(*x.shape[:-1], self.no_heads, self.c_hidden).movedim(-2, -4)
