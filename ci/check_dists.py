@@ -56,7 +56,7 @@ def main(folder: str, *packages: str) -> int:
         [wheel] = Path(folder).glob(f"{stem}-*.whl")
         [sdist] = Path(folder).glob(f"{stem}-*.tar.gz")
         faults += wheel_faults(wheel, package) + sdist_faults(sdist, package)
-    print("\n".join(faults) or f"{len(packages)} distributions hold what they should")
+    print("\n".join(faults) or f"as they should be: {', '.join(packages)}")
     return len(faults)
 
 

@@ -20,6 +20,8 @@ IGNORED = {
     "ES01": "an extended summary is written where there is more to say",
     "EX01": "types and errors need no example",
     "GL01": "a docstring begins on the line of its quotes, as ruff's D212 has it",
+    "PR04": "arguments that another function describes are named with that function",
+    "PR08": "a description may begin with the name of an argument",
     "RT02": "a return value has a name where that says more than its type",
     "RT03": "a return value's name and type can say it all",
     "SA01": "See Also is written where there is something to see",
@@ -36,9 +38,9 @@ def public(module: ModuleType) -> dict[str, object]:
 
 def faults(module: ModuleType, name: str) -> list[str]:
     """What numpydoc finds wrong with one docstring."""
-    ignored = set(IGNORED)
-    if dataclasses.is_dataclass(getattr(module, name)):
-        ignored.add("PR01")  # its fields stand under Attributes
+    member = getattr(module, name)
+    is_record = dataclasses.is_dataclass(member) or hasattr(member, "_fields")
+    ignored = {*IGNORED, "PR01"} if is_record else IGNORED.keys()  # fields stand under Attributes
     errors = validate(f"{module.__name__}.{name}")["errors"]
     return [f"{code} {text}" for code, text in errors if code not in ignored]
 
