@@ -1,0 +1,22 @@
+"""What is measured: one module for each package, with its providers, reference and counts."""
+
+from __future__ import annotations
+
+import importlib
+
+from benchmarks.providers.base import Subject
+
+PACKAGES = {
+    "attn-flash": "flash",
+    "attn-paged": "paged",
+    "attn-triangle": "triangle",
+    "attn-evo": "evo",
+}
+
+
+def subject(package: str) -> Subject:
+    """Return what there is to measure in one package."""
+    if package not in PACKAGES:
+        raise ValueError(f"package must be one of {', '.join(PACKAGES)}, got {package!r}")
+    module = importlib.import_module(f"benchmarks.providers.{PACKAGES[package]}")
+    return module.SUBJECT  # type: ignore[no-any-return]

@@ -1,0 +1,171 @@
+"""The words every operator's providers share."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from attn_core import BackendUnavailableError
+from benchmarks.problems import Case
+
+TIMED = ("forward", "backward")
+HOST = ("host", "host_grad")
+PASSES = (*TIMED, *HOST)
+
+
+@dataclass
+class Call:
+    """One case in the hands of one provider.
+
+    Attributes
+    ----------
+    forward : callable
+        Takes nothing, returns the output in the provider's own layout.
+    inputs : tuple of Tensor
+        Leaves whose gradients the backward pass is asked for, in the order of the reference's.
+    grad_out : Tensor, optional
+        Gradient of the output, in the provider's layout.
+    canonical : callable
+        A view of an output or gradient in the reference's layout.
+    context : callable
+        Makes the context manager under which `forward` runs.
+    """
+
+    forward: Callable[[], torch.Tensor]
+    inputs: tuple[torch.Tensor, ...] = ()
+    grad_out: torch.Tensor | None = None
+    canonical: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation.
+
+    Attributes
+    ----------
+    name : str
+        Column of the tables.
+    prepare : callable
+        ``prepare(case, inputs)`` returns a `Call`, or raises UnsupportedProblemError for a case it
+        does not compute and BackendUnavailableError for what it needs and does not find.
+    kind : {"peer", "ours", "bound"}
+        A bound is shown but is no peer: it does less than the operator.
+    module, distribution : str
+        What has to be importable, and the name under which its version is found.
+    devices, passes : tuple of str
+        Where and for what it is measured.
+    optional : bool
+        Measured only when asked for by name.
+    graph : bool
+        Whether it can be captured in a CUDA graph.
+    """
+
+    name: str
+    prepare: Callable[[Case, Any], Call]
+    kind: str = "peer"
+    module: str = ""
+    distribution: str = ""
+    devices: tuple[str, ...] = ("cuda",)
+    passes: tuple[str, ...] = PASSES
+    optional: bool = False
+    graph: bool = True
+
+    def require(self) -> None:
+        """Import what the provider needs; BackendUnavailableError if it is not installed."""
+        if not self.module:
+            return
+        try:
+            importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not self.module.startswith(error.name):
+                raise
+            raise BackendUnavailableError(f"{self.module} is not installed") from error
+
+    def version(self) -> str | None:
+        """Return the installed version, None where there is none."""
+        try:
+            return importlib.metadata.version(self.distribution) if self.distribution else None
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+@dataclass
+class Expected:
+    """What a provider has to give, on a part of the problem, in float64.
+
+    `part` cuts that part out of a tensor in the canonical layout; `limit` is the largest relative
+    error, None where the reference is too ill-conditioned to judge by.
+    """
+
+    name: str
+    value: torch.Tensor
+    part: Callable[[torch.Tensor], torch.Tensor]
+    limit: float | None
+
+
+class Reference(Protocol):
+    """Computes what is expected: the output first, then, if asked for, the gradients."""
+
+    def __call__(self, case: Case, inputs: Any, gradients: bool) -> list[Expected]:
+        """Compute in float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All there is to know about one package to measure it."""
+
+    package: str
+    providers: Sequence[Provider]
+    make_inputs: Callable[[Case, torch.device], Any]
+    reference: Reference
+    flops: Callable[[Case, str], float | None]
+    traffic: Callable[[Case, str], float]
+    x_axis: str
+    graph: bool = False  # time the replay of a CUDA graph
+    warm: bool = False  # worth compiling ahead of the measurement
+
+    def chosen(self, case: Case, device: torch.device, names: Sequence[str] = ()) -> list[Provider]:
+        """Return the providers of one case: those named, else all but the optional ones."""
+        return [
+            provider
+            for provider in self.providers
+            if device.type in provider.devices
+            and set(case.passes) & set(provider.passes)
+            and (provider.name in names if names else not provider.optional)
+        ]
+
+
+def error_limit(dtype: torch.dtype) -> float:
+    """Relative error, in the Frobenius norm, that a right forward pass stays below."""
+    limits = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
+    return limits[dtype]
+
+
+def leaf(tensor: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """Return a dense tensor of the same values that autograd sees as an input."""
+    return tensor.detach().contiguous().requires_grad_(requires_grad)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile for one case.
+
+    Past its recompile limit dynamo would run the function as it is; a fresh start keeps it from
+    that, and fullgraph makes it raise. The backward pass is repeated on one graph, so it must not
+    reuse the memory of what the forward pass saved.
+    """
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def wants_grad(case: Case) -> bool:
+    """Whether the case is one of training."""
+    return "backward" in case.passes or "host_grad" in case.passes

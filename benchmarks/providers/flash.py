@@ -1,0 +1,300 @@
+"""attn-flash: softmax attention, forward and backward."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from attn_core import BackendUnavailableError, UnsupportedProblemError
+from benchmarks.problems import Case
+from benchmarks.providers.base import (
+    HOST,
+    Call,
+    Expected,
+    Provider,
+    Subject,
+    compiled,
+    error_limit,
+    leaf,
+    wants_grad,
+)
+
+_BACKWARD_FLOPS = 2.5  # five matrix products for the two of the forward pass
+_CHECKED_SCORES = 1 << 26  # of the float64 reference; beyond it, only corners are checked
+_BLOCK_SCORES = 1 << 24
+
+
+class Inputs(NamedTuple):
+    """q, dout (B, M, H, D) and k, v (B, N, H_KV, D)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw random inputs, the same for the same case."""
+    generator = torch.Generator(device).manual_seed(case.seed)
+    queries = (case["B"], case["M"], case["H"], case["D"])
+    keys = (case["B"], case["N"], case["H_KV"], case["D"])
+    return Inputs(
+        *(
+            torch.randn(shape, dtype=case.dtype, device=device, generator=generator)
+            for shape in (queries, keys, keys, queries)
+        )
+    )
+
+
+def window(case: Case) -> tuple[int, int]:
+    """Return the window as (left, right), with causal closing the right side."""
+    left, right = case["window"]
+    return (left, 0) if case["causal"] else (left, right)
+
+
+def visible_pairs(case: Case) -> float:
+    """Count the scores a call must compute; causal self-attention counts as half, as is usual."""
+    len_q, len_k = case["M"], case["N"]
+    left, right = window(case)
+    if (left, right) == (-1, 0) and len_q == len_k:
+        return len_q * len_k / 2
+    diagonal = torch.arange(len_q) + len_k - len_q
+    first = (diagonal - left).clamp_min(0) if left >= 0 else torch.zeros_like(diagonal)
+    last = diagonal + right if right >= 0 else torch.full_like(diagonal, len_k - 1)
+    return float((last.clamp_max(len_k - 1) - first + 1).clamp_min(0).sum())
+
+
+def flops(case: Case, pass_: str) -> float | None:
+    """Count two products of D multiplications and additions for each visible score."""
+    forward = 4 * case["B"] * case["H"] * visible_pairs(case) * case["D"]
+    return {"forward": forward, "backward": _BACKWARD_FLOPS * forward}.get(pass_)
+
+
+def traffic(case: Case, pass_: str) -> float:
+    """Count the bytes that must be read and written once; lse is left out."""
+    queries = case["B"] * case["M"] * case["H"] * case["D"]
+    keys = case["B"] * case["N"] * case["H_KV"] * case["D"]
+    # q out, k v; backward: q out dout dq, k v dk dv
+    elements = 4 * queries + 4 * keys if pass_ == "backward" else 2 * queries + 2 * keys
+    return elements * case.dtype.itemsize
+
+
+class Part(NamedTuple):
+    """Some batch entries and some key heads, with the query heads that read them."""
+
+    batches: list[int]
+    heads_kv: list[int]
+    group: int
+
+    def queries(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Cut a (B, M, H, D) tensor to (b, M, h, D)."""
+        heads = [h * self.group + g for h in self.heads_kv for g in range(self.group)]
+        return tensor[self.batches][:, :, heads]
+
+    def keys(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Cut a (B, N, H_KV, D) tensor to (b, N, h_kv, D)."""
+        return tensor[self.batches][:, :, self.heads_kv]
+
+
+def checked_part(case: Case) -> Part:
+    """Return the whole problem if it is small, else the first and last batch entry and head."""
+    batch, heads_kv, group = case["B"], case["H_KV"], case["H"] // case["H_KV"]
+    if batch * case["H"] * case["M"] * case["N"] <= _CHECKED_SCORES:
+        return Part(list(range(batch)), list(range(heads_kv)), group)
+    return Part(sorted({0, batch - 1}), sorted({0, heads_kv - 1}), group)
+
+
+def reference(case: Case, inputs: Inputs, gradients: bool) -> list[Expected]:
+    """Softmax attention and its gradients by the plain formulas, in float64."""
+    part = checked_part(case)
+    q, dout = (part.queries(tensor).double() for tensor in (inputs.q, inputs.dout))
+    k, v = (part.keys(tensor).double() for tensor in (inputs.k, inputs.v))
+    out, dq = torch.empty_like(q), torch.empty_like(q)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for b, head, rows in _blocks(q, k, part.group):
+        at = (b, rows, slice(head * part.group, (head + 1) * part.group))
+        keys, values = k[b, :, head], v[b, :, head]  # [N, D]
+        scores = torch.einsum("mgd,nd->gmn", q[at], keys) * case["D"] ** -0.5
+        scores.masked_fill_(~_visible(case, rows, q.device), -torch.inf)
+        probs = torch.softmax(scores, -1).nan_to_num_(0.0)
+        out[at] = torch.einsum("gmn,nd->mgd", probs, values)
+        if not gradients:
+            continue
+        delta = (dout[at] * out[at]).sum(-1).T[..., None]  # [G, M, 1]
+        dscores = torch.einsum("mgd,nd->gmn", dout[at], values).sub_(delta).mul_(probs)
+        dscores.mul_(case["D"] ** -0.5)
+        dq[at] = torch.einsum("gmn,nd->mgd", dscores, keys)
+        dk[b, :, head] += torch.einsum("gmn,mgd->nd", dscores, q[at])
+        dv[b, :, head] += torch.einsum("gmn,mgd->nd", probs, dout[at])
+    limit = error_limit(case.dtype)
+    expected = [Expected("out", out, part.queries, limit)]
+    if gradients:
+        expected.append(Expected("dq", dq, part.queries, 2 * limit))
+        expected.append(Expected("dk", dk, part.keys, 2 * limit))
+        expected.append(Expected("dv", dv, part.keys, 2 * limit))
+    return expected
+
+
+def _blocks(q: torch.Tensor, k: torch.Tensor, group: int) -> Iterator[tuple[int, int, slice]]:
+    step = max(1, _BLOCK_SCORES // (group * k.shape[1]))
+    for b in range(q.shape[0]):
+        for head in range(k.shape[2]):
+            for start in range(0, q.shape[1], step):
+                yield b, head, slice(start, min(start + step, q.shape[1]))
+
+
+def _visible(case: Case, rows: slice, device: torch.device) -> torch.Tensor:
+    left, right = window(case)
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None] + case["N"] - case["M"]
+    j = torch.arange(case["N"], device=device)
+    mask = torch.ones(i.shape[0], case["N"], dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= j >= i - left
+    if right >= 0:
+        mask &= j <= i + right
+    return mask
+
+
+def _heads_second(
+    case: Case,
+    inputs: Inputs,
+    attend: Callable[..., torch.Tensor],
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Call:
+    """A call on (B, M, H, D) tensors, flash-attn's layout."""
+    q, k, v = (leaf(tensor, wants_grad(case)) for tensor in inputs[:3])
+    return Call(lambda: attend(q, k, v), (q, k, v), inputs.dout, context=context)
+
+
+def _heads_first(
+    case: Case,
+    inputs: Inputs,
+    attend: Callable[..., torch.Tensor],
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Call:
+    """A call on dense (B, H, M, D) tensors, torch's layout."""
+    q, k, v = (leaf(tensor.transpose(1, 2), wants_grad(case)) for tensor in inputs[:3])
+    dout = inputs.dout.transpose(1, 2).contiguous()
+    return Call(
+        lambda: attend(q, k, v),
+        (q, k, v),
+        dout,
+        canonical=lambda tensor: tensor.transpose(1, 2),
+        context=context,
+    )
+
+
+def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
+    from attn_flash import flash_attn_func
+
+    attend = functools.partial(
+        flash_attn_func, causal=case["causal"], window_size=case["window"], backend=backend
+    )
+    return _heads_second(case, inputs, attend)
+
+
+def _sdpa(backend: str, case: Case, inputs: Inputs) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    _require_top_left(case)
+    attend = functools.partial(
+        F.scaled_dot_product_attention,
+        is_causal=case["causal"],
+        enable_gqa=case["H"] != case["H_KV"],
+    )
+    if not backend:
+        return _heads_first(case, inputs, attend)
+    # With one backend allowed torch raises where that one cannot run, and never takes another.
+    pinned = functools.partial(sdpa_kernel, getattr(SDPBackend, backend))
+    return _heads_first(case, inputs, attend, pinned)
+
+
+def _flex(case: Case, inputs: Inputs) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    flex = compiled(flex_attention)
+    block_mask = None
+    if window(case) != (-1, -1):
+        block_mask = create_block_mask(
+            _mask_mod(case), None, None, case["M"], case["N"], device=str(inputs.q.device)
+        )
+    attend = functools.partial(flex, block_mask=block_mask, enable_gqa=case["H"] != case["H_KV"])
+    return _heads_first(case, inputs, attend)
+
+
+def _mask_mod(case: Case) -> Callable[..., torch.Tensor]:
+    left, right = window(case)
+    shift = case["N"] - case["M"]
+
+    def mask_mod(
+        b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+    ) -> torch.Tensor:
+        mask = j >= 0
+        if left >= 0:
+            mask = mask & (j >= i + shift - left)
+        if right >= 0:
+            mask = mask & (j <= i + shift + right)
+        return mask
+
+    return mask_mod
+
+
+def _flash4(case: Case, inputs: Inputs) -> Call:
+    from flash_attn.cute import flash_attn_func
+
+    sides = tuple(None if side < 0 else side for side in case["window"])
+    attend = functools.partial(flash_attn_func, causal=case["causal"], window_size=sides)
+    return _heads_second(case, inputs, lambda q, k, v: _first(attend(q, k, v)))
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _aule(case: Case, inputs: Inputs) -> Call:
+    import aule
+
+    _require_top_left(case)
+    if not {"triton", "triton-amd"} & set(aule.get_available_backends()):
+        raise BackendUnavailableError("aule finds no Triton here and would compute on the CPU")
+    attend = functools.partial(aule.flash_attention, causal=case["causal"])
+    return _heads_first(case, inputs, attend)
+
+
+def _require_top_left(case: Case) -> None:
+    if tuple(case["window"]) != (-1, -1):
+        raise UnsupportedProblemError("it has no sliding window")
+    if case["causal"] and case["M"] != case["N"]:
+        raise UnsupportedProblemError("its causal mask is aligned at the top left")
+
+
+SUBJECT = Subject(
+    package="attn-flash",
+    providers=(
+        Provider("hopper", functools.partial(_ours, "hopper"), "ours", "attn_flash"),
+        Provider("triton", functools.partial(_ours, "triton"), "ours", "attn_flash"),
+        Provider("torch", functools.partial(_ours, "torch"), "ours", "attn_flash", optional=True),
+        Provider(
+            "torch", functools.partial(_ours, "torch"), "ours", "attn_flash", devices=("cpu",)
+        ),
+        Provider("sdpa", functools.partial(_sdpa, ""), devices=("cpu",)),
+        Provider("sdpa", functools.partial(_sdpa, ""), passes=HOST),
+        Provider("cudnn", functools.partial(_sdpa, "CUDNN_ATTENTION")),
+        Provider("flash", functools.partial(_sdpa, "FLASH_ATTENTION")),
+        Provider("efficient", functools.partial(_sdpa, "EFFICIENT_ATTENTION")),
+        Provider("flex", _flex),
+        Provider("fa4", _flash4, module="flash_attn.cute", distribution="flash-attn-4"),
+        Provider("aule", _aule, module="aule", distribution="aule-attention"),
+    ),
+    make_inputs=make_inputs,
+    reference=reference,
+    flops=flops,
+    traffic=traffic,
+    x_axis="M",
+    warm=True,
+)

@@ -1,0 +1,284 @@
+"""Plots and tables of a result: ``python -m benchmarks.report RESULT.json [--readme README.md]``.
+
+Writes beside the result a Markdown file with every row and, where matplotlib is installed, a PNG of
+the rates and one of the ratios to the best peer. With ``--readme`` the headline rows also replace
+what stands between ``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<package> -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.results import Result, Row
+
+_PASS_TITLES = {
+    "forward": "Forward",
+    "backward": "Backward",
+    "host": "Host time of a call, without gradient",
+    "host_grad": "Host time of a call, with gradient",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--readme", type=Path, help="Markdown file with a marked section to fill")
+    options = parser.parse_args(arguments)
+    result = results.read(options.result)
+    pictures = plot(result, options.result)
+    page = options.result.with_suffix(".md")
+    page.write_text(markdown(result, result.rows, pictures, page.parent), encoding="utf-8")
+    written = [*pictures, page]
+    if options.readme:
+        headline = [row for row in result.rows if row.headline]
+        body = markdown(result, headline, pictures, options.readme.parent, heading="####")
+        text = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(fill(text, result.package, body), encoding="utf-8")
+        written.append(options.readme)
+    for path in written:
+        print(path)
+    return 0
+
+
+def fill(text: str, package: str, body: str) -> str:
+    """Return `text` with `body` in the marked section of a package; ValueError without one."""
+    begin, end = f"<!-- benchmarks:{package} -->", f"<!-- /benchmarks:{package} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"the file must have a section {begin} ... {end}")
+    return f"{before}{begin}\n{body.strip()}\n{end}{after}"
+
+
+def markdown(
+    result: Result,
+    rows: Sequence[Row],
+    pictures: Sequence[Path],
+    folder: Path,
+    heading: str = "##",
+) -> str:
+    """Return where and when it was measured, the pictures, and a table for each pass."""
+    parts = [_origin(result)]
+    parts += [f"![{picture.stem}]({_relative(picture, folder)})" for picture in pictures]
+    for pass_, title in _PASS_TITLES.items():
+        chosen = [row for row in rows if row.pass_ == pass_]
+        if any(row.status == results.OK for row in chosen):
+            parts.append(f"{heading} {title}{_unit(chosen)}\n\n{table(chosen)}")
+    reasons = _reasons(rows)
+    if reasons:
+        parts.append(f"{heading} Not measured\n\n{reasons}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table: a line for each case, a column for each provider.
+
+    The last column is the ratio of our fastest backend to the best peer.
+    """
+    providers = _providers(rows)
+    lines = [
+        "| " + " | ".join(["case", *providers, "ours / best peer"]) + " |",
+        "|---|" + "---:|" * (len(providers) + 1),
+    ]
+    for case in _unique(row.case for row in rows):
+        by_provider = {row.provider: row for row in rows if row.case == case}
+        cells = [_cell(by_provider.get(name)) for name in providers]
+        ratio = our_ratio(by_provider.values())
+        lines.append("| " + " | ".join([case, *cells, f"{ratio:.2f}" if ratio else ""]) + " |")
+    return "\n".join(lines)
+
+
+def our_ratio(rows: Iterable[Row]) -> float | None:
+    """Return the largest ratio to the best peer among our own rows."""
+    return max(
+        (row.ratio_to_best_peer for row in rows if row.kind == "ours" and row.ratio_to_best_peer),
+        default=None,
+    )
+
+
+def plot(result: Result, path: Path) -> list[Path]:
+    """Draw rates and ratios over the length of the series; nothing without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return []
+    mpl.use("Agg")
+    rows = [row for row in result.rows if row.series and row.status == results.OK]
+    if not rows:
+        return []
+    drawings: dict[str, Callable[[Result, Sequence[Row]], Any]] = {
+        "rates": _draw_rates,
+        "ratios": _draw_ratios,
+    }
+    pictures = []
+    for name, draw in drawings.items():
+        picture = path.with_name(f"{path.stem}-{name}.png")
+        figure = draw(result, rows)
+        figure.suptitle(f"{result.package} on {result.device['name']}, {result.date}")
+        figure.savefig(picture, dpi=110)
+        pictures.append(picture)
+    return pictures
+
+
+def _draw_rates(result: Result, rows: Sequence[Row]) -> Any:
+    """One panel for each series and pass, one line for each provider."""
+    from matplotlib import pyplot as plt
+
+    passes, series = _unique(row.pass_ for row in rows), _unique(row.series for row in rows)
+    colours = {name: f"C{n}" for n, name in enumerate(_providers(rows))}
+    figure, panels = plt.subplots(
+        len(passes),
+        len(series),
+        figsize=(3.2 * len(series) + 1, 3.0 * len(passes)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for i, pass_ in enumerate(passes):
+        for j, name in enumerate(series):
+            chosen = [row for row in rows if row.pass_ == pass_ and row.series == name]
+            for provider in _providers(chosen):
+                line = [row for row in chosen if row.provider == provider]
+                ours = line[0].kind == "ours"
+                panels[i, j].plot(
+                    *_points(result, line, _rate),
+                    marker="o" if ours else ".",
+                    linewidth=2.2 if ours else 1.1,
+                    color=colours[provider],
+                    label=provider,
+                )
+            unit = "TFLOP/s" if any(row.tflop_s for row in chosen) else "GB/s"
+            _finish(panels[i, j], result, chosen, f"{name}, {pass_}", unit)
+    _legend(figure, panels[0, 0])
+    return figure
+
+
+def _draw_ratios(result: Result, rows: Sequence[Row]) -> Any:
+    """One panel for each pass, one line for each series: our fastest backend to the best peer."""
+    from matplotlib import pyplot as plt
+
+    passes = _unique(row.pass_ for row in rows)
+    figure, panels = plt.subplots(
+        1, len(passes), figsize=(5.5 * len(passes), 4.0), squeeze=False, layout="constrained"
+    )
+    for panel, pass_ in zip(panels[0], passes, strict=True):
+        chosen = [row for row in rows if row.pass_ == pass_]
+        for name in _unique(row.series for row in chosen):
+            line = [row for row in chosen if row.series == name]
+            points = _points(result, _our_best(line), lambda row: row.ratio_to_best_peer)
+            panel.plot(*points, "o-", label=name)
+        panel.axhline(1.0, color="black", linewidth=0.8)
+        _finish(panel, result, chosen, pass_, "best peer's time / ours")
+    _legend(figure, panels[0, 0])
+    return figure
+
+
+def _our_best(rows: Sequence[Row]) -> list[Row]:
+    """Return for each case our fastest row."""
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row.ratio_to_best_peer or 0.0):
+        if row.kind == "ours" and row.ratio_to_best_peer:
+            best[row.case] = row
+    return list(best.values())
+
+
+def _points(
+    result: Result, rows: Sequence[Row], value: Callable[[Row], float | None]
+) -> tuple[list[float], list[float]]:
+    axis = result.x_axis
+    points = sorted((row.sizes[axis], value(row) or math.nan) for row in rows)
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _finish(panel: Any, result: Result, rows: Sequence[Row], title: str, unit: str) -> None:
+    axis = result.x_axis
+    lengths = sorted({row.sizes[axis] for row in rows})
+    panel.set_title(title, fontsize=10)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [_short(length) for length in lengths], minor=False)
+    panel.set_xlabel(axis)
+    panel.set_ylabel(unit)
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+
+
+def _rate(row: Row) -> float | None:
+    return row.tflop_s or row.gb_s
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def _origin(result: Result) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    ceilings = "".join(
+        f" {text} {result.ceilings[name]:.0f} {unit}."
+        for name, text, unit in (
+            ("copy_gb_s", "Copy bandwidth", "GB/s"),
+            ("gemm_bf16_tflop_s", "bf16 matrix product", "TFLOP/s"),
+        )
+        if name in result.ceilings
+    )
+    commit = f", commit {result.commit[:12]}" if result.commit else ""
+    return f"{result.device['name']}, {result.date}{commit}: {versions}.{ceilings} Medians."
+
+
+def _unit(rows: Sequence[Row]) -> str:
+    if rows[0].pass_ in ("host", "host_grad"):
+        return " (µs)"
+    return " (TFLOP/s)" if any(row.tflop_s for row in rows) else " (ms)"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.status != results.OK or row.ms is None:
+        return row.status
+    if row.pass_ in ("host", "host_grad"):
+        return f"{row.ms * 1e3:.1f}"
+    return f"{row.tflop_s:.3g}" if row.tflop_s else f"{row.ms:.3g}"
+
+
+def _reasons(rows: Sequence[Row]) -> str:
+    """Return one line for each provider and reason, with how many rows it holds for."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row.status != results.OK:
+            key = (row.provider, row.status, row.reason)
+            counts[key] = counts.get(key, 0) + 1
+    return "\n".join(
+        f"* {provider}: {status} ({count}): {reason}"
+        for (provider, status, reason), count in counts.items()
+    )
+
+
+def _providers(rows: Sequence[Row]) -> list[str]:
+    """Names of the providers that measured anything, ours first."""
+    ran = [row for row in rows if row.status == results.OK]
+    return _unique(row.provider for row in sorted(ran, key=lambda row: row.kind != "ours"))
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _relative(path: Path, folder: Path) -> str:
+    try:
+        return path.resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

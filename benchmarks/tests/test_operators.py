@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from benchmarks import checking, problems
+from benchmarks.providers import PACKAGES, subject, triangle
+from benchmarks.providers.base import wants_grad
+
+
+def check(case, measured, prepare):
+    inputs = measured.make_inputs(case, torch.device("cpu"))
+    expected = measured.reference(case, inputs, gradients="backward" in case.passes)
+    call = prepare(case, inputs)
+    out, _ = checking.check_forward(call, expected[0], wants_grad(case))
+    if "backward" in case.passes:
+        checking.check_backward(call, out, expected[1:])
+    return out
+
+
+def small(package):
+    return next(case for case in problems.load(package, "cpu") if case.headline)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_torch_backend_is_right(package):
+    measured = subject(package)
+    (ours,) = [p for p in measured.providers if p.name == "torch" and "cpu" in p.devices]
+    assert torch.isfinite(check(small(package), measured, ours.prepare)).all()
+
+
+def attend(q, k, v, bias, masked):
+    """Triangle attention by the plain formula, the layout being (B, H, I, J, D)."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + bias[:, :, None]
+    return torch.softmax(scores.masked_fill(masked[:, None, :, None], -torch.inf), -1) @ v
+
+
+def trifast(q, k, v, bias, mask):
+    return attend(q, k, v, bias, mask)
+
+
+def cuequivariance(q, k, v, bias, mask):
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return attend(q, k, v, bias[:, 0], ~mask[:, :, 0, 0]).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "module, function, prepare",
+    [
+        ("trifast", trifast, triangle._trifast),
+        ("cuequivariance_torch", cuequivariance, triangle._cuequivariance),
+        (None, None, triangle._sdpa),
+    ],
+    ids=["trifast", "cuequivariance", "sdpa"],
+)
+@pytest.mark.parametrize("case", problems.load("attn-triangle", "cpu"), ids=lambda case: case.id)
+def test_triangle_peers_are_called_rightly(monkeypatch, case, module, function, prepare):
+    monkeypatch.setenv("CUEQ_TRIATTN_FALLBACK_THRESHOLD", "100")
+    if module:
+        fake = types.SimpleNamespace(triangle_attention=function)
+        monkeypatch.setitem(sys.modules, module, fake)
+    check(case, triangle.SUBJECT, prepare)
+
+
+def test_cuequivariance_is_not_measured_where_it_runs_torch():
+    case = next(c for c in problems.load("attn-triangle", "gpu") if c.id == "d64-n1024")
+    triangle._require_cuequivariance_kernel(case)
+    wide = problems.Case("wide", "attn-triangle", torch.float32, (), "", {"D": 64})
+    with pytest.raises(ValueError, match="would run torch"):
+        triangle._require_cuequivariance_kernel(wide)

@@ -1,0 +1,201 @@
+"""Clocks: how long a call takes on a device, and how fast the device itself is.
+
+A GPU call is timed by events, with the L2 cache emptied before each repeat. Calls that are compared
+take turns, a few repeats each, so that a drift of the clocks meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Call = Callable[[], object]
+Context = Callable[[], contextlib.AbstractContextManager[object]]
+_FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
+_HOST_CALLS = 20
+_COPIED_BYTES = 2 << 30
+_GEMM_SIZE = 8192
+_CEILING_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time one measurement may take."""
+
+    rounds: int = 5
+    milliseconds: float = 60.0
+    repeats: int = 40  # of one call in one round, at most
+
+    @classmethod
+    def quick(cls) -> Effort:
+        """Return the least effort whose medians still mean something."""
+        return cls(rounds=3, milliseconds=15.0, repeats=10)
+
+
+class CpuClock:
+    """Times calls by the clock of the host."""
+
+    def samples(self, call: Call, count: int) -> list[float]:
+        """Return the milliseconds of `count` calls, one by one."""
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def synchronize(self) -> None:
+        """Wait for nothing: a CPU call has ended when it returns."""
+
+    def ceilings(self) -> dict[str, float]:
+        """Return nothing: no rate of a CPU is compared with."""
+        return {}
+
+
+class CudaClock:
+    """Times calls by events on the current stream of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def samples(self, call: Call, count: int) -> list[float]:
+        """Return the milliseconds of `count` calls, each from a cold L2 cache."""
+        pairs = []
+        for _ in range(count):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flushed.zero_()
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        self.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+    def synchronize(self) -> None:
+        """Wait until the device has nothing left to do."""
+        torch.cuda.synchronize(self._device)
+
+    def ceilings(self) -> dict[str, float]:
+        """Measure what the device can do: copy bandwidth and the rate of a bf16 matrix product."""
+        copied = torch.empty(_COPIED_BYTES, dtype=torch.int8, device=self._device).random_()
+        target = torch.empty_like(copied)
+        copy_ms = _median(self, lambda: target.copy_(copied), _CEILING_REPEATS)
+        shape = (2, _GEMM_SIZE, _GEMM_SIZE)
+        a, b = torch.randn(shape, device=self._device).bfloat16().unbind(0)
+        gemm_ms = _median(self, lambda: a @ b, _CEILING_REPEATS)
+        return {
+            "copy_gb_s": 2 * _COPIED_BYTES / copy_ms * 1e-6,
+            "gemm_bf16_tflop_s": 2 * _GEMM_SIZE**3 / gemm_ms * 1e-9,
+        }
+
+
+class HostClock:
+    """Times what the host spends on a call that it does not wait for."""
+
+    def __init__(self, clock: CpuClock | CudaClock) -> None:
+        self._clock = clock
+
+    def samples(self, call: Call, count: int) -> list[float]:
+        """Return the milliseconds of one call, `count` times as the mean of many in a row."""
+        times = []
+        for _ in range(count):
+            self._clock.synchronize()
+            start = time.perf_counter()
+            for _ in range(_HOST_CALLS):
+                call()
+            times.append((time.perf_counter() - start) * 1e3 / _HOST_CALLS)
+        return times
+
+
+Clock = CpuClock | CudaClock | HostClock
+
+
+def clock_for(device: torch.device) -> CpuClock | CudaClock:
+    """Return the clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call to time, and what has to surround it without being timed."""
+
+    call: Call
+    context: Context = contextlib.nullcontext
+
+
+@dataclass
+class Measured:
+    """The repeats of one call in milliseconds, or the error that ended them."""
+
+    samples: list[float] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def median(self) -> float:
+        """The time to quote."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles, as a share of the median."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median
+
+
+def interleave(
+    clock: Clock, jobs: Mapping[str, Job], effort: Effort, deadline: float = float("inf")
+) -> dict[str, Measured]:
+    """Time jobs in turns; one that raises drops out and leaves the others alone.
+
+    After `deadline`, a value of time.monotonic, no further round begins.
+    """
+    results = {name: Measured() for name in jobs}
+    names = list(jobs)
+    repeats: dict[str, int] = {}
+    for turn in range(effort.rounds):
+        if turn and time.monotonic() > deadline:
+            break
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if results[name].error is not None:
+                continue
+            try:
+                with jobs[name].context():
+                    if turn == 0:
+                        repeats[name] = _repeats(clock, jobs[name].call, effort)
+                    results[name].samples += clock.samples(jobs[name].call, repeats[name])
+            except Exception as error:
+                results[name].error = error
+    return results
+
+
+def captured(call: Call) -> Call:
+    """Record a GPU call as a CUDA graph and return its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _repeats(clock: Clock, call: Call, effort: Effort) -> int:
+    call()
+    estimate = _median(clock, call)
+    return max(1, min(effort.repeats, int(effort.milliseconds / effort.rounds / estimate)))
+
+
+def _median(clock: Clock, call: Call, count: int = 3) -> float:
+    clock.samples(call, 1)
+    return statistics.median(clock.samples(call, count))
