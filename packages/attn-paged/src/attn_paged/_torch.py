@@ -1,0 +1,197 @@
+"""Backend "torch": right on every device torch has.
+
+Queries are cut into tiles of one sequence each, whose number follows from shapes alone, and the
+keys of each tile's sequence are gathered from the cache. So nothing is read back from the device,
+and the memory of one step is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+_CHUNK_BYTES = 1 << 27  # of gathered keys, values and scores
+_MAX_TILE_ROWS = 64
+
+
+class _Tiles(NamedTuple):
+    """Tiles of M consecutive queries of one sequence."""
+
+    sequence: torch.Tensor  # [tiles]
+    rows: torch.Tensor  # [tiles, M], row of q, or T where the tile has no query
+    positions: torch.Tensor  # [tiles, M], of the query in its sequence
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: tuple[int, int],
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q (T, H, D) over paged sequences: out (T, H, D_v) and lse (H, T)."""
+    tokens, heads, _ = q.shape
+    heads_kv, head_dim_v = v_cache.shape[2:]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # One row more than q has takes what tiles compute past the end of their sequence.
+    out = q.new_zeros((tokens + 1, heads, head_dim_v))
+    lse = torch.full((tokens + 1, heads), -torch.inf, dtype=dtype, device=q.device)
+    if tokens == 0 or block_tables.shape[0] == 0:
+        return out[:tokens], lse[:tokens].t().contiguous()
+
+    num_keys = _num_keys(block_tables, context_lens, k_cache.shape[1])
+    offs_n = torch.arange(num_keys, device=q.device)
+    padded_q = torch.cat([q, q.new_zeros((1, *q.shape[1:]))])
+    tiles = _tile_queries(tokens, context_lens, cu_seqlens_q)
+    for tile in _chunks(tiles, num_keys * _elements_per_key(q, v_cache, tiles) * dtype.itemsize):
+        is_visible = _visible(tile, tokens, context_lens, offs_n, window)  # [C, M, N]
+        is_read = is_visible.any(1)  # [C, N]
+        keys, values = _gather(k_cache, v_cache, block_tables[tile.sequence], is_read, dtype)
+        scores = _scores(padded_q[tile.rows].to(dtype), keys, scale, softcap)
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.expand(context_lens.shape[0], heads)[tile.sequence]
+            scores = scores + _alibi(slopes.to(dtype), tile.positions, offs_n, heads_kv)
+        scores = scores.masked_fill(~is_visible[:, :, None, None], -torch.inf)
+        tile_out, tile_lse = _softmax(scores, values, sinks)
+        out[tile.rows] = tile_out.flatten(2, 3).to(q.dtype)
+        lse[tile.rows] = tile_lse.flatten(2, 3)
+    return out[:tokens], lse[:tokens].t().contiguous()
+
+
+def append_to_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write k (T, H_KV, D) and v (T, H_KV, D_v) to their slots; a negative slot skips its token."""
+    tokens, block_size = k.shape[0], k_cache.shape[1]
+    if tokens == 0:
+        return
+    # Dropping skipped tokens would make a shape depend on data and wait for the device. Instead a
+    # skipped token repeats the write of a kept one, or, where none is kept, what slot 0 holds.
+    is_kept = slot_mapping >= 0
+    any_kept = is_kept.any()
+    own = torch.arange(tokens, device=k.device)
+    source = torch.where(is_kept, own, is_kept.to(torch.int32).argmax())
+    slots = slot_mapping[source].long().clamp(min=0)
+    index = (slots // block_size, slots % block_size)
+    for rows, cache in ((k, k_cache), (v, v_cache)):
+        cache[index] = torch.where(any_kept, rows[source], cache[index])
+
+
+def _num_keys(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int) -> int:
+    """Keys to look at: all that the table has room for, or on the CPU those of the longest."""
+    capacity: int = block_tables.shape[1] * block_size
+    if context_lens.device.type != "cpu":
+        return capacity
+    return min(capacity, int(context_lens.max()))
+
+
+def _tile_queries(
+    tokens: int, context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None
+) -> _Tiles:
+    sequences = context_lens.shape[0]
+    device = context_lens.device
+    if cu_seqlens_q is None:
+        each = torch.arange(sequences, device=device)
+        return _Tiles(each, each[:, None], context_lens[:, None] - 1)
+    size = min(_MAX_TILE_ROWS, -(-tokens // sequences))
+    starts, lens = cu_seqlens_q[:-1], cu_seqlens_q.diff()
+    counts = (lens + size - 1) // size
+    ends = counts.cumsum(0)
+    tile = torch.arange((tokens + sequences * (size - 1)) // size, device=device)
+    # Tiles beyond the last one needed count as further tiles of the last sequence: without queries.
+    sequence = torch.searchsorted(ends, tile, right=True).clamp(max=sequences - 1)
+    first = (tile - (ends - counts)[sequence]) * size
+    i = first[:, None] + torch.arange(size, device=device)
+    lens = lens[sequence, None]
+    rows = torch.where(i < lens, starts[sequence, None] + i, tokens)
+    return _Tiles(sequence, rows, context_lens[sequence, None] - lens + i)
+
+
+def _elements_per_key(q: torch.Tensor, v_cache: torch.Tensor, tiles: _Tiles) -> int:
+    """Numbers that a tile holds at once for each key of its sequence."""
+    heads_kv, head_dim_v = v_cache.shape[2:]
+    gathered: int = 2 * heads_kv * (q.shape[2] + head_dim_v)
+    scores: int = 3 * q.shape[1] * tiles.rows.shape[1]
+    return gathered + scores
+
+
+def _chunks(tiles: _Tiles, tile_bytes: int) -> Iterator[_Tiles]:
+    step = max(1, _CHUNK_BYTES // max(tile_bytes, 1))
+    for start in range(0, tiles.sequence.shape[0], step):
+        yield _Tiles(*(part[start : start + step] for part in tiles))
+
+
+def _visible(
+    tile: _Tiles,
+    tokens: int,
+    context_lens: torch.Tensor,
+    offs_n: torch.Tensor,
+    window: tuple[int, int],
+) -> torch.Tensor:
+    """Which key each query of a tile sees: (C, M, N) bool."""
+    left, right = window
+    positions = tile.positions[:, :, None]
+    mask = (offs_n < context_lens[tile.sequence, None, None]) & (tile.rows < tokens)[:, :, None]
+    if left >= 0:
+        mask = mask & (offs_n >= positions - left)
+    if right >= 0:
+        mask = mask & (offs_n <= positions + right)
+    return mask
+
+
+def _gather(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables: torch.Tensor,
+    is_read: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (C, N, H_KV, D) by tables (C, max_blocks); values that no one sees are 0."""
+    block_size = k_cache.shape[1]
+    offs_n = torch.arange(is_read.shape[1], device=tables.device)
+    blocks = torch.where(is_read, tables[:, offs_n // block_size], 0)
+    slots = (offs_n % block_size).expand_as(blocks)
+    keys, values = k_cache[blocks, slots], v_cache[blocks, slots]
+    return keys.to(dtype), values.to(dtype).masked_fill(~is_read[..., None, None], 0.0)
+
+
+def _scores(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """Scaled and capped scores (C, M, H_KV, G, N) of queries (C, M, H, D)."""
+    grouped = torch.unflatten(queries, 2, (keys.shape[2], -1))
+    scores = torch.einsum("cmhgd,cnhd->cmhgn", grouped, keys) * scale
+    return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+
+
+def _alibi(
+    slopes: torch.Tensor, positions: torch.Tensor, offs_n: torch.Tensor, heads_kv: int
+) -> torch.Tensor:
+    """Bias (C, M, H_KV, G, N) of slopes (C, H)."""
+    distance = (positions[:, :, None] - offs_n).abs()  # [C, M, N]
+    slopes = torch.unflatten(slopes, 1, (heads_kv, -1))[:, None, :, :, None]
+    return -slopes * distance[:, :, None, None]
+
+
+def _softmax(
+    scores: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs (C, M, H_KV, G, D_v) and their lse (C, M, H_KV, G)."""
+    lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse).reshape(lse.shape[2:]))
+    pivot = lse.masked_fill(lse == -torch.inf, 0.0)  # a number also where a query sees no key
+    probs = torch.exp(scores - pivot[..., None])
+    return torch.einsum("cmhgn,cnhd->cmhgd", probs, values), lse

@@ -1,0 +1,259 @@
+"""What a paged problem is, and the checks that turn arguments into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from attn_core import checks
+from attn_core.errors import UnsupportedProblemError
+
+MAX_HEAD_DIM = 576
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CACHE_SYMBOLS = "(num_blocks, block_size, H_KV, D)"
+
+
+class AttentionProblem(NamedTuple):
+    """The static facts of one call of attention: all that a backend needs to accept or refuse it.
+
+    `window` is (left, right): the query at position p sees keys ``p - left`` to ``p + right``, both
+    included; -1 leaves a side open. Causal attention is a window closed on the right, (-1, 0).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    sequences: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    block_size: int
+    max_blocks: int
+    is_ragged: bool
+    window: tuple[int, int]
+    softcap: float
+    has_alibi: bool
+    has_sinks: bool
+    needs_grad: bool = False
+
+
+class AppendProblem(NamedTuple):
+    """The static facts of one call of append_to_cache."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    block_size: int
+    needs_grad: bool = False
+
+
+def attention_problem(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    window: tuple[int, int],
+    softcap: float,
+) -> AttentionProblem:
+    """Validate the arguments of `paged_attention` and describe the problem they pose."""
+    checks.require_rank("q", q, "(T, H, D)")
+    checks.require_dtype("q", q, DTYPES)
+    _check_caches(k_cache, v_cache)
+    checks.require_like("k_cache", k_cache, "q", q)
+    _check_heads(q, k_cache)
+    _check_tables(q, block_tables, context_lens, cu_seqlens_q)
+    if alibi_slopes is not None:
+        _check_alibi_slopes(alibi_slopes, q, block_tables)
+    if sinks is not None:
+        checks.require_shape("sinks", sinks, "(H,)", (q.shape[1],))
+        checks.require_dtype("sinks", sinks, (torch.float32, q.dtype))
+        checks.require_device("sinks", sinks, "q", q)
+    require_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks)
+    return describe_attention(
+        q, k_cache, v_cache, block_tables, cu_seqlens_q, alibi_slopes, sinks, window, softcap
+    )
+
+
+def describe_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    window: tuple[int, int],
+    softcap: float,
+) -> AttentionProblem:
+    """Describe valid arguments of `paged_attention`."""
+    tokens, heads, head_dim = q.shape
+    _, block_size, heads_kv, head_dim_v = v_cache.shape
+    sequences, max_blocks = block_tables.shape
+    return AttentionProblem(
+        q.device,
+        q.dtype,
+        tokens,
+        sequences,
+        heads,
+        heads_kv,
+        head_dim,
+        head_dim_v,
+        block_size,
+        max_blocks,
+        cu_seqlens_q is not None,
+        window,
+        softcap,
+        alibi_slopes is not None,
+        sinks is not None,
+    )
+
+
+def append_problem(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> AppendProblem:
+    """Validate the arguments of `append_to_cache` and describe the problem they pose."""
+    checks.require_rank("k", k, "(T, H_KV, D)")
+    checks.require_dtype("k", k, DTYPES)
+    _check_caches(k_cache, v_cache)
+    checks.require_like("k_cache", k_cache, "k", k)
+    checks.require_like("v", v, "k", k)
+    tokens = k.shape[0]
+    checks.require_shape("k", k, "(T, H_KV, D)", (tokens, *k_cache.shape[2:]))
+    checks.require_shape("v", v, "(T, H_KV, D_v)", (tokens, *v_cache.shape[2:]))
+    checks.require_shape("slot_mapping", slot_mapping, "(T,)", (tokens,))
+    checks.require_dtype("slot_mapping", slot_mapping, (torch.int64, torch.int32))
+    checks.require_device("slot_mapping", slot_mapping, "k", k)
+    require_no_grad(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    return describe_append(k, v, k_cache)
+
+
+def describe_append(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor) -> AppendProblem:
+    """Describe valid arguments of `append_to_cache`."""
+    tokens, heads_kv, head_dim = k.shape
+    return AppendProblem(
+        k.device, k.dtype, tokens, heads_kv, head_dim, v.shape[2], k_cache.shape[1]
+    )
+
+
+def require_no_grad(**tensors: torch.Tensor | None) -> None:
+    """Refuse tensors whose gradient autograd would ask for: serving has no backward pass."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise UnsupportedProblemError(
+                f"{name} must not require a gradient, a paged cache has no backward pass: call "
+                "under torch.no_grad() or detach it"
+            )
+
+
+def softmax_scale(value: Any, head_dim: int) -> float:
+    """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(value, torch.Tensor) or not -math.inf < value < math.inf:
+        raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
+    return float(value)
+
+
+def softcap(value: Any) -> float:
+    """Return the cap of the scores, 0 for none."""
+    if isinstance(value, torch.Tensor) or not 0.0 <= value < math.inf:
+        raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
+    return float(value)
+
+
+def window(causal: Any, window_size: Sequence[int]) -> tuple[int, int]:
+    """Return (left, right) with -1 for an open side; causal closes the right side at 0."""
+    if not isinstance(causal, bool):
+        raise UnsupportedProblemError(
+            "causal must be True or False: a value for each sequence is not supported yet, got "
+            f"{type(causal).__name__}"
+        )
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must have two entries (left, right), got {window_size!r}")
+    left, right = int(window_size[0]), int(window_size[1])
+    if causal:
+        right = 0
+    return (left if left >= 0 else -1), (right if right >= 0 else -1)
+
+
+def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    checks.require_rank("k_cache", k_cache, CACHE_SYMBOLS)
+    checks.require_rank("v_cache", v_cache, "(num_blocks, block_size, H_KV, D_v)")
+    if k_cache.dtype not in DTYPES:
+        raise UnsupportedProblemError(
+            f"k_cache must have the dtype of the keys: quantised caches are not supported yet, got "
+            f"{k_cache.dtype}"
+        )
+    checks.require_like("v_cache", v_cache, "k_cache", k_cache)
+    expected = (*k_cache.shape[:3], v_cache.shape[3])
+    checks.require_shape("v_cache", v_cache, "(num_blocks, block_size, H_KV, D_v)", expected)
+    if 0 in k_cache.shape[:2]:
+        raise ValueError(f"k_cache must have a slot, got shape {tuple(k_cache.shape)}")
+    checks.require_range("the head dimension of k_cache", k_cache.shape[3], 1, MAX_HEAD_DIM)
+    checks.require_range("the head dimension of v_cache", v_cache.shape[3], 1, MAX_HEAD_DIM)
+
+
+def _check_heads(q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(
+            f"q and k_cache must have the same head dimension, got {q.shape[2]} and "
+            f"{k_cache.shape[3]}"
+        )
+    checks.require_multiple(
+        "the number of heads of q", q.shape[1], "that of k_cache", k_cache.shape[2]
+    )
+
+
+def _check_tables(
+    q: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+) -> None:
+    checks.require_rank("block_tables", block_tables, "(B, max_blocks)")
+    sequences = block_tables.shape[0]
+    checks.require_shape("context_lens", context_lens, "(B,)", (sequences,))
+    integers = {"block_tables": block_tables, "context_lens": context_lens}
+    if cu_seqlens_q is None:
+        if q.shape[0] != sequences:
+            raise ValueError(
+                "q must have one query for each row of block_tables where cu_seqlens_q is None, "
+                f"got {q.shape[0]} queries and {sequences} rows"
+            )
+    else:
+        checks.require_shape("cu_seqlens_q", cu_seqlens_q, "(B + 1,)", (sequences + 1,))
+        integers["cu_seqlens_q"] = cu_seqlens_q
+    for name, tensor in integers.items():
+        checks.require_dtype(name, tensor, (torch.int32,))
+        checks.require_device(name, tensor, "q", q)
+
+
+def _check_alibi_slopes(
+    alibi_slopes: torch.Tensor, q: torch.Tensor, block_tables: torch.Tensor
+) -> None:
+    checks.require_tensor("alibi_slopes", alibi_slopes)
+    heads, sequences = q.shape[1], block_tables.shape[0]
+    if tuple(alibi_slopes.shape) not in ((heads,), (sequences, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape (H,) = ({heads},) or (B, H) = ({sequences}, {heads}), "
+            f"got {tuple(alibi_slopes.shape)}"
+        )
+    checks.require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
+    checks.require_device("alibi_slopes", alibi_slopes, "q", q)

@@ -1,0 +1,110 @@
+"""The operators torch.compile, torch.export and opcheck see.
+
+``attn_paged::attention`` reads a cache, ``attn_paged::append_to_cache`` writes to one in place.
+Neither has a gradient: a cache serves a model that has been trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attn_core import backends
+from attn_core.errors import UnsupportedProblemError
+from attn_core.library import Operator
+from attn_paged.checks import describe_append, describe_attention
+
+ATTENTION = "attn_paged::attention"
+APPEND = "attn_paged::append_to_cache"
+
+
+def _attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    window = (window_left, window_right)
+    if backend == backends.AUTO:  # only a compiled graph leaves the choice to this point
+        problem = describe_attention(
+            q, k_cache, v_cache, block_tables, cu_seqlens_q, alibi_slopes, sinks, window, softcap
+        )
+        backend = backends.resolve(ATTENTION, problem)
+    return backends.implementation(ATTENTION, backend)(  # type: ignore[no-any-return]
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        context_lens,
+        cu_seqlens_q,
+        alibi_slopes,
+        sinks,
+        scale,
+        window,
+        softcap,
+    )
+
+
+def _attention_fake(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, heads, _head_dim = q.shape
+    out = q.new_empty((tokens, heads, v_cache.shape[3]))
+    return out, q.new_empty((heads, tokens), dtype=lse_dtype(q.dtype))
+
+
+def _append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    backend: str,
+) -> None:
+    if backend == backends.AUTO:
+        backend = backends.resolve(APPEND, describe_append(k, v, k_cache))
+    backends.implementation(APPEND, backend)(k, v, k_cache, v_cache, slot_mapping)
+
+
+def _append_fake(*_: Any) -> None:
+    return None
+
+
+def _refuse_gradient(*_: Any) -> Any:
+    raise UnsupportedProblemError(
+        "a paged cache has no backward pass: call its operators under torch.no_grad()"
+    )
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, except for float64 problems."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+attention = Operator(
+    ATTENTION,
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"
+    " Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sinks, float scale, int window_left,"
+    " int window_right, float softcap, str backend) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+    autograd=_refuse_gradient,
+)
+append_to_cache = Operator(
+    APPEND,
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
+    " str backend) -> ()",
+    _append,
+    _append_fake,
+    autograd=_refuse_gradient,
+)
