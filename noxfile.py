@@ -51,7 +51,7 @@ TRITON_STACKS = [stack for stack in STACKS if "-triton-" in stack]
 # hatchling asks for editables only when it meets an editable install
 BUILD_BACKEND = [*PYPROJECT["attn-core"]["build-system"]["requires"], "editables"]
 DEVICES = ("cpu", "cuda", "hip", "vulkan")
-OTHER_TESTS = ("benchmarks/tests", "ci/tests", "demos/tests")
+OTHER_TESTS = ("benchmarks/tests", "ci/tests", "demos/tests", "docs/tests")
 CPU_TESTS = "not gpu and not interpret and not compile"
 # The default changes in Triton 3.10, and with it the last bits of results.
 RUN_ENV = {"TRITON_DEFAULT_FP_FUSION": "1"}
