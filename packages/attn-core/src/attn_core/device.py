@@ -49,7 +49,7 @@ def device_info(device: torch.device | str) -> DeviceInfo:
     'cpu'
     """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     return _device_info(device)
 

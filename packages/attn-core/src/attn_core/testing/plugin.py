@@ -32,6 +32,13 @@ _MARKERS = (
     "interpret: runs Triton kernels in the interpreter, needs TRITON_INTERPRET=1",
     "compile: compiles Triton kernels ahead of time, needs no GPU",
 )
+# Triton's interpreter computes with numpy, which warns of what a GPU does silently. An invalid
+# value (inf - inf) stays an error: kernels are written so that there is none.
+_INTERPRETER_WARNINGS = (
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
+    "ignore:divide by zero encountered:RuntimeWarning",
+    "ignore:overflow encountered:RuntimeWarning",
+)
 _extra_devices: dict[str, Callable[[], bool]] = {}
 
 
@@ -70,6 +77,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
+    if _is_interpreting():
+        for warning in _INTERPRETER_WARNINGS:
+            config.addinivalue_line("filterwarnings", warning)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -128,15 +138,18 @@ def _present_devices() -> dict[str, list[torch.device]]:
     return present
 
 
+def _is_interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _reasons_to_skip(config: pytest.Config) -> dict[str, str]:
     name = config.getoption("--device")
-    is_interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     reasons = {}
     if name == "cpu":
         reasons["gpu"] = "needs --device cuda, hip or another GPU"
     elif find_device(name) is None:
         reasons["gpu"] = f"no {name} device"
-    if not is_interpreting:
+    if not _is_interpreting():
         reasons["interpret"] = "needs TRITON_INTERPRET=1"
     else:
         reasons["compile"] = "cannot compile under TRITON_INTERPRET=1"

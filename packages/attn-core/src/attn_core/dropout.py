@@ -1,0 +1,121 @@
+"""Which attention weights dropout keeps, the same bits on every device and for every tiling.
+
+The weight of query i and key j, head h, batch element b stays where
+
+    word[j % 4] >> 1  >=  floor(p 2**31),    word = Philox4x32-10(key, counter),
+
+    key = (seed mod 2**32, seed div 2**32),    counter = (j div 4, i, offset, 65536 b + h).
+
+Nothing else matters: neither tile sizes nor the order of programs. A kernel draws the mask again
+in its backward pass. `attn_core.tiles.dropout` computes it tile by tile. Philox: Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ROUNDS = 10
+_MULTIPLIER_0, _MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+_MAX_HEADS = 65536
+
+
+def threshold(p: float) -> int:
+    """Return the integer that a 31-bit random number must reach for its weight to stay.
+
+    Parameters
+    ----------
+    p : float
+        Probability that a weight is dropped, ``0 <= p < 1``.
+
+    Returns
+    -------
+    int
+        In ``[0, 2**31)``.
+
+    Raises
+    ------
+    ValueError
+        `p` is not a probability below 1.
+
+    Examples
+    --------
+    >>> from attn_core.dropout import threshold
+    >>> threshold(0.5) == 2**30
+    True
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p must be at least 0 and below 1, got {p}")
+    return int(p * 2**31)
+
+
+def keep_mask(
+    shape: tuple[int, int, int, int],
+    p: float,
+    seed: int,
+    offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Compute the whole mask in plain torch.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (B, H, M, N): batch, heads, queries, keys. B and H at most 65536.
+    p : float
+        Probability that a weight is dropped, ``0 <= p < 1``.
+    seed : int
+        64 bits; a negative number counts as its two's complement.
+    offset : int, default 0
+        Which of the calls with this seed, modulo 2**32.
+    device : torch.device or str, default "cpu"
+        Where to compute it.
+
+    Returns
+    -------
+    Tensor, shape (B, H, M, N), bool
+        True where the weight stays. Those that stay are to be scaled by ``1 / (1 - p)``.
+
+    Raises
+    ------
+    ValueError
+        `p` is not a probability below 1, or there are too many heads.
+
+    Examples
+    --------
+    >>> from attn_core.dropout import keep_mask
+    >>> keep_mask((1, 1, 2, 6), p=0.5, seed=0).long()
+    tensor([[[[0, 1, 1, 1, 1, 0],
+              [0, 1, 0, 0, 0, 1]]]])
+    """
+    limit = threshold(p)
+    batch, heads, len_q, len_k = shape
+    if batch > _MAX_HEADS or heads > _MAX_HEADS:
+        raise ValueError(f"shape must have B and H of at most {_MAX_HEADS}, got {shape}")
+    b, h, i = (torch.arange(size, device=device) for size in (batch, heads, len_q))
+    quad = torch.arange((len_k + 3) // 4, device=device)
+    head = (b[:, None] * _MAX_HEADS + h)[:, :, None, None]
+    words = _philox(seed, (quad, i[:, None], torch.full_like(head, offset & _WORD), head))
+    return (torch.stack(words, dim=-1).flatten(-2)[..., :len_k] >> 1) >= limit
+
+
+def _philox(seed: int, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10 on 32-bit words in int64 tensors that broadcast."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    key_0, key_1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(_ROUNDS):
+        high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
+        high_2, low_2 = _multiply(c2, _MULTIPLIER_2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ key_0, low_2, high_0 ^ c3 ^ key_1, low_0
+        key_0, key_1 = (key_0 + _WEYL_0) & _WORD, (key_1 + _WEYL_1) & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(word: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of a 64-bit product, in halves that fit a signed integer."""
+    upper, lower = word * (constant >> 16), word * (constant & 0xFFFF)
+    high = (upper + (lower >> 16)) >> 16
+    low = (((upper & 0xFFFF) << 16) + lower) & _WORD
+    return high, low
