@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from packages import changed_files, dependents, names
+from repository import changed_files, dependents, names
 
 # A change here can change any package.
 COMMON = ("ci/", "shared/", ".ci/", ".github/", "noxfile.py", "pyproject.toml")

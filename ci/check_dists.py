@@ -8,7 +8,7 @@ import zipfile
 from email import message_from_string
 from pathlib import Path
 
-from packages import ROOT, git, pyproject
+from repository import ROOT, git, pyproject
 
 
 def sources(package: str) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from packages import changed_files
+from repository import changed_files
 
 
 def is_silent(package: str, files: list[str]) -> bool:

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from packages import ROOT, git
+from repository import ROOT, git
 
 RELEASE_BRANCH = "main"
 

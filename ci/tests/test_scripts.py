@@ -5,7 +5,7 @@ import pytest
 import changed
 import check_fragments
 import check_release
-import packages
+import repository
 
 
 @pytest.mark.parametrize(
@@ -13,9 +13,9 @@ import packages
     [
         ("packages/attn-flash/src/attn_flash/api.py", ["attn-all", "attn-flash"]),
         ("packages/attn-all/README.md", ["attn-all"]),
-        ("packages/attn-core/src/attn_core/checks.py", packages.names()),
-        ("shared/constraints/minimums.txt", packages.names()),
-        ("noxfile.py", packages.names()),
+        ("packages/attn-core/src/attn_core/checks.py", repository.names()),
+        ("shared/constraints/minimums.txt", repository.names()),
+        ("noxfile.py", repository.names()),
         ("README.md", []),
         ("packages/README.md", []),
     ],
@@ -26,7 +26,7 @@ def test_a_change_affects_its_package_and_what_depends_on_it(file, wanted):
 
 
 def test_every_operator_package_depends_on_core():
-    assert packages.dependents("attn-core") == set(packages.names())
+    assert repository.dependents("attn-core") == set(repository.names())
 
 
 @pytest.mark.parametrize(
