@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 _libraries: dict[str, torch.library.Library] = {}
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+# Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
 
 
 class Operator:
@@ -76,17 +77,18 @@ class Operator:
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
     """Whether autograd will ask for the gradient of a tensor among `args`."""
-    return torch.is_grad_enabled() and any(
-        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
-    )
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def is_plain_eager(args: tuple[Any, ...]) -> bool:
     """Whether nothing watches the call: no compiler, mode, transform or tensor subclass."""
-    if torch.compiler.is_compiling():
-        return False
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(arg) in _PLAIN_TYPES for arg in args if isinstance(arg, torch.Tensor))
+        and _PLAIN_TYPES.issuperset(map(type, args))
     )

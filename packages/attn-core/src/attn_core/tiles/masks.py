@@ -58,14 +58,14 @@ def query_blocks(
     """Cut the queries that may see the keys from `start_n` on into three runs of blocks.
 
     Returns lo, full_lo, full_hi, hi as `key_blocks` does, in queries and multiples of BLOCK_M.
-    Queries and keys past the end count as visible: the caller makes them contribute nothing.
+    Keys past the end count as visible: what they gather is never stored.
     """
     first = start_n - (N - M)
     last = start_n + BLOCK_N - 1 - (N - M)
     lo = 0
     full_lo = 0
     hi = M
-    full_hi = M
+    full_hi = M // BLOCK_M * BLOCK_M
     if HAS_RIGHT:
         lo = tl.maximum(first - right, 0) // BLOCK_M * BLOCK_M
         full_lo = (tl.maximum(last - right, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M

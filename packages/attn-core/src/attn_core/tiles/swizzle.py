@@ -5,18 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_of_head(pid, num_tiles, num_heads, heads_per_group, LONGEST_LAST: tl.constexpr):
-    """Map a program to (tile, head), heads in groups that fit the L2 cache together.
+def tile_of_head(pid, num_tiles, num_heads, heads_per_group, WORK: tl.constexpr):
+    """Map a program to (tile, head); WORK is how the tiles of a head compare.
 
-    Within a group the head changes fastest, so programs that run at the same time do work of the
-    same length; with LONGEST_LAST the tiles are walked backwards and the longest start first.
+    Tiles of "even" work go head after head, so neighbours share keys and values. Where the work is
+    "growing" or "shrinking" with the tile, heads go in groups that fit the L2 cache together, the
+    longest tiles of a group first and its heads fastest: that keeps the last wave short.
     """
+    if WORK == "even":
+        return pid % num_tiles, pid // num_tiles
     group_size = num_tiles * heads_per_group
-    group = pid // group_size
-    first_head = group * heads_per_group
+    first_head = pid // group_size * heads_per_group
     heads = tl.minimum(num_heads - first_head, heads_per_group)
-    rank = pid - group * group_size
+    rank = pid % group_size
     tile = rank // heads
-    if LONGEST_LAST:
+    if WORK == "growing":
         tile = num_tiles - 1 - tile
     return tile, first_head + rank % heads

@@ -13,10 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.softmax import LOG2_E
 from attn_core.tiles.swizzle import tile_of_head
-from attn_flash._triton import configs, launch
+from attn_flash._triton import configs, problem
 
 
 # fmt: off
@@ -69,16 +71,16 @@ def _attention_backward_dq_kernel(
     lse_ptr,  # [B, H, M], contiguous
     dlse_ptr,  # the same, with HAS_DLSE
     dq_ptr, stride_dqb, stride_dqm, stride_dqh, stride_dqd,
-    rows_ptr,  # [2, B, H, M], contiguous: delta, and lse in units of log2
+    rows_ptr,  # [B, H, M, 2], contiguous: lse in units of log2, and delta
     M, N, H, num_tiles, num_heads, heads_per_group,
     scale, scale_log2, left, right,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     pid_m, pid_bh = tile_of_head(
-        tl.program_id(0), num_tiles, num_heads, heads_per_group, LONGEST_LAST=HAS_RIGHT
+        tl.program_id(0), num_tiles, num_heads, heads_per_group, "growing" if HAS_RIGHT else "even"
     )
     b = (pid_bh // H).to(tl.int64)
     h = (pid_bh % H).to(tl.int64)
@@ -102,11 +104,11 @@ def _attention_backward_dq_kernel(
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
-    lse_log2 = tl.load(lse_ptr + row, mask=mask_m, other=float("inf")) * 1.4426950408889634
+    lse_log2 = tl.load(lse_ptr + row, mask=mask_m, other=float("inf")) * LOG2_E
     # A row without keys has lse -inf; +inf makes its probabilities 0 instead of NaN.
     lse_log2 = tl.where(lse_log2 == -float("inf"), float("inf"), lse_log2)
-    tl.store(rows_ptr + row, delta, mask=mask_m)
-    tl.store(rows_ptr + tl.cast(num_heads, tl.int64) * M + row, lse_log2, mask=mask_m)
+    tl.store(rows_ptr + 2 * row, lse_log2, mask=mask_m)
+    tl.store(rows_ptr + 2 * row + 1, delta, mask=mask_m)
 
     k_ptr += b * stride_kb + h_kv * stride_kh
     v_ptr += b * stride_vb + h_kv * stride_vh
@@ -132,7 +134,7 @@ def _attention_backward_dq_kernel(
         dq, q, do, lse_log2, delta, position,
         k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
         full_hi, hi, N, scale_log2, left, right,
-        HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_N, BLOCK_D,
+        HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_N, BLOCK_D,
     )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
@@ -146,7 +148,7 @@ def _accumulate_dk_dv(
     dk, dv, k, v, offs_key,
     q_ptr, stride_qm, stride_qd,
     do_ptr, stride_dom, stride_dod,
-    delta_ptr, lse_log2_ptr,
+    row_ptr,
     lo, hi, M, N, scale_log2, left, right,
     HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,11 +165,15 @@ def _accumulate_dk_dv(
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
-        q = load_tile(q_ptr + q_offs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
-        do = load_tile(do_ptr + do_offs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
-        # Queries past the end get probability exp2(score - inf) = 0.
-        lse_log2 = tl.load(lse_log2_ptr + start_m + offs_m, mask=mask_m, other=float("inf"))
-        delta = tl.load(delta_ptr + start_m + offs_m, mask=mask_m, other=0.0)
+        q = load_tile(q_ptr + q_offs, mask_m, mask_d, MASKED, PAD_D)  # [BLOCK_M, BLOCK_D]
+        do = load_tile(do_ptr + do_offs, mask_m, mask_d, MASKED, PAD_D)  # [BLOCK_M, BLOCK_D]
+        # Both in one load: two loads of BLOCK_M numbers would be made by every thread.
+        row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
+        if MASKED:
+            row = tl.load(row_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, 2]
+        else:
+            row = tl.load(row_ptrs)
+        lse_log2, delta = tl.split(row)
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         p_t = tl.math.exp2(scores_t * scale_log2 - lse_log2[None, :])
@@ -176,7 +182,7 @@ def _accumulate_dk_dv(
             visible = is_visible(
                 position[None, :], offs_key[:, None], N, left, right, HAS_LEFT, HAS_RIGHT
             )
-            p_t = tl.where(visible, p_t, 0.0)
+            p_t = tl.where(visible & mask_m[None, :], p_t, 0.0)
         dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -192,18 +198,18 @@ def _attention_backward_dk_dv_kernel(
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
     do_ptr, stride_dob, stride_dom, stride_doh, stride_dod,
-    rows_ptr,  # [2, B, H, M], contiguous: delta, and lse in units of log2
+    rows_ptr,  # [B, H, M, 2], contiguous: lse in units of log2, and delta
     dk_ptr, stride_dkb, stride_dkn, stride_dkh, stride_dkd,
     dv_ptr, stride_dvb, stride_dvn, stride_dvh, stride_dvd,
     M, N, H_KV, num_tiles, num_heads, heads_per_group,
     scale, scale_log2, left, right,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     pid_n, pid_bh = tile_of_head(
-        tl.program_id(0), num_tiles, num_heads, heads_per_group, LONGEST_LAST=False
+        tl.program_id(0), num_tiles, num_heads, heads_per_group, "shrinking" if HAS_RIGHT else "even"
     )
     b = (pid_bh // H_KV).to(tl.int64)
     h_kv = (pid_bh % H_KV).to(tl.int64)
@@ -229,28 +235,26 @@ def _attention_backward_dk_dv_kernel(
         h = h_kv * GROUP + g
         q_head = q_ptr + b * stride_qb + h * stride_qh
         do_head = do_ptr + b * stride_dob + h * stride_doh
-        delta_ptr = rows_ptr + (pid_bh.to(tl.int64) * GROUP + g) * M
-        lse_log2_ptr = delta_ptr + tl.cast(num_heads, tl.int64) * GROUP * M
+        row_ptr = rows_ptr + 2 * (pid_bh.to(tl.int64) * GROUP + g) * M
         if HAS_RIGHT:
             dk, dv = _accumulate_dk_dv(
                 dk, dv, k, v, start_n + offs_n,
                 q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-                delta_ptr, lse_log2_ptr, lo, full_lo, M, N, scale_log2, left, right,
+                row_ptr, lo, full_lo, M, N, scale_log2, left, right,
                 HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         dk, dv = _accumulate_dk_dv(
             dk, dv, k, v, start_n + offs_n,
             q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-            delta_ptr, lse_log2_ptr, full_lo, full_hi, M, N, scale_log2, left, right,
+            row_ptr, full_lo, full_hi, M, N, scale_log2, left, right,
             HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        if HAS_LEFT:
-            dk, dv = _accumulate_dk_dv(
-                dk, dv, k, v, start_n + offs_n,
-                q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-                delta_ptr, lse_log2_ptr, full_hi, hi, M, N, scale_log2, left, right,
-                HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
+        dk, dv = _accumulate_dk_dv(
+            dk, dv, k, v, start_n + offs_n,
+            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
+            row_ptr, full_hi, hi, M, N, scale_log2, left, right,
+            HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_M, BLOCK_D,
+        )  # fmt: skip
 
     mask = mask_n[:, None] & mask_d[None, :]
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + first_key * stride_dkn
@@ -259,6 +263,10 @@ def _attention_backward_dk_dv_kernel(
     dv_ptr += b * stride_dvb + h_kv * stride_dvh + first_key * stride_dvn
     dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dvn, offs_d, stride_dvd)
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+_launch_dq = Launcher(_attention_backward_dq_kernel)
+_launch_dk_dv = Launcher(_attention_backward_dk_dv_kernel)
 
 
 def attention_backward(
@@ -273,54 +281,84 @@ def attention_backward(
     window: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
-    B, M, H, D = q.shape
-    N, H_KV = k.shape[1:3]
-    if B * M * N == 0:
+    B, M, H, _ = q.shape
+    N = k.shape[1]
+    if B * M * H * N == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    rows = q.new_empty((2, B, H, M), dtype=torch.float32)
+    rows = q.new_empty((B, H, M, 2), dtype=torch.float32)
+    dq = _dq(dout, dlse, q, k, v, out, lse, rows, scale, window)
+    dk, dv = _dk_dv(dout, q, k, v, rows, scale, window)
+    return dq, dk, dv
+
+
+def _dq(dout, dlse, q, k, v, out, lse, rows, scale, window):
+    """Compute dq, and fill `rows` (B, H, M, 2) for `_dk_dv`."""
+    B, M, H, D = q.shape
+    _, N, H_KV, _ = k.shape
     left, right = window
-    common = {
-        "scale": scale,
-        "scale_log2": scale * launch.LOG2_E,
-        "left": left,
-        "right": right,
-        "GROUP": H // H_KV,
-        "HEAD_DIM": D,
-        "HAS_LEFT": left >= 0,
-        "HAS_RIGHT": right >= 0,
-        "PRECISION": launch.dot_precision(q),
-        "BLOCK_D": launch.padded_head_dim(D),
-    }
-    with launch.on_device(q):
-        config = configs.backward_dq(q, k, window)
-        num_tiles = triton.cdiv(M, config.block_m)
-        _attention_backward_dq_kernel[(num_tiles * B * H,)](
-            q, *q.stride(),
-            k, *k.stride(),
-            v, *v.stride(),
-            out, *out.stride(),
-            dout, *dout.stride(),
+    dq = q.new_empty(q.shape)
+    config = configs.tiles(configs.BACKWARD_DQ, q, k, window)
+    num_tiles = problem.ceil_div(M, config.block_m)
+    tensors = (q, k, v, out, dout, dq)
+    strides = tuple(tensor.stride() for tensor in tensors)
+    _launch_dq(
+        num_tiles * B * H,
+        strides=strides,
+        args=(
+            q, *strides[0],
+            k, *strides[1],
+            v, *strides[2],
+            out, *strides[3],
+            dout, *strides[4],
             lse,
             None if dlse is None else dlse.contiguous(),
-            dq, *dq.stride(),
+            dq, *strides[5],
             rows,
-            M, N, H, num_tiles, B * H, launch.heads_per_group(k),
-            HAS_DLSE=dlse is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages, **common,
-        )  # fmt: skip
-        config = configs.backward_dk_dv(q, k, window)
-        num_tiles = triton.cdiv(N, config.block_n)
-        _attention_backward_dk_dv_kernel[(num_tiles * B * H_KV,)](
-            q, *q.stride(),
-            k, *k.stride(),
-            v, *v.stride(),
-            dout, *dout.stride(),
+            M, N, H, num_tiles, B * H, problem.heads_per_group(k),
+            scale, scale * problem.LOG2_E, left, right,
+        ),
+        constexprs={
+            "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "HAS_DLSE": dlse is not None, "PRECISION": problem.dot_precision(q),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "TAIL_N": problem.tail_block(N, config.block_n, window) or config.block_n,
+            "BLOCK_D": problem.padded_head_dim(D),
+        },
+        config=config,
+    )  # fmt: skip
+    return dq
+
+
+def _dk_dv(dout, q, k, v, rows, scale, window):
+    """Compute dk and dv from the `rows` that `_dq` left."""
+    B, M, H, D = q.shape
+    _, N, H_KV, _ = k.shape
+    left, right = window
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    config = configs.tiles(configs.BACKWARD_DK_DV, q, k, window)
+    num_tiles = problem.ceil_div(N, config.block_n)
+    tensors = (q, k, v, dout, dk, dv)
+    strides = tuple(tensor.stride() for tensor in tensors)
+    _launch_dk_dv(
+        num_tiles * B * H_KV,
+        strides=strides,
+        args=(
+            q, *strides[0],
+            k, *strides[1],
+            v, *strides[2],
+            dout, *strides[3],
             rows,
-            dk, *dk.stride(),
-            dv, *dv.stride(),
-            M, N, H_KV, num_tiles, B * H_KV, launch.heads_per_group(q),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages, **common,
-        )  # fmt: skip
-    return dq, dk, dv
+            dk, *strides[4],
+            dv, *strides[5],
+            M, N, H_KV, num_tiles, B * H_KV, problem.heads_per_group(q),
+            scale, scale * problem.LOG2_E, left, right,
+        ),
+        constexprs={
+            "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "PRECISION": problem.dot_precision(q), "BLOCK_M": config.block_m,
+            "TAIL_M": problem.tail_block(M, config.block_m, window) or config.block_m,
+            "BLOCK_N": config.block_n, "BLOCK_D": problem.padded_head_dim(D),
+        },
+        config=config,
+    )  # fmt: skip
+    return dk, dv

@@ -1,22 +1,111 @@
-"""Tiles of the kernels: the tuned rows, and how a problem finds its row."""
+"""Tiles of the three kernels: rows measured on an H200, and how a problem finds its row.
+
+A row's key is (BLOCK_D, bytes of an element, shape): the shape is "short" up to 1024 tokens, where
+many small tiles beat few large ones, else "causal" or "full"; any window counts as causal.
+"""
+
+from __future__ import annotations
 
 import torch
 
-from attn_flash._triton import launch
-from collections import namedtuple
-TileConfig = namedtuple("TileConfig", "block_m block_n num_warps num_stages")
+from attn_core.tuning import Table, TileConfig, pick
+from attn_flash._triton.problem import padded_head_dim
 
-OVERRIDE = {}
+SHORT = 1024  # tokens
+_SHAPES = ("short", "causal", "full")
 
-def _pick(name, d):
-    if name in OVERRIDE: return OVERRIDE[name]
-    return TileConfig(64, 32 if d >= 128 else 64, 4, 2)
 
-def forward(q, k, window):
-    return _pick("fwd", q.shape[3])
+def _rows(scope: str, *rows: tuple[int, str, TileConfig]) -> dict[tuple[int | str, ...], TileConfig]:
+    """Rows of 16-bit elements: (BLOCK_D, shape or "any", config)."""
+    return {
+        (scope, block_d, 2, shape): config
+        for block_d, wanted, config in rows
+        for shape in (_SHAPES if wanted == "any" else (wanted,))
+    }
 
-def backward_dq(q, k, window):
-    return _pick("dq", q.shape[3])
 
-def backward_dk_dv(q, k, window):
-    return _pick("dkdv", q.shape[3])
+def _large_heads(scope: str, config: TileConfig) -> dict[tuple[int | str, ...], TileConfig]:
+    """Rows of the tiles that fill shared memory: head dimension 256, and float32 from 128 on."""
+    return {
+        (scope, block_d, size, shape): config
+        for block_d, size in ((256, 2), (128, 4), (256, 4))
+        for shape in _SHAPES
+    }
+
+
+FORWARD = Table(
+    "attn_flash.forward",
+    rows={
+        **_large_heads("*", TileConfig(32, 32, 4, 1)),
+        **_rows(
+            "sm_90",
+            (16, "any", TileConfig(64, 64, 4, 3)),
+            (32, "any", TileConfig(64, 64, 4, 3)),
+            (64, "short", TileConfig(64, 64, 4, 3)),
+            (64, "causal", TileConfig(128, 64, 8, 3)),
+            (64, "full", TileConfig(128, 64, 8, 3)),
+            (128, "short", TileConfig(64, 64, 4, 3)),
+            (128, "causal", TileConfig(64, 64, 4, 3)),
+            (128, "full", TileConfig(128, 64, 8, 3)),
+            (256, "any", TileConfig(128, 64, 8, 2)),
+        ),
+    },
+    default=TileConfig(64, 32, 4, 2),
+    candidates=[
+        TileConfig(block_m, block_n, warps, stages)
+        for block_m, warps in ((64, 4), (128, 4), (128, 8))
+        for block_n in (32, 64, 128)
+        for stages in (1, 2, 3)
+    ],
+    sources=("attn_flash._triton.forward",),
+)
+BACKWARD_DQ = Table(
+    "attn_flash.backward_dq",
+    rows={
+        **_large_heads("*", TileConfig(32, 32, 4, 1)),
+        **_rows(
+            "sm_90",
+            (16, "any", TileConfig(64, 64, 4, 3)),
+            (32, "any", TileConfig(64, 64, 4, 3)),
+            (64, "any", TileConfig(64, 64, 4, 3)),
+            (128, "any", TileConfig(128, 64, 8, 3)),
+            (256, "any", TileConfig(128, 32, 8, 2)),
+        ),
+    },
+    default=TileConfig(64, 32, 4, 2),
+    candidates=FORWARD.candidates,
+    sources=("attn_flash._triton.backward",),
+)
+BACKWARD_DK_DV = Table(
+    "attn_flash.backward_dk_dv",
+    rows={
+        **_large_heads("*", TileConfig(32, 32, 4, 1)),
+        **_rows(
+            "sm_90",
+            (16, "any", TileConfig(64, 64, 4, 3)),
+            (32, "any", TileConfig(64, 64, 4, 3)),
+            (64, "any", TileConfig(64, 64, 4, 3)),
+            (128, "short", TileConfig(64, 128, 8, 3)),
+            (128, "causal", TileConfig(64, 128, 8, 3)),
+            (128, "full", TileConfig(32, 64, 4, 3)),
+            (256, "any", TileConfig(64, 64, 8, 2)),
+        ),
+    },
+    default=TileConfig(32, 64, 4, 2),
+    candidates=[
+        TileConfig(block_m, block_n, warps, stages)
+        for block_n, warps in ((64, 4), (128, 4), (128, 8))
+        for block_m in (32, 64, 128)
+        for stages in (1, 2, 3)
+    ],
+    sources=("attn_flash._triton.backward",),
+)
+
+
+def tiles(table: Table, q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> TileConfig:
+    """Choose the tiles of one launch."""
+    if max(q.shape[1], k.shape[1]) <= SHORT:
+        shape = "short"
+    else:
+        shape = "full" if window == (-1, -1) else "causal"
+    return pick(table, q.device, (padded_head_dim(q.shape[3]), q.element_size(), shape))

@@ -4,11 +4,34 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import finish_softmax, online_softmax, online_softmax_masked
 from attn_core.tiles.swizzle import tile_of_head
-from attn_flash._triton import configs, launch
+from attn_flash._triton import configs, problem
+
+
+# fmt: off
+@triton.jit
+def _attend_block(
+    acc, m_i, l_i, q, k, v, position, offs_n,
+    N, scale_log2, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    # fmt: on
+    """Take one block of keys into the running softmax."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        visible = is_visible(
+            position[:, None], offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
+        )
+        m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, scale_log2, visible)
+    else:
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, scale_log2)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_i, l_i
 
 
 # fmt: off
@@ -34,17 +57,11 @@ def _attend(
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            visible = is_visible(
-                position[:, None], start_n + offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, scale_log2, visible)
-        else:
-            m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, scale_log2)
-        acc = acc * alpha[:, None]
         v = load_tile(v_ptr + v_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc, m_i, l_i = _attend_block(
+            acc, m_i, l_i, q, k, v, position, start_n + offs_n, N, scale_log2, left, right,
+            HAS_LEFT, HAS_RIGHT, MASKED, PRECISION,
+        )  # fmt: skip
         k_ptr += BLOCK_N * stride_kn
         v_ptr += BLOCK_N * stride_vn
     return acc, m_i, l_i
@@ -62,11 +79,11 @@ def _attention_forward_kernel(
     scale_log2, left, right,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     pid_m, pid_bh = tile_of_head(
-        tl.program_id(0), num_tiles, num_heads, heads_per_group, LONGEST_LAST=HAS_RIGHT
+        tl.program_id(0), num_tiles, num_heads, heads_per_group, "growing" if HAS_RIGHT else "even"
     )
     b = (pid_bh // H).to(tl.int64)
     h = (pid_bh % H).to(tl.int64)
@@ -89,6 +106,14 @@ def _attention_forward_kernel(
     lo, full_lo, full_hi, hi = key_blocks(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    if TAIL_N > 0:  # loaded ahead, so that nothing waits for it after the loop
+        tail_n = full_hi + tl.arange(0, TAIL_N)
+        mask_n = tail_n < N
+        first = tl.cast(full_hi, tl.int64)
+        k_offs = tile_offsets(tl.arange(0, TAIL_N), stride_kn, offs_d, stride_kd)
+        v_offs = tile_offsets(tl.arange(0, TAIL_N), stride_vn, offs_d, stride_vd)
+        k_tail = load_tile(k_ptr + first * stride_kn + k_offs, mask_n, mask_d, True, HEAD_DIM != BLOCK_D)
+        v_tail = load_tile(v_ptr + first * stride_vn + v_offs, mask_n, mask_d, True, HEAD_DIM != BLOCK_D)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -103,11 +128,17 @@ def _attention_forward_kernel(
         full_lo, full_hi, N, scale_log2, left, right,
         HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, position, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        full_hi, hi, N, scale_log2, left, right,
-        HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    if TAIL_N > 0:
+        acc, m_i, l_i = _attend_block(
+            acc, m_i, l_i, q, k_tail, v_tail, position, tail_n, N, scale_log2, left, right,
+            HAS_LEFT, HAS_RIGHT, True, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, position, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
+            full_hi, hi, N, scale_log2, left, right,
+            HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
 
     out, lse = finish_softmax(m_i, l_i, acc)
     tl.store(lse_ptr + pid_bh.to(tl.int64) * M + start_m + offs_m, lse, mask=mask_m)
@@ -116,31 +147,42 @@ def _attention_forward_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
 
 
+_launch = Launcher(_attention_forward_kernel)
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
     B, M, H, D = q.shape
-    N, H_KV = k.shape[1:3]
-    out = q.new_empty(q.shape)
+    _, N, H_KV, _ = k.shape
+    out = q.new_empty((B, M, H, D))
     lse = q.new_empty((B, H, M), dtype=torch.float32)
-    if out.numel() == 0:
+    if B * M * H == 0:
         return out, lse
     left, right = window
-    config = configs.forward(q, k, window)
-    num_tiles = triton.cdiv(M, config.block_m)
-    with launch.on_device(q):
-        _attention_forward_kernel[(num_tiles * B * H,)](
-            q, *q.stride(),
-            k, *k.stride(),
-            v, *v.stride(),
-            out, *out.stride(),
+    config = configs.tiles(configs.FORWARD, q, k, window)
+    num_tiles = problem.ceil_div(M, config.block_m)
+    q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
+    _launch(
+        num_tiles * B * H,
+        strides=(q_strides, k_strides, v_strides, out_strides),
+        args=(
+            q, *q_strides,
+            k, *k_strides,
+            v, *v_strides,
+            out, *out_strides,
             lse,
-            M, N, H, num_tiles, B * H, launch.heads_per_group(k),
-            abs(scale) * launch.LOG2_E, left, right,
-            GROUP=H // H_KV, HEAD_DIM=D, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-            NEGATE_Q=scale < 0, PRECISION=launch.dot_precision(q),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=launch.padded_head_dim(D),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            M, N, H, num_tiles, B * H, problem.heads_per_group(k),
+            abs(scale) * problem.LOG2_E, left, right,
+        ),
+        constexprs={
+            "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "NEGATE_Q": scale < 0, "PRECISION": problem.dot_precision(q),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "TAIL_N": problem.tail_block(N, config.block_n, window),
+            "BLOCK_D": problem.padded_head_dim(D),
+        },
+        config=config,
+    )  # fmt: skip
     return out, lse
