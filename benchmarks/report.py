@@ -142,6 +142,7 @@ def _draw_rates(result: Result, rows: Sequence[Row]) -> Any:
     for i, pass_ in enumerate(passes):
         for j, name in enumerate(series):
             chosen = [row for row in rows if row.pass_ == pass_ and row.series == name]
+            panels[i, j].set_visible(bool(chosen))
             for provider in _providers(chosen):
                 line = [row for row in chosen if row.provider == provider]
                 ours = line[0].kind == "ours"
@@ -154,7 +155,7 @@ def _draw_rates(result: Result, rows: Sequence[Row]) -> Any:
                 )
             unit = "TFLOP/s" if any(row.tflop_s for row in chosen) else "GB/s"
             _finish(panels[i, j], result, chosen, f"{name}, {pass_}", unit)
-    _legend(figure, panels[0, 0])
+    _legend(figure)
     return figure
 
 
@@ -174,7 +175,7 @@ def _draw_ratios(result: Result, rows: Sequence[Row]) -> Any:
             panel.plot(*points, "o-", label=name)
         panel.axhline(1.0, color="black", linewidth=0.8)
         _finish(panel, result, chosen, pass_, "best peer's time / ours")
-    _legend(figure, panels[0, 0])
+    _legend(figure)
     return figure
 
 
@@ -207,9 +208,10 @@ def _finish(panel: Any, result: Result, rows: Sequence[Row], title: str, unit: s
     panel.grid(alpha=0.3)
 
 
-def _legend(figure: Any, panel: Any) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+def _legend(figure: Any) -> None:
+    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
+    entries = {label: line for label, line in lines.items() if not label.startswith("_")}
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=9)
 
 
 def _rate(row: Row) -> float | None:
