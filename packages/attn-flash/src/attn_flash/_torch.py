@@ -14,6 +14,8 @@ import torch
 from attn_flash.reference import visible
 
 _BLOCK_BYTES = 1 << 27  # of one block of scores
+# Older kernels read past the end of k and v that have fewer heads than q.
+_CPU_KERNEL_TAKES_GQA = torch.__version__ >= "2.9"
 
 
 def attention(
@@ -22,9 +24,9 @@ def attention(
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
     if _fits_cpu_kernel(q, k, window):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_heads_first(q, k, v), 0.0, window[1] == 0, scale=scale
+            *_for_cpu_kernel(q, k, v), 0.0, window[1] == 0, scale=scale
         )
-        return out.transpose(1, 2), lse.contiguous()
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
     grouped, keys, values = _grouped(q, k), _keys(k), _keys(v)
     out = q.new_zeros(q.shape)
     lse = torch.full(_lse_shape(q), -torch.inf, dtype=keys.dtype, device=q.device)
@@ -49,11 +51,11 @@ def attention_backward(
     window: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
-    if dlse is None and q.shape[2] == k.shape[2] and _fits_cpu_kernel(q, k, window):
+    if dlse is None and _fits_cpu_kernel(q, k, window):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_heads_first(dout, q, k, v, out), lse, 0.0, window[1] == 0, scale=scale
+            *_for_cpu_kernel(dout, q, k, v, out), lse, 0.0, window[1] == 0, scale=scale
         )
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        dq, dk, dv = (grad.transpose(1, 2).contiguous() for grad in grads)
         return dq, dk, dv
     grouped, keys, values, douts = _grouped(q, k), _keys(k), _keys(v), _grouped(dout, k)
     lse = lse.unflatten(1, (k.shape[2], -1))  # [B, H_KV, G, M]
@@ -70,17 +72,28 @@ def attention_backward(
         dq[:, rows] = torch.einsum("bhgij,bhjd->bihgd", dscores, keys).flatten(2, 3).to(q.dtype)
         dk += torch.einsum("bhgij,bihgd->bhjd", dscores, grouped[:, rows])
         dv += torch.einsum("bhgij,bihgd->bhjd", probs, douts[:, rows])
-    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+    dk, dv = (grad.transpose(1, 2).to(k.dtype).contiguous() for grad in (dk, dv))
+    return dq, dk, dv
 
 
 def _fits_cpu_kernel(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
     # The kernel divides by sizes, so empty tensors kill the process; its causal mask is top-left.
     is_plain = window == (-1, -1) or (window == (-1, 0) and q.shape[1] == k.shape[1])
-    return is_plain and q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+    has_its_heads = _CPU_KERNEL_TAKES_GQA or q.shape[2] == k.shape[2]
+    return is_plain and has_its_heads and q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
 
 
-def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+def _for_cpu_kernel(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, S, H, D) as (B, H, S, D), copied where the kernel's matrix products would misread it."""
+    return tuple(
+        (tensor if _is_blas_matrix(tensor) else tensor.contiguous()).transpose(1, 2)
+        for tensor in tensors
+    )
+
+
+def _is_blas_matrix(x: torch.Tensor) -> bool:
+    # Rows of adjacent elements that do not overlap; the kernel takes anything for one unchecked.
+    return x.stride(3) == 1 and x.stride(1) >= x.shape[3]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -138,8 +138,11 @@ def flash_attn_qkvpacked_func(
     require_rank("qkv", qkv, "(B, S, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (B, S, 3, H, D), got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(2)
     return flash_attn_func(
-        *qkv.unbind(2),
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -195,9 +198,11 @@ def flash_attn_kvpacked_func(
     require_rank("kv", kv, "(B, N, 2, H_KV, D)")
     if kv.shape[2] != 2:
         raise ValueError(f"kv must have shape (B, N, 2, H_KV, D), got {tuple(kv.shape)}")
+    k, v = kv.unbind(2)
     return flash_attn_func(
         q,
-        *kv.unbind(2),
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -251,6 +256,7 @@ def flash_attention(
     >>> flash_attention(q, k, v, window_size=16).shape
     torch.Size([1, 4, 100, 32])
     """
+    _require_heads_first(q, k, v)
     if window_size == 0:
         raise ValueError("window_size must be positive, or negative for no window, got 0")
     reach = window_size - 1 if window_size > 0 else -1
@@ -309,6 +315,7 @@ def sdpa_triton_fa(
     _refuse_later_features(dropout_p, 0.0, None)
     if attn_mask is not None:
         raise UnsupportedProblemError("attn_mask must be None: masks are not supported yet")
+    _require_heads_first(q, k, v)
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(
             f"q and k must have the same number of heads without enable_gqa, got {q.shape[1]} "
@@ -364,12 +371,15 @@ def _attend_heads_first(
     window: tuple[int, int],
     backend: str,
 ) -> torch.Tensor:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        require_rank(name, tensor, "(B, H, S, D)")
     out, _ = _attend(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, window, backend
     )
     return out.transpose(1, 2)
+
+
+def _require_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require_rank(name, tensor, "(B, H, S, D)")
 
 
 def _refuse_later_features(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,16 +59,23 @@ def softmax_scale(value: float | None, head_dim: int) -> float:
     """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
     if value is None:
         return float(head_dim) ** -0.5
-    if isinstance(value, torch.Tensor) or not math.isfinite(value):
+    try:
+        is_number = not isinstance(value, torch.Tensor) and math.isfinite(value)
+    except TypeError:
+        is_number = False
+    if not is_number:
         raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
     return float(value)
 
 
 def window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
     """Return (left, right) with -1 for an open side; causal closes the right side at 0."""
-    if len(window_size) != 2:
-        raise ValueError(f"window_size must have two entries (left, right), got {window_size!r}")
-    left, right = int(window_size[0]), int(window_size[1])
+    try:
+        left, right = (operator.index(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size must be two integers (left, right), got {window_size!r}"
+        ) from None
     if causal:
         right = 0
     return (left if left >= 0 else -1), (right if right >= 0 else -1)

@@ -101,11 +101,12 @@ def _attention_backward_autograd(
     window_right: int,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients that can be differentiated again: the plain formula, recomputed in O(M N) memory."""
+    """Gradients to differentiate again: the plain formula, recomputed in O(M N) memory."""
     with torch.enable_grad():
+        # An input that needs no gradient still has to be part of the graph to be asked for.
+        q, k, v = (x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v))
         out, lse = reference.attention(q, k, v, scale, (window_left, window_right))
         outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse.to(lse)])
-        # An input that needs no gradient still has to be part of the graph to be asked for.
         return torch.autograd.grad(outputs, (q, k, v), grads, create_graph=True)
 
 
