@@ -1,0 +1,335 @@
+"""What the public functions refuse, and in which words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from attn_core import backends
+from attn_core.device import DeviceInfo
+from attn_flash import (
+    BackendUnavailableError,
+    FlashAttention,
+    UnsupportedProblemError,
+    _backends,
+    flash_attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    get_available_backends,
+    ops,
+    sdpa_triton_fa,
+)
+
+FLASH_ATTENTION_2_TAIL = [
+    "dropout_p",
+    "softmax_scale",
+    "causal",
+    "window_size",
+    "softcap",
+    "alibi_slopes",
+    "deterministic",
+    "return_attn_probs",
+]
+
+
+def tensors(**changes):
+    """Arguments q, k, v that fit one another, but for `changes`."""
+    fitting = {
+        "q": torch.zeros(2, 3, 4, 8),
+        "k": torch.zeros(2, 5, 2, 8),
+        "v": torch.zeros(2, 5, 2, 8),
+    }
+    return fitting | changes
+
+
+def packed_calls(**options):
+    """Each function of FlashAttention-2's family, called with `options`."""
+    return {
+        "flash_attn_func": lambda: flash_attn_func(**tensors(), **options),
+        "flash_attn_qkvpacked_func": lambda: flash_attn_qkvpacked_func(
+            torch.zeros(2, 3, 3, 4, 8), **options
+        ),
+        "flash_attn_kvpacked_func": lambda: flash_attn_kvpacked_func(
+            torch.zeros(2, 3, 4, 8), torch.zeros(2, 5, 2, 2, 8), **options
+        ),
+    }
+
+
+def refuses(call, message, error=ValueError):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"q": [1.0]}, "q must be a tensor, got list"),
+        ({"k": None}, "k must be a tensor, got NoneType"),
+        ({"v": 1}, "v must be a tensor, got int"),
+        (
+            {"q": torch.zeros(3, 4, 8)},
+            "q must have 4 dimensions (B, M, H, D), got shape (3, 4, 8)",
+        ),
+        (
+            {"k": torch.zeros(5, 2, 8)},
+            "k must have 4 dimensions (B, N, H_KV, D), got shape (5, 2, 8)",
+        ),
+        (
+            {"q": torch.zeros(2, 3, 4, 8, dtype=torch.int32)},
+            "q must have dtype float16, bfloat16, float32, float64, got int32",
+        ),
+        (
+            {"k": torch.zeros(2, 5, 2, 8, dtype=torch.float16)},
+            "k must have the dtype of q, torch.float32, got torch.float16",
+        ),
+        (
+            {"v": torch.zeros(2, 5, 2, 8, dtype=torch.float64)},
+            "v must have the dtype of q, torch.float32, got torch.float64",
+        ),
+        (
+            {"k": torch.zeros(2, 5, 2, 8, device="meta")},
+            "k must be on the device of q, cpu, got meta",
+        ),
+        (
+            {"k": torch.zeros(1, 5, 2, 8)},
+            "k must have shape (B, N, H_KV, D) = (2, 5, 2, 8), got (1, 5, 2, 8)",
+        ),
+        (
+            {"k": torch.zeros(2, 5, 2, 16)},
+            "k must have shape (B, N, H_KV, D) = (2, 5, 2, 8), got (2, 5, 2, 16)",
+        ),
+        (
+            {"v": torch.zeros(2, 6, 2, 8)},
+            "v must have shape (B, N, H_KV, D) = (2, 5, 2, 8), got (2, 6, 2, 8)",
+        ),
+        (
+            {"v": torch.zeros(2, 5, 2, 16)},
+            "v must have shape (B, N, H_KV, D) = (2, 5, 2, 8), got (2, 5, 2, 16)",
+        ),
+        (
+            {"k": torch.zeros(2, 5, 3, 8), "v": torch.zeros(2, 5, 3, 8)},
+            (
+                "the number of heads of q must be a multiple of that of k and v, "
+                "got the number of heads of q = 4 and that of k and v = 3"
+            ),
+        ),
+        (
+            {
+                "q": torch.zeros(1, 1, 1, 0),
+                "k": torch.zeros(1, 1, 1, 0),
+                "v": torch.zeros(1, 1, 1, 0),
+            },
+            "the head dimension of q must be between 1 and 256, got 0",
+        ),
+        (
+            dict.fromkeys("qkv", torch.zeros(1, 1, 1, 257)),
+            "the head dimension of q must be between 1 and 256, got 257",
+        ),
+    ],
+)
+def test_tensors(changes, message):
+    refuses(lambda: flash_attn_func(**tensors(**changes)), message)
+
+
+@pytest.mark.parametrize(
+    "scale,shown",
+    [
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+        ("0.5", "'0.5'"),
+        (torch.tensor(0.5), "tensor(0.5000)"),
+    ],
+)
+@pytest.mark.parametrize("name", packed_calls())
+def test_softmax_scale(name, scale, shown):
+    message = f"softmax_scale must be a finite number or None, got {shown}"
+    refuses(packed_calls(softmax_scale=scale)[name], message)
+
+
+@pytest.mark.parametrize("window", [(1,), (1, 2, 3), 5, None, (1.5, 2), (None, None), "ab"])
+@pytest.mark.parametrize("name", packed_calls())
+def test_window_size(name, window):
+    message = f"window_size must be two integers (left, right), got {window!r}"
+    refuses(packed_calls(window_size=window)[name], message)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"dropout_p": 0.1}, "dropout_p must be 0: no dropout yet, got 0.1"),
+        ({"softcap": 30.0}, "softcap must be 0: no softcapping yet, got 30.0"),
+        (
+            {"alibi_slopes": torch.ones(4)},
+            "alibi_slopes must be None: no ALiBi yet, got a tensor",
+        ),
+    ],
+    ids=["dropout_p", "softcap", "alibi_slopes"],
+)
+@pytest.mark.parametrize("name", packed_calls())
+def test_later_features(name, options, message):
+    refuses(packed_calls(**options)[name], message, UnsupportedProblemError)
+
+
+def test_dropout_of_the_module():
+    module = FlashAttention(attention_dropout=0.1)
+    refuses(
+        lambda: module(**tensors()),
+        "dropout_p must be 0: no dropout yet, got 0.1",
+        UnsupportedProblemError,
+    )
+    assert module.eval()(**tensors()).shape == (2, 3, 4, 8)
+
+
+def test_qkv():
+    refuses(
+        lambda: flash_attn_qkvpacked_func(torch.zeros(2, 3, 4, 8)),
+        "qkv must have 5 dimensions (B, S, 3, H, D), got shape (2, 3, 4, 8)",
+    )
+    refuses(
+        lambda: flash_attn_qkvpacked_func(torch.zeros(2, 3, 2, 4, 8)),
+        "qkv must have shape (B, S, 3, H, D), got (2, 3, 2, 4, 8)",
+    )
+
+
+def test_kv():
+    q = torch.zeros(2, 3, 4, 8)
+    refuses(
+        lambda: flash_attn_kvpacked_func(q, torch.zeros(2, 3, 4, 8)),
+        "kv must have 5 dimensions (B, N, 2, H_KV, D), got shape (2, 3, 4, 8)",
+    )
+    refuses(
+        lambda: flash_attn_kvpacked_func(q, torch.zeros(2, 3, 3, 4, 8)),
+        "kv must have shape (B, N, 2, H_KV, D), got (2, 3, 3, 4, 8)",
+    )
+
+
+@pytest.mark.parametrize("attend", [flash_attention, sdpa_triton_fa])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rank_with_heads_first(attend, name):
+    inputs = dict.fromkeys("qkv", torch.zeros(1, 2, 3, 8)) | {name: torch.zeros(3)}
+    message = f"{name} must have 4 dimensions (B, H, S, D), got shape (3,)"
+    refuses(lambda: attend(**inputs), message)
+
+
+@pytest.mark.parametrize("attend", [flash_attention, sdpa_triton_fa])
+def test_a_list_with_heads_first(attend):
+    refuses(lambda: attend([1.0], [1.0], [1.0]), "q must be a tensor, got list")
+
+
+def test_window_of_flash_attention():
+    q = torch.zeros(1, 2, 3, 8)
+    refuses(
+        lambda: flash_attention(q, q, q, window_size=0),
+        "window_size must be positive, or negative for no window, got 0",
+    )
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"attn_mask": torch.ones(3, 3)}, "attn_mask must be None: masks are not supported yet"),
+        ({"dropout_p": 0.5}, "dropout_p must be 0: no dropout yet, got 0.5"),
+    ],
+    ids=["attn_mask", "dropout_p"],
+)
+def test_later_features_of_sdpa(options, message):
+    q = torch.zeros(1, 2, 3, 8)
+    refuses(lambda: sdpa_triton_fa(q, q, q, **options), message, UnsupportedProblemError)
+
+
+def test_sdpa_with_uneven_heads():
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    message = "q and k must have the same number of heads without enable_gqa, got 4 and 2"
+    refuses(lambda: sdpa_triton_fa(q, k, k), message)
+    assert sdpa_triton_fa(q, k, k, enable_gqa=True).shape == q.shape
+
+
+def test_causal_sdpa_with_uneven_lengths():
+    q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)
+    refuses(
+        lambda: sdpa_triton_fa(q, k, k, is_causal=True),
+        "is_causal is aligned at the top left and needs as many queries as keys, got 3 and 5",
+        UnsupportedProblemError,
+    )
+
+
+@pytest.mark.parametrize(
+    "function,tensor_names",
+    [
+        (flash_attn_func, ["q", "k", "v"]),
+        (flash_attn_qkvpacked_func, ["qkv"]),
+        (flash_attn_kvpacked_func, ["q", "kv"]),
+    ],
+)
+def test_positional_order_is_that_of_flash_attention_2(function, tensor_names):
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == tensor_names + FLASH_ATTENTION_2_TAIL
+
+
+@pytest.mark.parametrize("name", packed_calls())
+def test_an_unknown_backend(name):
+    message = f"backend must be one of {['auto', *backends.available(ops.ATTENTION)]} for "
+    with pytest.raises(BackendUnavailableError, match=re.escape(message)):
+        packed_calls(backend="cuda")[name]()
+
+
+def test_the_environment_takes_the_place_of_auto(monkeypatch):
+    monkeypatch.setenv("ATTN_BACKEND", "cuda")
+    with pytest.raises(BackendUnavailableError, match="got 'cuda'"):
+        flash_attn_func(**tensors())
+    assert flash_attn_func(**tensors(), backend="torch").shape == (2, 3, 4, 8)
+
+
+def test_the_environment_may_name_a_backend(monkeypatch):
+    monkeypatch.setenv("ATTN_BACKEND", "torch")
+    assert flash_attn_func(**tensors()).shape == (2, 3, 4, 8)
+
+
+def test_a_named_backend_is_not_replaced():
+    with pytest.raises(UnsupportedProblemError, match=r"no backend runs this .* \(triton: "):
+        flash_attn_func(**tensors(), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "version,device,dtype,reason",
+    [
+        (None, "cpu", torch.float32, "triton is not installed (pip install attn-flash[triton])"),
+        ((3, 1), "cpu", torch.float32, "triton must be at least 3.2, got 3.1"),
+        (
+            (3, 6),
+            DeviceInfo("cpu", "cpu"),
+            torch.float32,
+            "it runs on NVIDIA and AMD GPUs, the tensors are on cpu",
+        ),
+        (
+            (3, 6),
+            DeviceInfo("cuda", "Tesla T4", "sm_75"),
+            torch.float16,
+            "it needs compute capability 8.0 or newer, Tesla T4 has sm_75",
+        ),
+        (
+            (3, 6),
+            DeviceInfo("cuda", "H200", "sm_90"),
+            torch.float64,
+            "it computes in float16, bfloat16 and float32, not float64",
+        ),
+        ((3, 6), DeviceInfo("cuda", "H200", "sm_90"), torch.float16, None),
+        ((3, 2), DeviceInfo("hip", "MI300X", "gfx942"), torch.float32, None),
+    ],
+)
+def test_what_triton_takes(monkeypatch, version, device, dtype, reason):
+    monkeypatch.setattr(_backends, "triton_version", lambda: version)
+    monkeypatch.setattr(_backends, "device_info", lambda _: device)
+    problem = _backends._typical_problem(torch.device("cpu"))._replace(dtype=dtype)
+    assert _backends._triton_supports(ops.ATTENTION, problem) == reason
+
+
+def test_available_backends_run_the_typical_problem():
+    names = get_available_backends()
+    assert "torch" in names
+    assert set(names) <= set(backends.available(ops.ATTENTION))
