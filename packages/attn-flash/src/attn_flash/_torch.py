@@ -102,7 +102,8 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """(B, M, H, D) as (B, M, H_KV, G, D), in the accumulator's dtype."""
-    return x.to(_accumulator(x.dtype)).unflatten(2, (k.shape[2], -1))
+    grouped: torch.Tensor = x.to(_accumulator(x.dtype)).unflatten(2, (k.shape[2], -1))
+    return grouped
 
 
 def _keys(x: torch.Tensor) -> torch.Tensor:

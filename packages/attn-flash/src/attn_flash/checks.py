@@ -58,7 +58,8 @@ def attention_problem(
 def softmax_scale(value: float | None, head_dim: int) -> float:
     """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
     if value is None:
-        return float(head_dim) ** -0.5
+        default: float = float(head_dim) ** -0.5
+        return default
     try:
         is_number = not isinstance(value, torch.Tensor) and math.isfinite(value)
     except TypeError:
