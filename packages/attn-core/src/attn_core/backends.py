@@ -8,7 +8,8 @@ Packages register their own backends when they are imported. Other distributions
 through the entry-point group ``attn_core.backends``: each entry point names a function that takes
 nothing and returns an iterable of `Backend`.
 
-The environment variable ``ATTN_BACKEND`` takes the place of ``"auto"`` in every call.
+The environment variable ``ATTN_BACKEND`` takes the place of ``"auto"`` in every call (see
+`attn_core.environment`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attn_core import environment
 from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
 
 AUTO = "auto"
@@ -98,6 +99,15 @@ def operators() -> dict[str, Callable[[torch.device], Problem]]:
     return dict(_examples)
 
 
+def registered() -> dict[str, list[str]]:
+    """Every known backend by name, with the operators it implements."""
+    _load_plugins()
+    ops: dict[str, list[str]] = {}
+    for op, name in _backends:
+        ops.setdefault(name, []).append(op)
+    return ops
+
+
 def available(op: str) -> list[str]:
     """Names of the backends that implement `op`, the preferred first."""
     return [backend.name for backend in _candidates(op)]
@@ -155,7 +165,7 @@ def resolve(op: str, problem: Problem, requested: str = AUTO) -> str:
         The named backend, or every backend, refuses the problem; the message has each reason.
     """
     if requested == AUTO:
-        requested = os.environ.get("ATTN_BACKEND", AUTO)
+        requested = environment.backend()
     if torch.compiler.is_compiling():
         return requested  # sizes may be symbolic here; the operator resolves when it runs
     return _resolve(op, problem, requested)

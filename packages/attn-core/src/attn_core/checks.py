@@ -17,7 +17,7 @@ def require_tensor(name: str, value: object) -> None:
 def require_rank(name: str, tensor: torch.Tensor, symbols: str) -> None:
     """Check the number of dimensions; `symbols` names them, as in ``"(B, N, H, D)"``."""
     require_tensor(name, tensor)
-    rank = symbols.count(",") + 1
+    rank = symbols.replace(",)", ")").count(",") + 1
     if tensor.dim() != rank:
         raise ValueError(
             f"{name} must have {rank} dimensions {symbols}, got shape {tuple(tensor.shape)}"
@@ -63,7 +63,7 @@ def require_device(name: str, tensor: torch.Tensor, other_name: str, other: torc
 
 
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Check that `value` is a positive multiple of `divisor`, or both are zero."""
+    """Check that `value` is a multiple of `divisor`, which must be positive."""
     if divisor <= 0 or value % divisor != 0:
         raise ValueError(
             f"{name} must be a multiple of {divisor_name}, got {name} = {value} and "

@@ -1,4 +1,4 @@
-"""The distributions of the family, known by name alone."""
+"""The packages of the family, known by name alone."""
 
 MODULES = (
     "attn_core",
@@ -7,5 +7,4 @@ MODULES = (
     "attn_triangle",
     "attn_evo",
     "attn_vulkan",
-    "attn_all",
 )

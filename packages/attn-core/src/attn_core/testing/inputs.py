@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 _ALLOCATORS = (
-    torch.empty,
-    torch.empty_like,
-    torch.empty_strided,
-    torch.Tensor.new_empty,
-    torch.Tensor.new_empty_strided,
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
 )
 
 
@@ -127,11 +129,12 @@ def poisoned(
     return embedded(values, order=order, padding=padding)
 
 
-class poison_new_allocations(TorchFunctionMode):  # noqa: N801  (used as `with` reads)
+@contextlib.contextmanager
+def poison_new_allocations() -> Iterator[None]:
     """Within it, ``torch.empty`` and its kin return poisoned memory instead of luck.
 
     A kernel that leaves part of its output unwritten, or reads a buffer before it writes it, then
-    gives NaN. Only allocations asked for in Python are seen.
+    gives NaN. Only allocations that Python code asks for are seen, in every thread.
 
     Examples
     --------
@@ -141,20 +144,22 @@ class poison_new_allocations(TorchFunctionMode):  # noqa: N801  (used as `with` 
     ...     torch.empty(2)
     tensor([nan, nan])
     """
+    # Not a torch function mode: those do not reach into a backward pass.
+    with contextlib.ExitStack() as patches:
+        for owner, name in _ALLOCATORS:
+            poisoning = _poisoning(getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, poisoning))
+        yield
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call `func` and poison what it has allocated."""
-        result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATORS:
-            with torch.no_grad():
-                result.fill_(_poison(result.dtype))
-        return result
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def poisoned_allocation(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = allocate(*args, **kwargs)
+        with torch.no_grad():
+            return result.fill_(_poison(result.dtype))
+
+    return poisoned_allocation
 
 
 def _poison(dtype: torch.dtype) -> float | int | bool:

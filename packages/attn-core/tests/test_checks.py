@@ -1,0 +1,79 @@
+"""The text of errors: the argument, what is allowed, what it got."""
+
+import re
+
+import pytest
+import torch
+
+from attn_core import checks
+from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
+
+x = torch.empty(2, 3)
+
+
+@pytest.mark.parametrize(
+    "check, message",
+    [
+        (lambda: checks.require_tensor("q", 3), "q must be a tensor, got int"),
+        (
+            lambda: checks.require_rank("q", x, "(B, M, D)"),
+            "q must have 3 dimensions (B, M, D), got shape (2, 3)",
+        ),
+        (
+            lambda: checks.require_shape("q", x, "(B, M)", (2, 4)),
+            "q must have shape (B, M) = (2, 4), got (2, 3)",
+        ),
+        (
+            lambda: checks.require_dtype("q", x, (torch.float16, torch.bfloat16)),
+            "q must have dtype float16, bfloat16, got float32",
+        ),
+        (
+            lambda: checks.require_like("k", x.half(), "q", x),
+            "k must have the dtype of q, torch.float32, got torch.float16",
+        ),
+        (
+            lambda: checks.require_like("k", x.to("meta"), "q", x),
+            "k must be on the device of q, cpu, got meta",
+        ),
+        (
+            lambda: checks.require_device("k", x.to("meta"), "q", x),
+            "k must be on the device of q, cpu, got meta",
+        ),
+        (
+            lambda: checks.require_multiple("heads", 5, "heads_kv", 2),
+            "heads must be a multiple of heads_kv, got heads = 5 and heads_kv = 2",
+        ),
+        (
+            lambda: checks.require_multiple("heads", 5, "heads_kv", 0),
+            "heads must be a multiple of heads_kv, got heads = 5 and heads_kv = 0",
+        ),
+        (
+            lambda: checks.require_range("head_dim", 257, 1, 256),
+            "head_dim must be between 1 and 256, got 257",
+        ),
+        (
+            lambda: checks.require_finite("scale", float("nan")),
+            "scale must be finite, got nan",
+        ),
+    ],
+)
+def test_message(check, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check()
+
+
+def test_what_is_allowed_passes():
+    checks.require_tensor("q", x)
+    checks.require_rank("q", x, "(B, M)")
+    checks.require_rank("q", torch.empty(3), "(M,)")
+    checks.require_shape("q", x, "(B, M)", x.shape)
+    checks.require_dtype("q", x, (torch.float32,))
+    checks.require_like("k", x + 1, "q", x)
+    checks.require_multiple("heads", 6, "heads_kv", 3)
+    checks.require_range("head_dim", 256, 1, 256)
+    checks.require_finite("scale", 0.5)
+
+
+def test_errors_are_caught_as_their_builtin_kin():
+    assert issubclass(UnsupportedProblemError, ValueError)
+    assert issubclass(BackendUnavailableError, RuntimeError)

@@ -1,0 +1,152 @@
+"""Operator: what the dispatcher, torch.compile and autograd see of it."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from attn_core.library import Operator, is_plain_eager, needs_grad
+
+calls = []
+
+
+def scaled(x, factor):
+    calls.append("forward")
+    return x * factor
+
+
+def scaled_fake(x, factor):
+    return x.new_empty(x.shape)
+
+
+def scaled_backward(dout, factor):
+    calls.append("backward")
+    return dout * factor
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return operator.below_autograd(x, factor)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return operator_backward(dout, ctx.factor), None
+
+
+NAME = "attn_core_tests::scaled"
+SCHEMA = "(Tensor x, float factor) -> Tensor"
+operator = Operator(NAME, SCHEMA, scaled, scaled_fake, autograd=Scaled.apply)
+operator_backward = Operator(
+    f"{NAME}_backward",
+    SCHEMA.replace("x", "dout"),
+    scaled_backward,
+    scaled_fake,
+    autograd=lambda dout, factor: dout * factor,
+)
+without_gradient = Operator("attn_core_tests::constant", SCHEMA, scaled, scaled_fake)
+
+
+@pytest.fixture(autouse=True)
+def forget_calls():
+    calls.clear()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4, requires_grad=True)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("tested", [operator, operator_backward], ids=["forward", "backward"])
+def test_opcheck(tested, requires_grad):
+    torch.library.opcheck(tested.overload, (torch.randn(3, 4, requires_grad=requires_grad), 2.0))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph(x, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: operator(x, 3.0).sin(), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    out = compiled(x)
+    torch.testing.assert_close(out, (3 * x).sin())
+    grad, expected = (torch.autograd.grad(result.sum(), x)[0] for result in (out, (3 * x).sin()))
+    torch.testing.assert_close(grad, expected)
+    assert calls == ["forward", "backward"]
+
+
+def test_eager_path_gives_what_the_dispatcher_gives(x):
+    for call in (operator, operator.overload):
+        calls.clear()
+        out = call(x, 2.0)
+        assert torch.equal(out, 2 * x)
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.full_like(x, 2.0))
+        assert calls == ["forward", "backward"]
+        assert not call(x.detach(), 2.0).requires_grad
+
+
+def test_eager_path_does_not_enter_the_dispatcher(x, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("dispatched")
+
+    monkeypatch.setattr(operator, "overload", refuse)
+    operator(x, 2.0).sum().backward()
+    with torch.no_grad():
+        operator(x, 2.0)
+
+
+def test_no_gradient_is_recorded_without_need(x):
+    with torch.no_grad():
+        assert not operator(x, 2.0).requires_grad
+    assert operator(x, 2.0).requires_grad
+    assert not without_gradient(x.detach(), 2.0).requires_grad
+
+
+def test_second_derivative(x):
+    wide = x.detach().double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: operator(x.sin(), 2.0), wide)
+
+
+def test_fake_tensors_compute_nothing(x):
+    with FakeTensorMode() as mode:
+        out = operator(mode.from_tensor(torch.empty(2, 5)), 2.0)
+    assert out.shape == (2, 5)
+    assert calls == []
+
+
+def test_transforms_are_not_plain_eager():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(is_plain_eager((x,))) or x)(torch.randn(3))
+    assert seen == [False]
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that dispatches like a plain tensor."""
+
+
+@pytest.mark.parametrize(
+    "argument, plain",
+    [
+        (torch.ones(1), True),
+        (torch.nn.Parameter(torch.ones(1)), True),
+        (1.5, True),
+        (None, True),
+        (torch.ones(1).as_subclass(Wrapped), False),
+    ],
+    ids=["tensor", "parameter", "number", "none", "subclass"],
+)
+def test_is_plain_eager(argument, plain):
+    assert is_plain_eager((argument,)) is plain
+
+
+def test_modes_are_not_plain_eager():
+    with FakeTensorMode():
+        assert not is_plain_eager(())
+
+
+def test_needs_grad(x):
+    assert needs_grad((1, None, x))
+    assert not needs_grad((1, None, x.detach()))
+    with torch.no_grad():
+        assert not needs_grad((x,))
