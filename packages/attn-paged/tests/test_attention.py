@@ -12,7 +12,7 @@ from attn_core.testing import assert_within_budget, embedded, random_tensor, see
 from attn_paged import UnsupportedProblemError, _torch, flash_attention_paged, paged_attention
 from attn_paged.reference import attention, dense_attention
 
-STALE = -12345
+STALE = (-12345, 2**30)
 RAGGED = (0, 1, 7, 30, 64)
 
 
@@ -109,7 +109,7 @@ def make_cache(case, k, v, device):
     k_cache, v_cache = empty_caches(case, num_blocks, device)
     generator = torch.Generator().manual_seed(seed_from(f"{case}-blocks"))
     order = iter(torch.randperm(num_blocks, generator=generator).tolist())
-    block_tables = torch.full((len(counts), max(counts) + 2), STALE, dtype=torch.int32)
+    block_tables = int32(STALE).repeat(len(counts), max(counts) // 2 + 1)
     for b, count in enumerate(counts):
         for i in range(count):
             block = block_tables[b, i] = next(order)
@@ -269,15 +269,15 @@ def test_blocks_that_left_the_window_are_not_read():
     expected = paged_attention(*inputs.args, **inputs.options)
     tables = inputs.args[3]
     for b, n in enumerate(case.lens_k):
-        tables[b, : (n - 1 - 5) // 4] = STALE
+        tables[b, : (n - 1 - 5) // 4] = STALE[b]
     assert torch.equal(paged_attention(*inputs.args, **inputs.options), expected)
 
 
 def test_a_sequence_without_queries_is_not_read():
-    case = Case(lens_k=(9, 20), lens_q=(3, 0))
+    case = Case(lens_k=(9, 20), lens_q=(4, 0))
     inputs = make_inputs(case)
     expected = paged_attention(*inputs.args, **inputs.options)
-    inputs.args[3][1] = STALE
+    inputs.args[3][1] = STALE[1]
     assert torch.equal(paged_attention(*inputs.args, **inputs.options), expected)
 
 

@@ -243,18 +243,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = PagedKVCache(9, 2, 1, 1, num_host_blocks=5, num_layers=2)
         self.model = {}
 
-    @rule(target=sequences, tokens=tokens)
-    def allocate(self, tokens):
+    @rule(target=sequences, tokens=tokens, is_written=st.booleans())
+    def allocate(self, tokens, is_written):
         try:
             sequence = self.cache.allocate(tokens)
         except OutOfBlocksError as error:
             require_justified(error)
             return multiple()
         self.model[sequence] = list(tokens)
+        if is_written:
+            self.write(sequence, None)
         return sequence
 
-    @rule(sequence=sequences, tokens=tokens)
-    def append(self, sequence, tokens):
+    @rule(sequence=sequences, tokens=tokens, is_written=st.booleans())
+    def append(self, sequence, tokens, is_written):
         if self.cache.is_swapped(sequence):
             return
         try:
@@ -263,11 +265,15 @@ class CacheMachine(RuleBasedStateMachine):
             require_justified(error)
             return
         self.model[sequence] += tokens
+        if is_written:
+            self.write(sequence, None)
 
-    @rule(sequence=sequences, limit=st.sampled_from([None, 1, 3]))
+    @rule(sequence=sequences, limit=st.sampled_from([1, 3]))
+    def write_some(self, sequence, limit):
+        if not self.cache.is_swapped(sequence):
+            self.write(sequence, limit)
+
     def write(self, sequence, limit):
-        if self.cache.is_swapped(sequence):
-            return
         batch = self.cache.batch([sequence], limit)
         start, stop = self.cache.written(sequence), int(batch.context_lens)
         keys = torch.tensor(content(self.model[sequence])[start:stop]).view(-1, 1, 1)
@@ -332,4 +338,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

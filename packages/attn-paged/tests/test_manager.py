@@ -108,6 +108,14 @@ def test_a_freed_prefix_is_found_until_it_is_overwritten():
     assert manager.written(manager.allocate([1, 2, 3, 4, 5])) == 0
 
 
+def test_blocks_without_a_prefix_are_taken_first():
+    manager = BlockManager(4, 2)
+    manager.free(written(manager, [1, 2, 3, 4]))
+    for _ in range(2):
+        manager.free(manager.allocate(4))
+    assert manager.written(manager.allocate([1, 2, 3, 4, 5])) == 4
+
+
 def test_the_end_of_a_freed_prefix_is_overwritten_before_its_start():
     manager = BlockManager(3, 2)
     manager.free(written(manager, [1, 2, 3, 4]))

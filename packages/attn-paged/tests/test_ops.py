@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,12 @@ def test_append_names_bad_arguments(changes, message):
 def test_import_needs_no_gpu_library():
     code = "import sys, attn_paged; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_runs(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for block in blocks:
+        exec(block, {})
+    [printed] = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert capsys.readouterr().out == printed
