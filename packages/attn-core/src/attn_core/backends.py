@@ -82,7 +82,13 @@ _plugins_loaded = False
 
 
 def register(backend: Backend) -> None:
-    """Make `backend` known for each of its operators; the last one of a name wins."""
+    """Make a backend known for each of its operators; the last one of a name wins.
+
+    Parameters
+    ----------
+    backend : Backend
+        What `explain` and `resolve` consider from now on.
+    """
     for op in backend.ops:
         _backends[op, backend.name] = backend
     _resolve.cache_clear()
@@ -109,7 +115,18 @@ def registered() -> dict[str, list[str]]:
 
 
 def available(op: str) -> list[str]:
-    """Names of the backends that implement `op`, the preferred first."""
+    """Name the backends that implement an operator, whatever problem they can run.
+
+    Parameters
+    ----------
+    op : str
+        Operator name, such as ``"attn_flash::attention"``.
+
+    Returns
+    -------
+    list of str
+        The preferred backend first; empty where the operator is unknown.
+    """
     return [backend.name for backend in _candidates(op)]
 
 

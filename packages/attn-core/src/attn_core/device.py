@@ -41,10 +41,21 @@ class DeviceInfo:
 
 
 def device_info(device: torch.device | str) -> DeviceInfo:
-    """Describe `device`; asked once per device and process.
+    """Describe a device; the driver is asked once per device and process.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        CUDA without an index is the current device.
+
+    Returns
+    -------
+    DeviceInfo
+        What is known about it.
 
     Examples
     --------
+    >>> from attn_core import device_info
     >>> device_info("cpu").type
     'cpu'
     """
