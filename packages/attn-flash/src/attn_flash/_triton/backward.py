@@ -321,7 +321,7 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, scale, window):
             "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
             "HAS_DLSE": dlse is not None, "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "TAIL_N": problem.tail_block(N, config.block_n, window) or config.block_n,
+            "TAIL_N": problem.tail_block(N, config.block_n, window),
             "BLOCK_D": problem.padded_head_dim(D),
         },
         config=config,
@@ -356,7 +356,7 @@ def _dk_dv(dout, q, k, v, rows, scale, window):
         constexprs={
             "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
             "PRECISION": problem.dot_precision(q), "BLOCK_M": config.block_m,
-            "TAIL_M": problem.tail_block(M, config.block_m, window) or config.block_m,
+            "TAIL_M": problem.tail_block(M, config.block_m, window),
             "BLOCK_N": config.block_n, "BLOCK_D": problem.padded_head_dim(D),
         },
         config=config,

@@ -27,14 +27,14 @@ def dot_precision(tensor: torch.Tensor) -> str:
 
 
 def tail_block(length: int, block: int, window: tuple[int, int]) -> int:
-    """Size of the block that takes what is left after the full blocks; 0 for one of full size.
+    """Size of the last block along a sequence: small where the full blocks leave little for it.
 
     197 tokens in blocks of 64 leave 5: a tail of 16 saves a fifth of the work. Long sequences gain
     nothing, and windows end elsewhere; neither is worth another compilation.
     """
     rest = length % block
     if length > _TAIL_MATTERS or window != (-1, -1) or rest == 0:
-        return 0
+        return block
     return max(16, 1 << (rest - 1).bit_length())
 
 
