@@ -21,11 +21,10 @@ def imported(statement, *names):
 @pytest.mark.parametrize(
     "modules",
     [
-        "attn_core",
-        "attn_core.tuning, attn_core.library, attn_core.merge, attn_core.dropout",
+        "attn_core, attn_core.tuning, attn_core.library, attn_core.merge, attn_core.dropout",
         "attn_core.testing, attn_core.testing.conformance, attn_core.testing.compilation",
     ],
-    ids=["attn_core", "what operator packages use", "testing"],
+    ids=["what operator packages use", "testing"],
 )
 def test_import_loads_no_optional_library(modules):
     assert imported(f"import {modules}", *LAZY) == "[]"

@@ -2,6 +2,8 @@
 
 import pytest
 
+from attn_core.testing import plugin
+
 pytest_plugins = ["pytester"]
 PLUGIN = ("-p", "attn_core.testing.plugin", "-p", "no:cacheprovider")
 
@@ -23,14 +25,12 @@ MARKED = """
 def run(pytester, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(plugin, "_has_triton", lambda: True)
     return lambda *args: pytester.runpytest_inprocess(*PLUGIN, "-rs", *args)
 
 
 def test_cpu_session_skips_what_needs_a_gpu_or_the_interpreter(pytester, run):
     pytester.makepyfile(MARKED)
-    pytester.makeconftest(
-        "import importlib.util; importlib.util.find_spec = lambda name: name and 'installed'"
-    )
     result = run()
     result.assert_outcomes(passed=2, skipped=2)
     result.stdout.fnmatch_lines(["*needs --device cuda*", "*needs TRITON_INTERPRET=1*"])
@@ -38,13 +38,18 @@ def test_cpu_session_skips_what_needs_a_gpu_or_the_interpreter(pytester, run):
 
 def test_interpreted_session_skips_compilation(pytester, run, monkeypatch):
     pytester.makepyfile(MARKED)
-    pytester.makeconftest(
-        "import importlib.util; importlib.util.find_spec = lambda name: name and 'installed'"
-    )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = run("-m", "interpret or compile")
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["*cannot compile under TRITON_INTERPRET=1*"])
+
+
+def test_nothing_of_triton_runs_without_it(pytester, run, monkeypatch):
+    pytester.makepyfile(MARKED)
+    monkeypatch.setattr(plugin, "_has_triton", lambda: False)
+    result = run("-m", "interpret or compile")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["*triton is not installed*"])
 
 
 def test_absent_device_is_an_error(pytester, run):

@@ -142,6 +142,10 @@ def _is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _reasons_to_skip(config: pytest.Config) -> dict[str, str]:
     name = config.getoption("--device")
     reasons = {}
@@ -153,6 +157,6 @@ def _reasons_to_skip(config: pytest.Config) -> dict[str, str]:
         reasons["interpret"] = "needs TRITON_INTERPRET=1"
     else:
         reasons["compile"] = "cannot compile under TRITON_INTERPRET=1"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         reasons["interpret"] = reasons["compile"] = "triton is not installed"
     return reasons
