@@ -78,11 +78,9 @@ def _can_restart(compiled: Any) -> bool:
 
 
 def _are_aligned(args: Sequence[Any]) -> bool:
-    for arg in args:
-        if type(arg) is not int and isinstance(arg, torch.Tensor):
-            if arg.data_ptr() % _POINTER_ALIGNMENT:
-                return False
-    return True
+    return not any(
+        arg.data_ptr() % _POINTER_ALIGNMENT for arg in args if isinstance(arg, torch.Tensor)
+    )
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""Tiles of strided matrices: where their elements are, and loads that mask only what can overrun."""
+"""Tiles of strided matrices: where elements are, and loads that mask only what can overrun."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_offsets(offs_row, stride_row, offs_col, stride_col):
-    """Offsets of a tile from its first row: 32-bit, so a tile must span less than 2**31 elements."""
+    """Offsets within a tile: 32-bit, so it must span less than 2**31 elements."""
     return offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
 
 

@@ -61,7 +61,7 @@ def _accumulate_dq(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["M", "N", "H", "num_tiles", "num_heads", "heads_per_group", "left", "right"])
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_dq_kernel(
     q_ptr, stride_qb, stride_qm, stride_qh, stride_qd,
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
@@ -94,11 +94,14 @@ def _attention_backward_dq_kernel(
     mask_d = offs_d < HEAD_DIM
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     q_ptr += b * stride_qb + h * stride_qh + first_row * stride_qm
-    q = load_tile(q_ptr + tile_offsets(offs_m, stride_qm, offs_d, stride_qd), mask_m, mask_d, True, PAD_D)
+    q_ptrs = q_ptr + tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
+    q = load_tile(q_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
     do_ptr += b * stride_dob + h * stride_doh + first_row * stride_dom
-    do = load_tile(do_ptr + tile_offsets(offs_m, stride_dom, offs_d, stride_dod), mask_m, mask_d, True, PAD_D)
+    do_ptrs = do_ptr + tile_offsets(offs_m, stride_dom, offs_d, stride_dod)
+    do = load_tile(do_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
     out_ptr += b * stride_ob + h * stride_oh + first_row * stride_om
-    out = load_tile(out_ptr + tile_offsets(offs_m, stride_om, offs_d, stride_od), mask_m, mask_d, True, PAD_D)
+    out_ptrs = out_ptr + tile_offsets(offs_m, stride_om, offs_d, stride_od)
+    out = load_tile(out_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
 
     row = pid_bh.to(tl.int64) * M + start_m + offs_m
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -139,7 +142,8 @@ def _attention_backward_dq_kernel(
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
     dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dqm, offs_d, stride_dqd)
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
+    mask = mask_m[:, None] & mask_d[None, :]
+    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 # fmt: off
@@ -192,7 +196,7 @@ def _accumulate_dk_dv(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["M", "N", "H_KV", "num_tiles", "num_heads", "heads_per_group", "left", "right"])
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_dk_dv_kernel(
     q_ptr, stride_qb, stride_qm, stride_qh, stride_qd,
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
@@ -209,7 +213,11 @@ def _attention_backward_dk_dv_kernel(
 ):
     # fmt: on
     pid_n, pid_bh = tile_of_head(
-        tl.program_id(0), num_tiles, num_heads, heads_per_group, "shrinking" if HAS_RIGHT else "even"
+        tl.program_id(0),
+        num_tiles,
+        num_heads,
+        heads_per_group,
+        "shrinking" if HAS_RIGHT else "even",
     )
     b = (pid_bh // H_KV).to(tl.int64)
     h_kv = (pid_bh % H_KV).to(tl.int64)
@@ -222,9 +230,11 @@ def _attention_backward_dk_dv_kernel(
     mask_d = offs_d < HEAD_DIM
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     k_ptr += b * stride_kb + h_kv * stride_kh + first_key * stride_kn
-    k = load_tile(k_ptr + tile_offsets(offs_n, stride_kn, offs_d, stride_kd), mask_n, mask_d, True, PAD_D)
+    k_ptrs = k_ptr + tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
+    k = load_tile(k_ptrs, mask_n, mask_d, True, PAD_D)  # [BLOCK_N, BLOCK_D]
     v_ptr += b * stride_vb + h_kv * stride_vh + first_key * stride_vn
-    v = load_tile(v_ptr + tile_offsets(offs_n, stride_vn, offs_d, stride_vd), mask_n, mask_d, True, PAD_D)
+    v_ptrs = v_ptr + tile_offsets(offs_n, stride_vn, offs_d, stride_vd)
+    v = load_tile(v_ptrs, mask_n, mask_d, True, PAD_D)  # [BLOCK_N, BLOCK_D]
 
     lo, full_lo, full_hi, hi = query_blocks(
         start_n, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N

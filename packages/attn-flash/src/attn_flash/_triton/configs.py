@@ -15,7 +15,9 @@ SHORT = 1024  # tokens
 _SHAPES = ("short", "causal", "full")
 
 
-def _rows(scope: str, *rows: tuple[int, str, TileConfig]) -> dict[tuple[int | str, ...], TileConfig]:
+def _rows(
+    scope: str, *rows: tuple[int, str, TileConfig]
+) -> dict[tuple[int | str, ...], TileConfig]:
     """Rows of 16-bit elements: (BLOCK_D, shape or "any", config)."""
     return {
         (scope, block_d, 2, shape): config

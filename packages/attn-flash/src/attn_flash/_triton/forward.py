@@ -107,7 +107,7 @@ def _attend_rows(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["M", "N", "H", "num_tiles", "num_heads", "heads_per_group", "left", "right"])
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_forward_kernel(
     q_ptr, stride_qb, stride_qm, stride_qh, stride_qd,
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,

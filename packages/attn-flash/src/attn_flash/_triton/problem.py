@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import torch
 
+# Integers that change from call to call: compiled for any value.
+NOT_SPECIALIZED = [
+    "M",
+    "N",
+    "H",
+    "H_KV",
+    "num_tiles",
+    "num_heads",
+    "heads_per_group",
+    "left",
+    "right",
+]
 LOG2_E = 1.4426950408889634
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
 _TAIL_MATTERS = 1024  # tokens
