@@ -29,14 +29,14 @@ def dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence without pages: q (M, H, D) over k (N, H_KV, D): out (M, H, D_v), lse (H, M)."""
     (len_q, heads, _), (len_k, heads_kv, _) = q.shape, k.shape
-    k, v = (x.repeat_interleave(heads // heads_kv, dim=1) for x in (k, v))
+    groups = (heads_kv, heads // heads_kv)
     p = torch.arange(len_q, device=q.device)[:, None] + (len_k - len_q)
     j = torch.arange(len_k, device=q.device)
-    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    scores = torch.einsum("ihgd,jhd->hgij", torch.unflatten(q, 1, groups), k) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(scores)[:, None, None] * (p - j).abs()
+        scores = scores - alibi_slopes.to(scores).reshape(*groups, 1, 1) * (p - j).abs()
     left, right = window
     hidden = torch.zeros(len_q, len_k, dtype=torch.bool, device=q.device)
     if left >= 0:
@@ -46,9 +46,10 @@ def dense_attention(
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse)[:, None])
+        lse = torch.logaddexp(lse, sinks.to(lse).reshape(*groups, 1))
     pivot = lse.masked_fill(lse == -torch.inf, 0.0)
-    return torch.einsum("hij,jhd->ihd", torch.exp(scores - pivot[..., None]), v), lse
+    out = torch.einsum("hgij,jhd->ihgd", torch.exp(scores - pivot[..., None]), v)
+    return out.flatten(1, 2), lse.flatten(0, 1)
 
 
 def attention(
