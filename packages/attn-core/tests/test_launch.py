@@ -1,4 +1,4 @@
-"""Launcher: what it remembers of a kernel, with a kernel that only takes notes."""
+"""The launcher, with kernels that only write down how they were started."""
 
 import pytest
 import torch
@@ -7,34 +7,48 @@ from attn_core import launch
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 
-CONFIG = TileConfig(64, 32, num_warps=8, num_stages=3)
-
-
-class Kernel:
-    """Stands in for triton.JITFunction and for what it compiles to."""
-
-    def __init__(self):
-        self.compiled, self.restarted = [], []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self._compile(grid, args, options)
-
-    def _compile(self, grid, args, options):
-        self.compiled.append((grid, args, options))
-        return Compiled(self.restarted)
+CONFIG = TileConfig(64, 32, 4, 2)
+CONSTEXPRS = {"BLOCK_M": 64, "HAS_LEFT": False, "PRECISION": "ieee"}
 
 
 class Compiled:
-    def __init__(self, restarted):
-        self._restarted = restarted
+    """A compiled kernel, which knows its grid and its arguments and nothing else."""
+
+    def __init__(self):
+        self.starts = []
 
     def __getitem__(self, grid):
-        return lambda *args: self._restarted.append((grid, args))
+        return lambda *args: self.starts.append((grid, args))
+
+
+class Kernel:
+    """A kernel that is compiled anew at every launch that goes through it."""
+
+    def __init__(self):
+        self.launches = []
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def start(*args, **options):
+            self.launches.append((grid, args, options))
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return start
+
+
+class Interpreted(Kernel):
+    def __getitem__(self, grid):
+        start = super().__getitem__(grid)
+
+        def interpret(*args, **options):
+            start(*args, **options)
+
+        return interpret
 
 
 @pytest.fixture(autouse=True)
-def triton(monkeypatch):
-    """Pretend to have a Triton whose kernels can be started again."""
+def triton_3_6(monkeypatch):
     monkeypatch.setattr(launch, "triton_version", lambda: (3, 6))
 
 
@@ -43,66 +57,148 @@ def kernel():
     return Kernel()
 
 
-def start(launcher, *, num_programs=5, x=None, length=7, strides=(1,), block=64, config=CONFIG):
-    x = torch.zeros(8) if x is None else x
-    launcher(num_programs, strides, (x, length), {"BLOCK": block, "IS_CAUSAL": True}, config)
-    return x
+def start(launcher, *args, num_programs=8, strides=((4, 1),), constexprs=CONSTEXPRS, config=CONFIG):
+    launcher(num_programs, strides, args, constexprs, config)
 
 
-def test_first_call_compiles_with_the_config(kernel):
-    x = start(Launcher(kernel))
-    options = {"BLOCK": 64, "IS_CAUSAL": True, "num_warps": 8, "num_stages": 3}
-    assert kernel.compiled == [((5,), (x, 7), options)]
+def aligned(dtype=torch.float32):
+    return torch.zeros(64, dtype=dtype)
 
 
-def test_second_call_starts_what_the_first_compiled(kernel):
+def unaligned():
+    return torch.zeros(65)[1:]
+
+
+def test_first_start_goes_through_the_kernel(kernel):
+    x = aligned()
+    start(Launcher(kernel), x, 4, 0.5)
+    assert kernel.launches == [((8,), (x, 4, 0.5), {**CONSTEXPRS, "num_warps": 4, "num_stages": 2})]
+    assert kernel.compiled[0].starts == []
+
+
+def test_later_starts_go_to_the_compiled_kernel(kernel):
     launcher = Launcher(kernel)
-    start(launcher)
-    x = start(launcher, num_programs=9, length=11)
-    assert len(kernel.compiled) == 1
-    assert kernel.restarted == [((9, 1, 1), (x, 11, 64, True))]
+    start(launcher, aligned(), 4, 0.5)
+    x = aligned()
+    start(launcher, x, 9, 0.25, num_programs=3)
+    start(launcher, x, 10, 0.125, num_programs=2)
+    assert len(kernel.launches) == 1
+    assert kernel.compiled[0].starts == [
+        ((3, 1, 1), (x, 9, 0.25, 64, False, "ieee")),
+        ((2, 1, 1), (x, 10, 0.125, 64, False, "ieee")),
+    ]
+
+
+def test_constants_follow_the_arguments_in_their_own_order(kernel):
+    launcher = Launcher(kernel)
+    constexprs = {"Z": 3, "A": 1, "M": 2}
+    for _ in range(2):
+        start(launcher, aligned(), None, constexprs=constexprs)
+    [(_, args)] = kernel.compiled[0].starts
+    assert args[1:] == (None, 3, 1, 2)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"strides": (2,)},
-        {"block": 32},
-        {"config": CONFIG._replace(num_warps=4)},
-        {"x": torch.zeros(8, dtype=torch.float16)},
-        {"x": torch.zeros(8, device="meta")},
+        {"strides": ((8, 1),)},
+        {"constexprs": {**CONSTEXPRS, "BLOCK_M": 128}},
+        {"constexprs": {**CONSTEXPRS, "HAS_LEFT": True}},
+        {"config": TileConfig(64, 32, 8, 2)},
+        {"config": TileConfig(64, 32, 4, 3)},
     ],
-    ids=["strides", "constexpr", "config", "dtype", "device"],
+    ids=str,
 )
-def test_other_problems_are_compiled_for_themselves(kernel, change):
+def test_another_problem_is_compiled_anew(kernel, change):
     launcher = Launcher(kernel)
-    start(launcher)
-    start(launcher, **change)
-    assert len(kernel.compiled) == 2
-    assert kernel.restarted == []
+    x = aligned()
+    start(launcher, x)
+    start(launcher, x, **change)
+    assert len(kernel.launches) == 2
+    start(launcher, x)
+    start(launcher, x, **change)
+    assert [len(compiled.starts) for compiled in kernel.compiled] == [1, 1]
 
 
-def test_misaligned_tensors_go_through_triton(kernel):
+def test_another_dtype_is_compiled_anew(kernel):
     launcher = Launcher(kernel)
-    misaligned = torch.zeros(9)[1:]
-    for x in (misaligned, None, misaligned):
-        start(launcher, x=x)
-    assert len(kernel.compiled) == 3
-    start(launcher)
-    assert len(kernel.restarted) == 1
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        start(launcher, aligned(dtype))
+    assert [len(compiled.starts) for compiled in kernel.compiled] == [1, 0]
 
 
-def test_other_versions_of_triton_bind_every_launch(kernel, monkeypatch):
-    monkeypatch.setattr(launch, "triton_version", lambda: (3, 9))
+def test_another_device_is_compiled_anew(kernel):
     launcher = Launcher(kernel)
-    start(launcher)
-    start(launcher)
-    assert len(kernel.compiled) == 2
+    start(launcher, aligned())
+    start(launcher, aligned().to("meta"))
+    assert len(kernel.launches) == 2
 
 
-def test_memory_is_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(launch, "_MAX_REMEMBERED", 2)
+def test_launchers_remember_apart(kernel):
+    other = Kernel()
+    for launcher in (Launcher(kernel), Launcher(other)):
+        start(launcher, aligned())
+    assert len(kernel.launches) == len(other.launches) == 1
+
+
+def test_unaligned_pointer_uses_no_kernel_of_aligned_ones(kernel):
     launcher = Launcher(kernel)
-    for stride in range(5):
-        start(launcher, strides=(stride,))
-        assert len(launcher._compiled) <= 2
+    for x in (aligned(), unaligned(), aligned(), unaligned()):
+        start(launcher, x)
+    assert len(kernel.launches) == 3
+    assert [len(compiled.starts) for compiled in kernel.compiled] == [1, 0, 0]
+
+
+def test_kernel_of_unaligned_pointers_is_not_remembered(kernel):
+    launcher = Launcher(kernel)
+    for x in (unaligned(), aligned(), aligned()):
+        start(launcher, x)
+    assert len(kernel.launches) == 2
+    assert [len(compiled.starts) for compiled in kernel.compiled] == [0, 1]
+
+
+def test_every_tensor_has_to_be_aligned(kernel):
+    launcher = Launcher(kernel)
+    x = aligned()
+    start(launcher, x, 4, x, None)
+    start(launcher, x, 4, unaligned(), None)
+    assert len(kernel.launches) == 2
+
+
+def test_what_is_remembered_is_bounded(kernel, monkeypatch):
+    monkeypatch.setattr(launch, "_MAX_REMEMBERED", 3)
+    launcher = Launcher(kernel)
+    for size in range(10):
+        start(launcher, aligned(), strides=((size, 1),))
+        assert len(launcher._compiled) <= 3
+    start(launcher, aligned(), strides=((9, 1),))
+    start(launcher, aligned(), strides=((0, 1),))
+    assert len(kernel.launches) == 11
+
+
+def test_interpreter_compiles_nothing_to_remember():
+    kernel = Interpreted()
+    launcher = Launcher(kernel)
+    for _ in range(2):
+        start(launcher, aligned())
+    assert len(kernel.launches) == 2
+
+
+@pytest.mark.parametrize("version", [None, (3, 5), (3, 7)])
+def test_untried_versions_of_triton_bind_every_time(kernel, monkeypatch, version):
+    monkeypatch.setattr(launch, "triton_version", lambda: version)
+    launcher = Launcher(kernel)
+    for _ in range(2):
+        start(launcher, aligned())
+    assert len(kernel.launches) == 2
+
+
+def test_failed_compilation_leaves_nothing_behind():
+    class Broken(Kernel):
+        def __getitem__(self, grid):
+            raise RuntimeError("no such kernel")
+
+    launcher = Launcher(Broken())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            start(launcher, aligned())
