@@ -212,13 +212,12 @@ def _layer_norm_backward(
     dout: torch.Tensor, step: _Sums, gates: _Gates, weights: EvoWeights
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = gates.final * step.context * gates.alive
-    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + NORM_EPSILON)
-    normal = (x - mean) * scale
-    dnormal = dout * weights.norm_weight
-    inner = (dnormal * normal).mean(dim=-1, keepdim=True)
-    dx = (dnormal - dnormal.mean(dim=-1, keepdim=True) - normal * inner) * scale
-    return dx, (dout * normal).sum(dim=(0, 1, 2)), dout.sum(dim=(0, 1, 2))
+    dim = x.shape[-1:]
+    _, mean, scale = torch.native_layer_norm(x, dim, *weights[-2:], NORM_EPSILON)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dout, x, dim, mean, scale, *weights[-2:], [True, True, True]
+    )
+    return dx, dweight, dbias
 
 
 def _no_tokens_backward(
