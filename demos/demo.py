@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; 0 where the ViT learned its digits and every package agreed with float64."""
     options = _parse(arguments)
     console = Console()
+    # Batches this small gain little from a second thread, and lose much where cores are shared.
+    torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = device_info(device).name if device.type == "cuda" else "CPU"
     backend = get_available_backends()[0]
