@@ -346,7 +346,7 @@ def version(package: str) -> str:
     pyproject = PYPROJECT[package]
     if not has_module(package):
         return str(pyproject["project"]["version"])
-    source = ROOT / "packages" / package / pyproject["tool"]["hatch"]["version"]["path"]
+    source = Path(ROOT, "packages", package, pyproject["tool"]["hatch"]["version"]["path"])
     return source.read_text().split('"')[1]
 
 
