@@ -153,12 +153,15 @@ def _accumulate_dk_dv(
     q_ptr, stride_qm, stride_qd,
     do_ptr, stride_dom, stride_dod,
     row_ptr,
-    lo, hi, M, N, scale_log2, left, right,
-    HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    lo, full_lo, full_hi, hi, M, N, scale_log2, left, right,
+    HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_TAIL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    """Add dS^T Q and P^T dO over the query blocks in [lo, hi); tiles of scores are transposed."""
+    """Add dS^T Q and P^T dO over the query blocks in [lo, hi); tiles of scores are transposed.
+
+    Blocks outside [full_lo, full_hi) look at the mask, in a branch.
+    """
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
@@ -169,24 +172,27 @@ def _accumulate_dk_dv(
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
-        q = load_tile(q_ptr + q_offs, mask_m, mask_d, MASKED, PAD_D)  # [BLOCK_M, BLOCK_D]
-        do = load_tile(do_ptr + do_offs, mask_m, mask_d, MASKED, PAD_D)  # [BLOCK_M, BLOCK_D]
+        q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
+        do = load_tile(do_ptr + do_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
         # Both in one load: two loads of BLOCK_M numbers would be made by every thread.
         row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
-        if MASKED:
-            row = tl.load(row_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, 2]
-        else:
-            row = tl.load(row_ptrs)
+        row = load_tile(row_ptrs, mask_m, mask_m, IS_TAIL, False)  # [BLOCK_M, 2]
         lse_log2, delta = tl.split(row)
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         p_t = tl.math.exp2(scores_t * scale_log2 - lse_log2[None, :])
-        if MASKED:
-            position = start_m + offs_m + (N - M)
+        position = start_m + offs_m + (N - M)
+        if IS_TAIL:
             visible = is_visible(
                 position[None, :], offs_key[:, None], N, left, right, HAS_LEFT, HAS_RIGHT
             )
             p_t = tl.where(visible & mask_m[None, :], p_t, 0.0)
+        elif HAS_LEFT or HAS_RIGHT:
+            if (start_m < full_lo) | (start_m >= full_hi):
+                visible = is_visible(
+                    position[None, :], offs_key[:, None], N, left, right, HAS_LEFT, HAS_RIGHT
+                )
+                p_t = tl.where(visible, p_t, 0.0)
         dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -239,32 +245,30 @@ def _attention_backward_dk_dv_kernel(
     lo, full_lo, full_hi, hi = query_blocks(
         start_n, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    whole_hi = tl.minimum(tl.cdiv(hi, BLOCK_M), M // BLOCK_M) * BLOCK_M
+    tail = tl.maximum(lo, whole_hi)  # from here on a block has queries past the end
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # One loop for all but the tail and, with a window, a branch around the tail's: otherwise ptxas
+    # cannot overlap the products of either loop (its remark C7515).
     for g in range(GROUP):
         h = h_kv * GROUP + g
         q_head = q_ptr + b * stride_qb + h * stride_qh
         do_head = do_ptr + b * stride_dob + h * stride_doh
         row_ptr = rows_ptr + 2 * (pid_bh.to(tl.int64) * GROUP + g) * M
-        if HAS_RIGHT:
+        dk, dv = _accumulate_dk_dv(
+            dk, dv, k, v, start_n + offs_n,
+            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
+            row_ptr, lo, full_lo, full_hi, tail, M, N, scale_log2, left, right,
+            HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        if (tail < hi) | (not (HAS_LEFT or HAS_RIGHT)):
             dk, dv = _accumulate_dk_dv(
                 dk, dv, k, v, start_n + offs_n,
                 q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-                row_ptr, lo, full_lo, M, N, scale_log2, left, right,
-                HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_M, BLOCK_D,
+                row_ptr, tail, full_lo, full_hi, hi, M, N, scale_log2, left, right,
+                HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_M, BLOCK_D,
             )  # fmt: skip
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, start_n + offs_n,
-            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-            row_ptr, full_lo, full_hi, M, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, start_n + offs_n,
-            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-            row_ptr, full_hi, hi, M, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_M, BLOCK_D,
-        )  # fmt: skip
 
     mask = mask_n[:, None] & mask_d[None, :]
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + first_key * stride_dkn

@@ -181,7 +181,8 @@ def attention(
         constexprs={
             "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
             "NEGATE_Q": scale < 0, "PRECISION": problem.dot_precision(q),
-            "BLOCK_M": config.block_m, "TAIL_M": problem.tail_block(M, config.block_m, window),
+            "BLOCK_M": config.block_m,
+            "TAIL_M": problem.tail_block(M, config.block_m, window),
             "BLOCK_N": config.block_n,
             "TAIL_N": problem.tail_block(N, config.block_n, window),
             "BLOCK_D": problem.padded_head_dim(D),
