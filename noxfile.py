@@ -256,7 +256,8 @@ def split(posargs: list[str]) -> tuple[list[str], list[str]]:
 def install(session: nox.Session, stack: str, *requirements: str) -> dict[str, str]:
     """Install the packages editable over a stack; return the environment to run in."""
     if session.venv_backend == "none":
-        return {**RUN_ENV, **source_path()}
+        # Tiles measured on this machine stay out of the way, and platformdirs may be missing.
+        return {**RUN_ENV, **source_path(), "ATTN_CACHE_DIR": str(ROOT / ".nox" / "attn-cache")}
     put_stack(session, python(session), stack)
     constraint = ("-c", str(CONSTRAINTS / f"{stack}.txt"))
     session.install("--no-build-isolation", *constraint, *editable(), *requirements)
@@ -326,7 +327,8 @@ def editable() -> list[str]:
 def source_path() -> dict[str, str]:
     """Environment in which the packages are imported from their folders."""
     sources = [str(ROOT / "packages" / package / "src") for package in PACKAGES]
-    return {"PYTHONPATH": os.pathsep.join(sources)}
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*sources, inherited] if inherited else sources)}
 
 
 def package_group(name: str) -> list[str]:
