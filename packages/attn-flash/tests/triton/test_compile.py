@@ -1,0 +1,174 @@
+"""The Triton kernels compiled ahead of time, with the tiles each architecture is shipped with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from attn_core import tuning
+from attn_core.device import DeviceInfo
+from attn_core.testing.compilation import TARGETS, compile_ahead
+
+pytest.importorskip("triton")
+
+from attn_flash._triton import backward, configs, forward
+
+pytestmark = pytest.mark.compile
+
+OPEN = (-1, -1)
+CAUSAL = (-1, 0)
+LAUNCHERS = {
+    "forward": forward._launch,
+    "dq": backward._launch_dq,
+    "dk_dv": backward._launch_dk_dv,
+}
+TABLES = {
+    "forward": configs.FORWARD,
+    "dq": configs.BACKWARD_DQ,
+    "dk_dv": configs.BACKWARD_DK_DV,
+}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# Bytes that 16-bit kernels of sm_90 may spill, by BLOCK_D. Only dk_dv does, above all where a window
+# or padded heads keep more offsets alive.
+MAX_SPILLS = {64: 256, 128: 1280, 256: 1024}
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    D: int
+    window: tuple[int, int] = CAUSAL
+    S: int = 2048
+    group: int = 1
+    tf32: bool = False
+    dlse: bool = False
+
+    def __str__(self):
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, "window")
+        words = [f"kv{4 // self.group}-s{self.S}-d{self.D}", dtype, window]
+        return "-".join([*words, "dlse"] if self.dlse else words)
+
+
+PORTABLE = [
+    Case(torch.bfloat16, 64),
+    Case(torch.bfloat16, 128),
+    Case(torch.bfloat16, 256),
+    Case(torch.float32, 64, OPEN),
+    Case(torch.float32, 128, OPEN),
+    # With ieee products these take a minute; their tiles and their memory are the same.
+    Case(torch.float32, 256, OPEN, tf32=True),
+]
+HOPPER = [
+    Case(torch.bfloat16, 16),
+    Case(torch.bfloat16, 32),
+    Case(torch.bfloat16, 64, OPEN, S=197),
+    Case(torch.bfloat16, 64, OPEN),
+    Case(torch.bfloat16, 128, OPEN, S=197),
+    Case(torch.bfloat16, 128, OPEN),
+    Case(torch.float16, 64, (128, 64), group=4, dlse=True),
+    Case(torch.float16, 111),
+]
+CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
+
+
+class Recorder:
+    """A kernel that writes down how it is launched."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, num_warps, num_stages, **constexprs):
+        self.args, self.constexprs = args, constexprs
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+
+
+@pytest.fixture
+def use_target(monkeypatch, tmp_path):
+    """A function that makes every device look like one of a target's architecture."""
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ATTN_TUNE", raising=False)
+
+    def use(target):
+        info = DeviceInfo("hip" if target.startswith("gfx") else "cuda", target, target)
+        monkeypatch.setattr(tuning, "device_info", lambda device: info)
+        tuning.forget()
+
+    yield use
+    tuning.forget()
+
+
+def launches(case, monkeypatch):
+    """What each launcher would start for a case."""
+    if case.tf32:
+        monkeypatch.setattr(forward.problem, "dot_precision", lambda tensor: "tf32")
+    recorders = {name: Recorder() for name in LAUNCHERS}
+    for name, launcher in LAUNCHERS.items():
+        monkeypatch.setattr(launcher, "_kernel", recorders[name])
+    q = torch.empty(2, case.S, 4, case.D, dtype=case.dtype, device="meta")
+    k = torch.empty(2, case.S, 4 // case.group, case.D, dtype=case.dtype, device="meta")
+    out, lse = forward.attention(q, k, k, 0.1, case.window)
+    dlse = lse if case.dlse else None
+    backward.attention_backward(out, dlse, q, k, k, out, lse, 0.1, case.window)
+    return recorders
+
+
+def describe(kernel, launch):
+    """Split a launch into the signature and the constants that Triton would compile it for."""
+    signature, constants = {}, dict(launch.constexprs)
+    for parameter, value in zip(kernel.params, launch.args, strict=False):
+        if value is None:
+            constants[parameter.name] = None
+        else:
+            signature[parameter.name] = type_of(value, hinted=not parameter.do_not_specialize)
+    return signature, constants
+
+
+def type_of(value, *, hinted):
+    if isinstance(value, torch.Tensor):
+        return f"{POINTERS[value.dtype]}:16"
+    if isinstance(value, float):
+        return "fp32"
+    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
+    return f"i32{hint}" if hinted else "i32"
+
+
+RUNS = [
+    pytest.param(target, case, name, id=f"{target}-{case}-{name}")
+    for target in TARGETS
+    for case in CASES[target]
+    for name in LAUNCHERS
+]
+
+
+@pytest.mark.parametrize("target, case, name", RUNS)
+def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
+    use_target(target)
+    kernel = LAUNCHERS[name]._kernel
+    launch = launches(case, monkeypatch)[name]
+    compiled = compile_ahead(kernel, *describe(kernel, launch), target, **launch.options)
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    if target == "sm_90" and case.dtype != torch.float32:
+        assert compiled.spills <= MAX_SPILLS.get(launch.constexprs["BLOCK_D"], 0)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_shipped_row_is_left_out(target, name, use_target):
+    use_target(target)
+    table = TABLES[name]
+
+    def tiles(block_d, size, shape):
+        return block_d, size, tuning.pick(table, torch.device("cpu"), (block_d, size, shape))
+
+    scopes = (target, target.rstrip("0123456789_"), "*")
+    shipped = {tiles(*key) for scope, *key in table.rows if scope in scopes}
+    assert shipped <= {tiles(*key_of(case)) for case in CASES[target]}
+
+
+def key_of(case):
+    """How the tables spell a case."""
+    shape = "full" if case.window == OPEN else "causal"
+    size = torch.finfo(case.dtype).bits // 8
+    return configs.padded_head_dim(case.D), size, "short" if case.S <= configs.SHORT else shape
