@@ -187,7 +187,7 @@ def _accumulate_dk_dv(
                 position[None, :], offs_key[:, None], N, left, right, HAS_LEFT, HAS_RIGHT
             )
             p_t = tl.where(visible & mask_m[None, :], p_t, 0.0)
-        elif HAS_LEFT or HAS_RIGHT:
+        elif HAS_LEFT or HAS_RIGHT:  # noqa: SIM102 - the outer one at compile time
             if (start_m < full_lo) | (start_m >= full_hi):
                 visible = is_visible(
                     position[None, :], offs_key[:, None], N, left, right, HAS_LEFT, HAS_RIGHT
