@@ -1,0 +1,80 @@
+"""Which keys a row sees, in the form the attention kernels read it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from attn_core.launch import Launcher
+from attn_core.tuning import TileConfig
+from attn_triangle._triton import problem
+
+_CONFIG = TileConfig(1, 1024, 4, 2)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["N", "R"])
+def _visible_keys_kernel(
+    mask_ptr, stride_mb, stride_mr, stride_mn,
+    shut_ptr,  # [B, R, N], contiguous
+    range_ptr,  # [B, R, 2], contiguous
+    N, R,
+    BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    row = tl.program_id(0).to(tl.int64)
+    mask_ptr += row // R * stride_mb + row % R * stride_mr
+    shut_ptr += row * N
+    offs_n = tl.arange(0, BLOCK_N)
+    first = N
+    last = -1
+    for start_n in range(0, N, BLOCK_N):
+        key = start_n + offs_n
+        is_key = key < N
+        masked = tl.load(mask_ptr + key.to(tl.int64) * stride_mn, mask=is_key, other=1) != 0
+        tl.store(shut_ptr + key, tl.where(masked, -float("inf"), 0.0), mask=is_key)
+        first = tl.minimum(first, tl.min(tl.where(masked, N, key)))
+        last = tl.maximum(last, tl.max(tl.where(masked, -1, key)))
+    tl.store(range_ptr + 2 * row, first)
+    tl.store(range_ptr + 2 * row + 1, last + 1)
+
+
+_launch = Launcher(_visible_keys_kernel)
+
+
+class VisibleKeys(NamedTuple):
+    """What a mask says of each row; both tensors repeat along dimensions of size 1.
+
+    `shut` (B, R, N) is added to scores: 0, or -inf where a key is masked out. The visible keys of a
+    row are within `range` (B, R, 2): the first of them, and the one after the last. `strides` are
+    those of the batches and rows of `shut`, then of `range`.
+    """
+
+    shut: torch.Tensor
+    range: torch.Tensor
+    strides: tuple[int, ...]
+
+
+def visible_keys(mask: torch.Tensor | None, length: int, unread: torch.Tensor) -> VisibleKeys:
+    """Read a mask (B, R, N), True = masked out, with 1 in place of any size.
+
+    Kernels compiled for no mask get `unread` in place of both tensors.
+    """
+    if mask is None:
+        return VisibleKeys(unread, unread, (0, 0, 0, 0))
+    B, R, _ = mask.shape
+    shut = mask.new_empty((B, R, length), dtype=torch.float32)
+    key_range = mask.new_empty((B, R, 2), dtype=torch.int32)
+    strides = problem.broadcast_strides(mask)
+    _launch(
+        B * R,
+        strides=strides,
+        args=(mask.view(torch.uint8), *strides, shut, key_range, length, R),
+        constexprs={"BLOCK_N": _CONFIG.block_n},
+        config=_CONFIG,
+    )
+    shut_strides, range_strides = map(problem.broadcast_strides, (shut, key_range))
+    return VisibleKeys(shut, key_range, shut_strides[:2] + range_strides[:2])

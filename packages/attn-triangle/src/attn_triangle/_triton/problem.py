@@ -1,0 +1,64 @@
+"""What the launchers of this package derive from a problem before they start a kernel."""
+
+from __future__ import annotations
+
+import torch
+
+# Integers that change from call to call: compiled for any value.
+NOT_SPECIALIZED = [
+    "M",
+    "N",
+    "R",
+    "H",
+    "num_tiles",
+    "num_tiles_n",
+    "num_groups",
+    "num_heads",
+    "rows_per_split",
+]
+_ALIGNED = 16  # elements: Triton widens loads only where it knows of such a factor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Blocks of size b that cover a."""
+    return -(-a // b)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a tile that holds the head dimension: a power of two that tl.dot accepts."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def dot_precision(tensor: torch.Tensor) -> str:
+    """How float32 products are computed: TF32 only where torch's own matmuls may use it."""
+    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def rows_per_program(q: torch.Tensor) -> int:
+    """How many rows share a tile of the bias: two where the registers hold two tiles of results."""
+    return 2 if q.shape[2] > 1 and q.element_size() == 2 and q.shape[4] <= 64 else 1
+
+
+def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides that repeat a tensor along its dimensions of size 1."""
+    return tuple(
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def packed_bias(bias: torch.Tensor, length: int) -> torch.Tensor:
+    """The bias (., ., ., length) with its last dimension laid out for wide loads.
+
+    Each row of the pair tensor reads the whole bias, so one copy, small beside the queries, is
+    soon repaid. A bias that already fits is returned as it is.
+    """
+    strides = broadcast_strides(bias)
+    fits = bias.shape[3] == length and strides[3] == 1 and bias.data_ptr() % 16 == 0
+    if fits and not any(stride % _ALIGNED for stride in strides[:3]):
+        return bias
+    padded = ceil_div(length, _ALIGNED) * _ALIGNED
+    packed = bias.new_empty((*bias.shape[:3], padded))[..., :length]
+    return packed.copy_(bias)
