@@ -31,8 +31,9 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 # In float32 both errors are a few roundings, added up in another order: the largest is luck.
 FACTORS = {HALF: 2.0, BFLOAT: 2.0, FLOAT: 4.0}
-# Of the norm. Torch takes TF32 or not by the shape of a product, so it cannot set the budget.
-TF32_ERROR = 2e-3
+# Of the norm: the hardware cuts operands to 10 bits, 2**-10 each. Torch takes TF32 or not by the
+# shape of a product, so it cannot set the budget.
+TF32_ERROR = 4e-3
 
 
 class Case(NamedTuple):
@@ -207,7 +208,7 @@ def test_tf32(D, device, allow_tf32):
     allow_tf32(True)
     for name, value in attend(inputs, douts, CAUSAL).items():
         error = (value - exact[name]).norm() / exact[name].norm()
-        assert error < TF32_ERROR, name
+        assert error < TF32_ERROR, (name, error)
 
 
 def test_tf32_is_used_only_where_torch_may(device, allow_tf32):
