@@ -337,8 +337,8 @@ def test_grouped_heads_are_repeated_heads(window, device):
 def test_old_cpu_kernels_get_no_grouped_heads(monkeypatch):
     monkeypatch.setattr(_torch, "_CPU_KERNEL_TAKES_GQA", False)
     q, k, _ = SMALL.inputs()
-    assert not _torch._fits_cpu_kernel(q, k, OPEN)
-    assert _torch._fits_cpu_kernel(q, q, OPEN)
+    assert not _torch._fits_cpu_kernel(q, k, 1.0, OPEN)
+    assert _torch._fits_cpu_kernel(q, q, 1.0, OPEN)
     check(*with_grad(*SMALL.inputs()))
 
 
@@ -401,3 +401,18 @@ def test_inputs_are_left_alone(device):
     flash_attn_func(*inputs, window_size=(3, 3), backend="torch").sum().backward()
     for x, copy in zip(inputs, before, strict=True):
         assert torch.equal(x, copy)
+
+
+@pytest.mark.parametrize("side", [2**31 - 1, 2**40], ids=str)
+def test_a_side_wider_than_the_keys_is_open(side):
+    q, k, v = torch.randn(3, 1, 9, 2, 8).unbind(0)
+    causal = flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(flash_attn_func(q, k, v, window_size=(side, 0)), causal)
+    assert torch.equal(flash_attn_func(q, k, v, window_size=(side, side)), flash_attn_func(q, k, v))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3], ids=str)
+def test_causal_with_a_scale_that_is_not_positive(scale):
+    q, k, v = torch.randn(3, 1, 9, 2, 8, dtype=torch.float64).unbind(0)
+    expected, _ = reference.attention(q, k, v, scale, (-1, 0))
+    torch.testing.assert_close(flash_attn_func(q, k, v, softmax_scale=scale, causal=True), expected)

@@ -7,7 +7,7 @@ runs. A `Launcher` remembers the compiled kernel of each problem and starts it d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,14 @@ class Launcher:
     ----------
     kernel : triton.JITFunction
         Its parameters are the run-time arguments, then the constexprs.
+    check : callable, optional
+        Called with the strides of a problem that comes for the first time; raises where the kernel
+        cannot address it.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, check: Callable[[Any], None] | None = None) -> None:
         self._kernel = kernel
+        self._check = check
         self._compiled: dict[Hashable, Any] = {}
 
     def __call__(
@@ -63,6 +67,8 @@ class Launcher:
             if compiled is not None and _are_aligned(args):
                 compiled[num_programs, 1, 1](*args, *constexprs.values())
                 return
+            if self._check is not None:
+                self._check(strides)
             compiled = self._kernel[(num_programs,)](
                 *args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages
             )

@@ -22,7 +22,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
-    if _fits_cpu_kernel(q, k, window):
+    if _fits_cpu_kernel(q, k, scale, window):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_for_cpu_kernel(q, k, v), 0.0, window[1] == 0, scale=scale
         )
@@ -51,7 +51,7 @@ def attention_backward(
     window: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
-    if dlse is None and _fits_cpu_kernel(q, k, window):
+    if dlse is None and _fits_cpu_kernel(q, k, scale, window):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_for_cpu_kernel(dout, q, k, v, out), lse, 0.0, window[1] == 0, scale=scale
         )
@@ -76,11 +76,16 @@ def attention_backward(
     return dq, dk, dv
 
 
-def _fits_cpu_kernel(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
-    # The kernel divides by sizes, so empty tensors kill the process; its causal mask is top-left.
-    is_plain = window == (-1, -1) or (window == (-1, 0) and q.shape[1] == k.shape[1])
-    has_its_heads = _CPU_KERNEL_TAKES_GQA or q.shape[2] == k.shape[2]
-    return is_plain and has_its_heads and q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+def _fits_cpu_kernel(
+    q: torch.Tensor, k: torch.Tensor, scale: float, window: tuple[int, int]
+) -> bool:
+    if q.device.type != "cpu" or q.numel() == 0 or k.numel() == 0:
+        return False  # it divides by sizes: empty tensors kill the process
+    if window == (-1, 0):  # its mask is top-left, and scaled: -inf * 0 is NaN
+        has_its_mask = q.shape[1] == k.shape[1] and scale > 0
+    else:
+        has_its_mask = window == (-1, -1)
+    return has_its_mask and (_CPU_KERNEL_TAKES_GQA or q.shape[2] == k.shape[2])
 
 
 def _for_cpu_kernel(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

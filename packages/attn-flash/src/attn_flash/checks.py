@@ -80,3 +80,9 @@ def window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
     if causal:
         right = 0
     return (left if left >= 0 else -1), (right if right >= 0 else -1)
+
+
+def binding_window(window: tuple[int, int], len_q: int, len_k: int) -> tuple[int, int]:
+    """Return the window with -1 for a side that hides nothing at these lengths."""
+    left, right = window
+    return (left if left < len_k - 1 else -1), (right if right < len_q - 1 else -1)

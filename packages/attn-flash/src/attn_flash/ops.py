@@ -14,7 +14,7 @@ import torch
 from attn_core import backends
 from attn_core.library import Operator
 from attn_flash import reference
-from attn_flash.checks import AttentionProblem
+from attn_flash.checks import AttentionProblem, binding_window
 
 ATTENTION = "attn_flash::attention"
 ATTENTION_BACKWARD = "attn_flash::attention_backward"
@@ -29,8 +29,9 @@ def _attention(
     window_right: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    compute = _implementation(ATTENTION, backend, q, k, (window_left, window_right))
-    return compute(q, k, v, scale, (window_left, window_right))  # type: ignore[no-any-return]
+    window = binding_window((window_left, window_right), q.shape[1], k.shape[1])
+    compute = _implementation(ATTENTION, backend, q, k, window)
+    return compute(q, k, v, scale, window)  # type: ignore[no-any-return]
 
 
 def _attention_fake(
@@ -53,7 +54,7 @@ def _attention_backward(
     window_right: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    window = (window_left, window_right)
+    window = binding_window((window_left, window_right), q.shape[1], k.shape[1])
     compute = _implementation(ATTENTION_BACKWARD, backend, q, k, window)
     return compute(dout, dlse, q, k, v, out, lse, scale, window)  # type: ignore[no-any-return]
 

@@ -9,9 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def is_visible(
-    position, offs_n, N, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
+def is_visible(position, offs_n, N, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Whether a query at `position` sees key `offs_n`; the arguments broadcast."""
     visible = offs_n < N
     if HAS_LEFT:

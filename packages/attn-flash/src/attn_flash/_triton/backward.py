@@ -279,8 +279,8 @@ def _attention_backward_dk_dv_kernel(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-_launch_dq = Launcher(_attention_backward_dq_kernel)
-_launch_dk_dv = Launcher(_attention_backward_dk_dv_kernel)
+_launch_dq = Launcher(_attention_backward_dq_kernel, check=problem.require_narrow_tiles)
+_launch_dk_dv = Launcher(_attention_backward_dk_dv_kernel, check=problem.require_narrow_tiles)
 
 
 def attention_backward(

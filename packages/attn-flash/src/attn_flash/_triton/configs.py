@@ -26,19 +26,24 @@ def _rows(
     }
 
 
-def _large_heads(scope: str, config: TileConfig) -> dict[tuple[int | str, ...], TileConfig]:
-    """Rows of the tiles that fill shared memory: head dimension 256, and float32 from 128 on."""
-    return {
-        (scope, block_d, size, shape): config
-        for block_d, size in ((256, 2), (128, 4), (256, 4))
-        for shape in _SHAPES
-    }
-
+# Tiles that fit the shared memory of any device, where the default's would not.
+_LARGE_TILES: dict[tuple[int | str, ...], TileConfig] = {
+    (scope, block_d, size, shape): config
+    for scope, block_d, size, config in (
+        ("*", 256, 2, TileConfig(32, 32, 4, 1)),
+        ("*", 128, 4, TileConfig(32, 32, 4, 1)),
+        ("*", 256, 4, TileConfig(32, 32, 4, 1)),
+        ("sm", 128, 4, TileConfig(32, 32, 8, 2)),
+        ("sm", 256, 4, TileConfig(16, 16, 8, 1)),
+        ("sm_90", 256, 4, TileConfig(32, 32, 8, 2)),
+    )
+    for shape in _SHAPES
+}
 
 FORWARD = Table(
     "attn_flash.forward",
     rows={
-        **_large_heads("*", TileConfig(32, 32, 4, 1)),
+        **_LARGE_TILES,
         **_rows(
             "sm_90",
             (16, "any", TileConfig(64, 64, 4, 3)),
@@ -64,7 +69,7 @@ FORWARD = Table(
 BACKWARD_DQ = Table(
     "attn_flash.backward_dq",
     rows={
-        **_large_heads("*", TileConfig(32, 32, 4, 1)),
+        **_LARGE_TILES,
         **_rows(
             "sm_90",
             (16, "any", TileConfig(64, 64, 4, 3)),
@@ -81,7 +86,7 @@ BACKWARD_DQ = Table(
 BACKWARD_DK_DV = Table(
     "attn_flash.backward_dk_dv",
     rows={
-        **_large_heads("*", TileConfig(32, 32, 4, 1)),
+        **_LARGE_TILES,
         **_rows(
             "sm_90",
             (16, "any", TileConfig(64, 64, 4, 3)),

@@ -149,7 +149,7 @@ def _attention_forward_kernel(
         )  # fmt: skip
 
 
-_launch = Launcher(_attention_forward_kernel)
+_launch = Launcher(_attention_forward_kernel, check=problem.require_narrow_tiles)
 
 
 def attention(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.errors import UnsupportedProblemError
+
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
     "M",
@@ -19,6 +21,7 @@ NOT_SPECIALIZED = [
 LOG2_E = 1.4426950408889634
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
 _TAIL_MATTERS = 1024  # tokens
+_LARGEST_TILE = (128, 256)  # rows and columns
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -54,3 +57,14 @@ def heads_per_group(k: torch.Tensor) -> int:
     """How many heads' keys and values fit the share of the L2 cache that programs work in."""
     head_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
     return max(1, _L2_SHARE // max(head_bytes, 1))
+
+
+def require_narrow_tiles(strides: tuple[tuple[int, ...], ...]) -> None:
+    """Check that offsets within a tile fit 32 bits, given the strides of (B, S, H, D) tensors."""
+    rows, columns = _LARGEST_TILE
+    for _, row_stride, _, column_stride in strides:
+        if (rows - 1) * row_stride + (columns - 1) * column_stride >= 2**31:
+            raise UnsupportedProblemError(
+                "triton: a tile must span less than 2**31 elements, got strides "
+                f"{row_stride} along the sequence and {column_stride} along the head dimension"
+            )
