@@ -20,7 +20,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_triangle._triton import configs, problem
 from attn_triangle._triton.keys import visible_keys
-from attn_triangle._triton.tiles import key_bounds, load_bias, load_shut
+from attn_triangle._triton.tiles import key_bounds, load_shut
 from attn_triangle.layout import new_heads_last
 
 _PROGRAMS_PER_SM = 8  # of the kernel for dB, which splits its rows among as many
@@ -72,19 +72,17 @@ def _accumulate_dq(
     bias_ptr += first_key * stride_bn
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
-        bias = load_bias(bias_ptr + bias_offs, mask_n, MASKED)  # [BLOCK_M, BLOCK_N]
-        shut = load_shut(shut_ptr + start_n + offs_n, mask_n, MASKED, HAS_MASK)  # [BLOCK_N]
+        bias = tl.load(bias_ptr + bias_offs).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        shut0, shut1 = load_shut(shut_ptr, next_row * stride_sr, start_n + offs_n, ROWS, HAS_MASK)
         dq0 = _add_dq(
-            dq0, q0, do0, lse0, delta0, bias, shut, k_ptr + k_offs, v_ptr + v_offs,
+            dq0, q0, do0, lse0, delta0, bias, shut0, k_ptr + k_offs, v_ptr + v_offs,
             mask_n, mask_d, scale, MASKED, PAD_D, HAS_MASK, PRECISION,
         )  # fmt: skip
         if ROWS == 2:
             k_ptrs = k_ptr + next_row * stride_kr + k_offs
             v_ptrs = v_ptr + next_row * stride_vr + v_offs
-            shut_ptrs = shut_ptr + next_row * stride_sr + start_n + offs_n
-            shut = load_shut(shut_ptrs, mask_n, MASKED, HAS_MASK)
             dq1 = _add_dq(
-                dq1, q1, do1, lse1, delta1, bias, shut, k_ptrs, v_ptrs,
+                dq1, q1, do1, lse1, delta1, bias, shut1, k_ptrs, v_ptrs,
                 mask_n, mask_d, scale, MASKED, PAD_D, HAS_MASK, PRECISION,
             )  # fmt: skip
         k_ptr += BLOCK_N * stride_kn
@@ -122,7 +120,7 @@ def _attention_backward_dq_kernel(
     k_ptr, stride_kb, stride_kh, stride_kr, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vr, stride_vn, stride_vd,
     bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
-    shut_ptr,  # [B, R, N]; as range_ptr, read only with HAS_MASK
+    shut_ptr,  # [B, R, N or more]; as range_ptr, read only with HAS_MASK
     range_ptr,  # [B, R, 2]
     stride_sb, stride_sr, stride_rb, stride_rr,
     out_ptr, stride_ob, stride_oh, stride_or, stride_om, stride_od,
@@ -133,8 +131,8 @@ def _attention_backward_dq_kernel(
     rows_ptr,  # [B, H, R, M, 2], contiguous: lse in units of log2, and delta
     M, N, R, H, num_tiles, num_groups,
     scale,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, EVEN_N: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -183,21 +181,14 @@ def _attention_backward_dq_kernel(
 
     dq0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq1 = dq0
-    lo, full_hi, tail, hi = key_bounds(
-        range_ptr, range_ptr + next_row * stride_rr, N, HAS_MASK, BLOCK_N
-    )
-    dq0, dq1 = _accumulate_dq(
-        dq0, q0, do0, lse0, delta0, dq1, q1, do1, lse1, delta1,
-        k_ptr, stride_kr, stride_kn, stride_kd, v_ptr, stride_vr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, bias_offs, shut_ptr, stride_sr, lo, full_hi, N, scale, next_row,
-        HEAD_DIM, ROWS, False, HAS_MASK, PRECISION, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq0, dq1 = _accumulate_dq(
-        dq0, q0, do0, lse0, delta0, dq1, q1, do1, lse1, delta1,
-        k_ptr, stride_kr, stride_kn, stride_kd, v_ptr, stride_vr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, bias_offs, shut_ptr, stride_sr, tail, hi, N, scale, next_row,
-        HEAD_DIM, ROWS, True, HAS_MASK, PRECISION, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    lo, hi = key_bounds(range_ptr, range_ptr + next_row * stride_rr, N, HAS_MASK, BLOCK_N)
+    if lo < hi:  # without this branch ptxas does not overlap the products (its remark C7515)
+        dq0, dq1 = _accumulate_dq(
+            dq0, q0, do0, lse0, delta0, dq1, q1, do1, lse1, delta1,
+            k_ptr, stride_kr, stride_kn, stride_kd, v_ptr, stride_vr, stride_vn, stride_vd,
+            bias_ptr, stride_bn, bias_offs, shut_ptr, stride_sr, lo, hi, N, scale, next_row,
+            HEAD_DIM, ROWS, not EVEN_N, HAS_MASK, PRECISION, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + r * stride_dqr + first_m * stride_dqm
     dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dqm, offs_d, stride_dqd)
@@ -217,34 +208,26 @@ def _accumulate_dk_dv(
     do_ptr, stride_dom, stride_dod,
     bias_ptr, stride_bm, bias_offs,
     row_ptr,
-    lo, hi, M, scale,
+    hi, M, scale,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    """Add dS^T Q and P^T dO over the query blocks in [lo, hi); tiles of scores are transposed."""
+    """Add dS^T Q and P^T dO over the query blocks up to hi; tiles of scores are transposed."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     q_offs = tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
     do_offs = tile_offsets(offs_m, stride_dom, offs_d, stride_dod)
-    first_query = tl.cast(lo, tl.int64)
-    q_ptr += first_query * stride_qm
-    do_ptr += first_query * stride_dom
-    bias_ptr += first_query * stride_bm
-    for start_m in range(lo, hi, BLOCK_M):
+    for start_m in range(0, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
         q = load_tile(q_ptr + q_offs, mask_m, mask_d, MASKED, PAD_D)  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_ptr + do_offs, mask_m, mask_d, MASKED, PAD_D)  # [BLOCK_M, BLOCK_D]
-        bias_t = load_bias(bias_ptr + bias_offs, mask_m, MASKED)  # [BLOCK_N, BLOCK_M]
+        bias_t = tl.load(bias_ptr + bias_offs).to(tl.float32)  # [BLOCK_N, BLOCK_M]
         # Both in one load: two loads of BLOCK_M numbers would be made by every thread.
         row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
-        if MASKED:
-            row = tl.load(row_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, 2]
-        else:
-            row = tl.load(row_ptrs)
-        lse_log2, delta = tl.split(row)
+        lse_log2, delta = tl.split(load_tile(row_ptrs, mask_m, mask_m, MASKED, False))
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias_t
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         p_t = tl.math.exp2(scores_t * LOG2_E - lse_log2[None, :])
@@ -286,7 +269,7 @@ def _attention_backward_dk_dv_kernel(
     k_ptr, stride_kb, stride_kh, stride_kr, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vr, stride_vn, stride_vd,
     bias_ptr, stride_bb, stride_bh, stride_bn, stride_bm,
-    shut_ptr,  # [B, R, N]; as range_ptr, read only with HAS_MASK
+    shut_ptr,  # [B, R, N or more]; as range_ptr, read only with HAS_MASK
     range_ptr,  # [B, R, 2]
     stride_sb, stride_sr, stride_rb, stride_rr,
     do_ptr, stride_dob, stride_doh, stride_dor, stride_dom, stride_dod,
@@ -296,7 +279,7 @@ def _attention_backward_dk_dv_kernel(
     dv_ptr, stride_dvb, stride_dvh, stride_dvr, stride_dvn, stride_dvd,
     M, N, R, H, num_tiles,
     scale,
-    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, IS_MEAN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, EVEN_M: tl.constexpr, HAS_MASK: tl.constexpr, IS_MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -330,26 +313,16 @@ def _attention_backward_dk_dv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    full_hi = M // BLOCK_M * BLOCK_M
     hi = M
-    if HAS_MASK:
+    if HAS_MASK:  # none of the queries is of use to keys that no query sees
         range_ptr += b * stride_rb + r * stride_rr
         is_outside = (start_n >= tl.load(range_ptr + 1)) | (start_n + BLOCK_N <= tl.load(range_ptr))
-        full_hi = tl.where(is_outside, 0, full_hi)
-        hi = tl.where(is_outside, 0, hi)
+        hi = tl.where(is_outside, 0, M)
     dk, dv = _accumulate_dk_dv(
         dk, dv, k, v, q_ptr, stride_qm, stride_qd, do_ptr, stride_dom, stride_dod,
-        bias_ptr, stride_bm, bias_offs, rows_ptr, 0, full_hi, M, scale,
-        HEAD_DIM, False, PRECISION, BLOCK_M, BLOCK_D,
+        bias_ptr, stride_bm, bias_offs, rows_ptr, hi, M, scale,
+        HEAD_DIM, not EVEN_M, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
-    # A loop without a branch around it would keep ptxas from overlapping the products of the first
-    # (its remark C7515).
-    if full_hi < hi:
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, q_ptr, stride_qm, stride_qd, do_ptr, stride_dom, stride_dod,
-            bias_ptr, stride_bm, bias_offs, rows_ptr, full_hi, hi, M, scale,
-            HEAD_DIM, True, PRECISION, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
     if HAS_MASK:
         # The tiles above took every key for visible. Keys do not mix: whatever a masked one
         # gathered, NaN if its scores overflowed, ends here.
@@ -379,7 +352,7 @@ def _attention_backward_dbias_kernel(
     k_ptr, stride_kb, stride_kh, stride_kr, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vr, stride_vn, stride_vd,
     bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
-    shut_ptr,  # [B, R, N], read only with HAS_MASK
+    shut_ptr,  # [B, R, N or more], read only with HAS_MASK
     stride_sb, stride_sr,
     do_ptr, stride_dob, stride_doh, stride_dor, stride_dom, stride_dod,
     rows_ptr,  # [B, H, R, M, 2], contiguous: lse in units of log2, and delta
@@ -387,7 +360,7 @@ def _attention_backward_dbias_kernel(
     M, N, R, H, num_tiles, num_tiles_n, num_heads, rows_per_split,
     scale,
     HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):
     # fmt: on
     pid = tl.program_id(0)
@@ -428,7 +401,8 @@ def _attention_backward_dbias_kernel(
     bias = tl.load(bias_ptrs).to(tl.float32)  # [BLOCK_M, BLOCK_N]
 
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(first_row, last_row):
+    # With stages of its own, the loop also loads ahead what no product takes.
+    for _ in tl.range(first_row, last_row, num_stages=NUM_STAGES):
         q = load_tile(q_ptr + q_offs, offs_m, mask_d, False, PAD_D)  # [BLOCK_M, BLOCK_D]
         k = load_tile(k_ptr + k_offs, offs_n, mask_d, False, PAD_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptr + v_offs, offs_n, mask_d, False, PAD_D)  # [BLOCK_N, BLOCK_D]
@@ -437,7 +411,7 @@ def _attention_backward_dbias_kernel(
         lse_log2, delta = tl.split(tl.load(rows_ptr + rows_offs))
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
         if HAS_MASK:
-            scores += tl.load(shut_ptr + inner_n)[None, :]
+            scores += tl.load(shut_ptr + offs_n)[None, :]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         p = tl.math.exp2(scores * LOG2_E - lse_log2[:, None])
         dbias += p * (dp - delta[:, None])
@@ -480,20 +454,19 @@ def attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), bias.new_zeros(bias.shape)
     keys = visible_keys(mask, N, unread=lse)
     rows = lse.new_empty((*lse.shape, 2))
-    packed = problem.packed_bias(bias, N)
-    precision = problem.dot_precision(q)
-    flags = {"HEAD_DIM": q.shape[4], "HAS_MASK": mask is not None, "PRECISION": precision}
-    _dq(dq, rows, dout, dlse, q, k, v, packed, keys, out, lse, scale, flags)
-    _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, masked_rows == "mean", flags)
-    dbias = _dbias(dout, q, k, v, packed, keys, rows, scale, flags)
+    has_mask = mask is not None
+    _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, has_mask)
+    _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, has_mask, masked_rows == "mean")
+    dbias = _dbias(dout, q, k, v, bias, keys, rows, scale, has_mask)
     return dq, dk, dv, dbias.sum(0).sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, flags):
+def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, has_mask):
     """Fill dq, and `rows` (B, H, R, M, 2) for the other two kernels."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     config = configs.tiles(configs.BACKWARD_DQ, q, k)
+    bias = problem.packed_bias(bias, N, config.block_n)
     group = problem.rows_per_program(q)
     num_tiles, num_groups = problem.ceil_div(M, config.block_m), problem.ceil_div(R, group)
     strides = tuple(tensor.stride() for tensor in (q, k, v, out, dout, dq))
@@ -517,8 +490,8 @@ def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, flags):
             scale,
         ),
         constexprs={
-            "HEAD_DIM": D, "ROWS": group, "HAS_MASK": flags["HAS_MASK"],
-            "HAS_DLSE": dlse is not None, "PRECISION": flags["PRECISION"],
+            "HEAD_DIM": D, "ROWS": group, "EVEN_N": N % config.block_n == 0, "HAS_MASK": has_mask,
+            "HAS_DLSE": dlse is not None, "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
             "BLOCK_D": problem.padded_head_dim(D),
         },
@@ -526,13 +499,13 @@ def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, flags):
     )  # fmt: skip
 
 
-def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, is_mean, flags):
+def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, has_mask, is_mean):
     """Fill dk and dv from the `rows` that `_dq` left."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     config = configs.tiles(configs.BACKWARD_DK_DV, q, k)
     num_tiles = problem.ceil_div(N, config.block_n)
-    bias_t = problem.packed_bias(bias.mT, M)  # its tiles are transposed, as those of the scores
+    bias_t = problem.packed_bias(bias.mT, M, config.block_m)  # as the tiles of scores are read
     strides = tuple(tensor.stride() for tensor in (q, k, v, dout, dk, dv))
     bias_strides = problem.broadcast_strides(bias_t)
     _launch_dk_dv(
@@ -553,8 +526,8 @@ def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, is_mean, flags):
             scale,
         ),
         constexprs={
-            "HEAD_DIM": D, "HAS_MASK": flags["HAS_MASK"], "IS_MEAN": is_mean,
-            "PRECISION": flags["PRECISION"],
+            "HEAD_DIM": D, "EVEN_M": M % config.block_m == 0, "HAS_MASK": has_mask,
+            "IS_MEAN": is_mean, "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
             "BLOCK_D": problem.padded_head_dim(D),
         },
@@ -562,7 +535,7 @@ def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, is_mean, flags):
     )  # fmt: skip
 
 
-def _dbias(dout, q, k, v, bias, keys, rows, scale, flags):
+def _dbias(dout, q, k, v, bias, keys, rows, scale, has_mask):
     """Compute the sum of dS over each of a few parts of the rows: (parts, B, H, M, N), float32."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
@@ -591,9 +564,9 @@ def _dbias(dout, q, k, v, bias, keys, rows, scale, flags):
             scale,
         ),
         constexprs={
-            "HEAD_DIM": D, "HAS_MASK": flags["HAS_MASK"], "PRECISION": flags["PRECISION"],
+            "HEAD_DIM": D, "HAS_MASK": has_mask, "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(D),
+            "BLOCK_D": problem.padded_head_dim(D), "NUM_STAGES": config.num_stages,
         },
         config=config,
     )  # fmt: skip

@@ -46,6 +46,7 @@ BACKWARD_DK_DV = Table(
     rows={
         **_float32(TileConfig(32, 32, 4, 2)),
         ("gfx", 128, 2): TileConfig(32, 64, 4, 1),
+        ("sm", 128, 2): TileConfig(32, 64, 4, 2),
     },
     default=TileConfig(64, 64, 4, 2),
     candidates=_CANDIDATES,

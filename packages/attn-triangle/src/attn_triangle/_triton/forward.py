@@ -12,7 +12,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_triangle._triton import configs, problem
 from attn_triangle._triton.keys import visible_keys
-from attn_triangle._triton.tiles import key_bounds, load_bias, load_shut
+from attn_triangle._triton.tiles import key_bounds, load_shut
 from attn_triangle.layout import new_heads_last, new_lse
 
 
@@ -65,19 +65,17 @@ def _attend_keys(
     bias_ptr += first_key * stride_bn
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
-        bias = load_bias(bias_ptr + bias_offs, mask_n, MASKED)  # [BLOCK_M, BLOCK_N]
-        shut = load_shut(shut_ptr + start_n + offs_n, mask_n, MASKED, HAS_MASK)  # [BLOCK_N]
+        bias = tl.load(bias_ptr + bias_offs).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        shut0, shut1 = load_shut(shut_ptr, next_row * stride_sr, start_n + offs_n, ROWS, HAS_MASK)
         acc0, m0, l0 = _attend(
-            acc0, m0, l0, q0, bias, shut, k_ptr + k_offs, v_ptr + v_offs, mask_n, mask_d, scale,
+            acc0, m0, l0, q0, bias, shut0, k_ptr + k_offs, v_ptr + v_offs, mask_n, mask_d, scale,
             MASKED, PAD_D, HAS_MASK, PRECISION,
         )  # fmt: skip
         if ROWS == 2:
             k_ptrs = k_ptr + next_row * stride_kr + k_offs
             v_ptrs = v_ptr + next_row * stride_vr + v_offs
-            shut_ptrs = shut_ptr + next_row * stride_sr + start_n + offs_n
-            shut = load_shut(shut_ptrs, mask_n, MASKED, HAS_MASK)
             acc1, m1, l1 = _attend(
-                acc1, m1, l1, q1, bias, shut, k_ptrs, v_ptrs, mask_n, mask_d, scale,
+                acc1, m1, l1, q1, bias, shut1, k_ptrs, v_ptrs, mask_n, mask_d, scale,
                 MASKED, PAD_D, HAS_MASK, PRECISION,
             )  # fmt: skip
         k_ptr += BLOCK_N * stride_kn
@@ -130,15 +128,15 @@ def _attention_forward_kernel(
     k_ptr, stride_kb, stride_kh, stride_kr, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vr, stride_vn, stride_vd,
     bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
-    shut_ptr,  # [B, R, N]; as range_ptr, read only with HAS_MASK
+    shut_ptr,  # [B, R, N or more]; as range_ptr, read only with HAS_MASK
     range_ptr,  # [B, R, 2]
     stride_sb, stride_sr, stride_rb, stride_rr,
     out_ptr, stride_ob, stride_oh, stride_or, stride_om, stride_od,
     lse_ptr,  # [B, H, R, M], contiguous
     M, N, R, H, num_tiles, num_groups,
     scale,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, HAS_MASK: tl.constexpr, IS_MEAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, EVEN_N: tl.constexpr, HAS_MASK: tl.constexpr,
+    IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -177,20 +175,12 @@ def _attention_forward_kernel(
     m0 = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l0 = tl.zeros([BLOCK_M], tl.float32)
     acc1, m1, l1 = acc0, m0, l0
-    lo, full_hi, tail, hi = key_bounds(
-        range_ptr, range_ptr + next_row * stride_rr, N, HAS_MASK, BLOCK_N
-    )
+    lo, hi = key_bounds(range_ptr, range_ptr + next_row * stride_rr, N, HAS_MASK, BLOCK_N)
     acc0, m0, l0, acc1, m1, l1 = _attend_keys(
         acc0, m0, l0, q0, acc1, m1, l1, q1,
         k_ptr, stride_kr, stride_kn, stride_kd, v_ptr, stride_vr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, bias_offs, shut_ptr, stride_sr, lo, full_hi, N, scale, next_row,
-        HEAD_DIM, ROWS, False, HAS_MASK, PRECISION, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    acc0, m0, l0, acc1, m1, l1 = _attend_keys(
-        acc0, m0, l0, q0, acc1, m1, l1, q1,
-        k_ptr, stride_kr, stride_kn, stride_kd, v_ptr, stride_vr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, bias_offs, shut_ptr, stride_sr, tail, hi, N, scale, next_row,
-        HEAD_DIM, ROWS, True, HAS_MASK, PRECISION, BLOCK_N, BLOCK_D,
+        bias_ptr, stride_bn, bias_offs, shut_ptr, stride_sr, lo, hi, N, scale, next_row,
+        HEAD_DIM, ROWS, not EVEN_N, HAS_MASK, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     out_ptr += b * stride_ob + h * stride_oh + r * stride_or
@@ -229,7 +219,7 @@ def attention(
     config = configs.tiles(configs.FORWARD, q, k)
     rows = problem.rows_per_program(q)
     num_tiles, num_groups = problem.ceil_div(M, config.block_m), problem.ceil_div(R, rows)
-    bias = problem.packed_bias(bias, N)
+    bias = problem.packed_bias(bias, N, config.block_n)
     keys = visible_keys(mask, N, unread=lse)
     q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
     bias_strides = problem.broadcast_strides(bias)
@@ -248,8 +238,9 @@ def attention(
             scale,
         ),
         constexprs={
-            "HEAD_DIM": D, "ROWS": rows, "HAS_MASK": mask is not None,
-            "IS_MEAN": masked_rows == "mean", "PRECISION": problem.dot_precision(q),
+            "HEAD_DIM": D, "ROWS": rows, "EVEN_N": N % config.block_n == 0,
+            "HAS_MASK": mask is not None, "IS_MEAN": masked_rows == "mean",
+            "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
             "BLOCK_D": problem.padded_head_dim(D),
         },

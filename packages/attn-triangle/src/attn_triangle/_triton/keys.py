@@ -13,29 +13,29 @@ from attn_core.tuning import TileConfig
 from attn_triangle._triton import problem
 
 _CONFIG = TileConfig(1, 1024, 4, 2)
+_COLUMNS = 128  # a multiple of every block of keys
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R", "num_columns"])
 def _visible_keys_kernel(
     mask_ptr, stride_mb, stride_mr, stride_mn,
-    shut_ptr,  # [B, R, N], contiguous
+    shut_ptr,  # [B, R, num_columns], contiguous
     range_ptr,  # [B, R, 2], contiguous
-    N, R,
+    N, R, num_columns,
     BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     row = tl.program_id(0).to(tl.int64)
     mask_ptr += row // R * stride_mb + row % R * stride_mr
-    shut_ptr += row * N
+    shut_ptr += row * num_columns
     offs_n = tl.arange(0, BLOCK_N)
     first = N
     last = -1
-    for start_n in range(0, N, BLOCK_N):
+    for start_n in range(0, num_columns, BLOCK_N):
         key = start_n + offs_n
-        is_key = key < N
-        masked = tl.load(mask_ptr + key.to(tl.int64) * stride_mn, mask=is_key, other=1) != 0
-        tl.store(shut_ptr + key, tl.where(masked, -float("inf"), 0.0), mask=is_key)
+        masked = tl.load(mask_ptr + key.to(tl.int64) * stride_mn, mask=key < N, other=1) != 0
+        tl.store(shut_ptr + key, tl.where(masked, -float("inf"), 0.0), mask=key < num_columns)
         first = tl.minimum(first, tl.min(tl.where(masked, N, key)))
         last = tl.maximum(last, tl.max(tl.where(masked, -1, key)))
     tl.store(range_ptr + 2 * row, first)
@@ -48,9 +48,9 @@ _launch = Launcher(_visible_keys_kernel)
 class VisibleKeys(NamedTuple):
     """What a mask says of each row; both tensors repeat along dimensions of size 1.
 
-    `shut` (B, R, N) is added to scores: 0, or -inf where a key is masked out. The visible keys of a
-    row are within `range` (B, R, 2): the first of them, and the one after the last. `strides` are
-    those of the batches and rows of `shut`, then of `range`.
+    `shut` (B, R, N or a few more) is added to scores: 0, or -inf where a key is masked out or there
+    is none. The visible keys of a row are within `range` (B, R, 2): the first of them, and the one
+    after the last. `strides` are those of the batches and rows of `shut`, then of `range`.
     """
 
     shut: torch.Tensor
@@ -66,13 +66,14 @@ def visible_keys(mask: torch.Tensor | None, length: int, unread: torch.Tensor) -
     if mask is None:
         return VisibleKeys(unread, unread, (0, 0, 0, 0))
     B, R, _ = mask.shape
-    shut = mask.new_empty((B, R, length), dtype=torch.float32)
+    num_columns = problem.ceil_div(length, _COLUMNS) * _COLUMNS
+    shut = mask.new_empty((B, R, num_columns), dtype=torch.float32)
     key_range = mask.new_empty((B, R, 2), dtype=torch.int32)
     strides = problem.broadcast_strides(mask)
     _launch(
         B * R,
         strides=strides,
-        args=(mask.view(torch.uint8), *strides, shut, key_range, length, R),
+        args=(mask.view(torch.uint8), *strides, shut, key_range, length, R, num_columns),
         constexprs={"BLOCK_N": _CONFIG.block_n},
         config=_CONFIG,
     )

@@ -49,16 +49,18 @@ def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     )
 
 
-def packed_bias(bias: torch.Tensor, length: int) -> torch.Tensor:
-    """The bias (., ., ., length) with its last dimension laid out for wide loads.
+def packed_bias(bias: torch.Tensor, length: int, block: int) -> torch.Tensor:
+    """The bias (., ., ., length) with its last dimension in whole blocks, laid out for wide loads.
 
-    Each row of the pair tensor reads the whole bias, so one copy, small beside the queries, is
-    soon repaid. A bias that already fits is returned as it is.
+    What fills up the last block is -inf, which hides its scores. Each row of the pair tensor reads
+    the whole bias, so one copy, small beside the queries, is soon repaid; a bias that already fits
+    is returned as it is.
     """
     strides = broadcast_strides(bias)
-    fits = bias.shape[3] == length and strides[3] == 1 and bias.data_ptr() % 16 == 0
-    if fits and not any(stride % _ALIGNED for stride in strides[:3]):
+    is_whole = bias.shape[3] == length and length % block == 0
+    is_aligned = bias.data_ptr() % 16 == 0 and not any(stride % _ALIGNED for stride in strides[:3])
+    if is_whole and strides[3] == 1 and is_aligned:
         return bias
-    padded = ceil_div(length, _ALIGNED) * _ALIGNED
-    packed = bias.new_empty((*bias.shape[:3], padded))[..., :length]
-    return packed.copy_(bias)
+    packed = bias.new_full((*bias.shape[:3], ceil_div(length, block) * block), -torch.inf)
+    packed[..., :length] = bias
+    return packed

@@ -5,36 +5,25 @@ import triton.language as tl
 
 
 @triton.jit
-def load_bias(bias_ptrs, mask_col, MASKED: tl.constexpr):
-    """Load a tile of the bias; columns outside the mask are -inf, which hides their scores."""
-    if MASKED:
-        bias = tl.load(bias_ptrs, mask=mask_col[None, :], other=-float("inf"))
-    else:
-        bias = tl.load(bias_ptrs)
-    return bias.to(tl.float32)
-
-
-@triton.jit
-def load_shut(shut_ptrs, mask, MASKED: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Load what a row's mask adds to scores: 0, or -inf where a key is masked out."""
-    shut = 0.0
-    if HAS_MASK:
-        shut = tl.load(shut_ptrs, mask=mask, other=0.0) if MASKED else tl.load(shut_ptrs)
-    return shut
+def load_shut(shut_ptr, row_step, offs_n, ROWS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Load what the masks of one or two rows add to scores, each [BLOCK_N]: 0 or -inf."""
+    shut0 = 0.0
+    shut1 = 0.0
+    if HAS_MASK and ROWS == 1:
+        shut0 = tl.load(shut_ptr + offs_n)
+    if HAS_MASK and ROWS == 2:
+        # Both in one load: two loads of BLOCK_N numbers would be made by every thread.
+        both = tl.load(shut_ptr + offs_n[:, None] + row_step * tl.arange(0, 2)[None, :])
+        shut0, shut1 = tl.split(both)
+    return shut0, shut1
 
 
 @triton.jit
 def key_bounds(range0_ptr, range1_ptr, N, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cut the keys that either of two rows sees into full blocks and the ragged last block.
-
-    Returns lo, full_hi, tail, hi: the blocks in [lo, full_hi) are full, [tail, hi) is the last one
-    or empty.
-    """
-    tail = N // BLOCK_N * BLOCK_N
-    if not HAS_MASK:
-        return 0, tail, tail, N
-    first = tl.minimum(tl.load(range0_ptr), tl.load(range1_ptr))
-    hi = tl.maximum(tl.load(range0_ptr + 1), tl.load(range1_ptr + 1))
-    lo = first // BLOCK_N * BLOCK_N
-    full_hi = tl.minimum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tail)
-    return lo, full_hi, tail, hi
+    """Return lo and hi of the keys that either of two rows sees; lo is a multiple of BLOCK_N."""
+    lo = 0
+    hi = N
+    if HAS_MASK:
+        lo = tl.minimum(tl.load(range0_ptr), tl.load(range1_ptr)) // BLOCK_N * BLOCK_N
+        hi = tl.maximum(tl.load(range0_ptr + 1), tl.load(range1_ptr + 1))
+    return lo, hi

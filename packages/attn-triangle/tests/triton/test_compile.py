@@ -1,0 +1,155 @@
+"""The Triton kernels compiled ahead of time, with the tiles each architecture is shipped with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from attn_core import tuning
+from attn_core.device import DeviceInfo
+from attn_core.testing.compilation import TARGETS, compile_ahead
+
+pytest.importorskip("triton")
+
+from attn_triangle._triton import backward, configs, forward, keys
+
+pytestmark = pytest.mark.compile
+
+LAUNCHERS = {
+    "visible_keys": keys._launch,
+    "forward": forward._launch,
+    "dq": backward._launch_dq,
+    "dk_dv": backward._launch_dk_dv,
+    "dbias": backward._launch_dbias,
+}
+TABLES = {
+    "forward": configs.FORWARD,
+    "dq": configs.BACKWARD_DQ,
+    "dk_dv": configs.BACKWARD_DK_DV,
+    "dbias": configs.BACKWARD_DBIAS,
+}
+POINTERS = {
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+MAX_SPILLS = 64  # bytes, in 16-bit kernels of sm_90
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    D: int
+    has_mask: bool = True
+    tf32: bool = False
+    dlse: bool = False
+
+    def __str__(self):
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        words = [f"d{self.D}", dtype, "masked" if self.has_mask else "open"]
+        return "-".join([*words, "dlse"] if self.dlse else words)
+
+
+PORTABLE = [
+    Case(torch.bfloat16, 32),
+    Case(torch.bfloat16, 128),
+    Case(torch.float32, 32),
+    # With ieee products these take long; their tiles and their memory are the same.
+    Case(torch.float32, 128, tf32=True),
+]
+HOPPER = [
+    Case(torch.bfloat16, 32, has_mask=False),
+    Case(torch.bfloat16, 64),
+    Case(torch.float16, 48, dlse=True),
+]
+CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
+
+
+class Recorder:
+    """A kernel that writes down how it is launched."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, num_warps, num_stages, **constexprs):
+        self.args, self.constexprs = args, constexprs
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+
+
+@pytest.fixture
+def use_target(monkeypatch, tmp_path):
+    """A function that makes every device look like one of a target's architecture."""
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ATTN_TUNE", raising=False)
+
+    def use(target):
+        info = DeviceInfo("hip" if target.startswith("gfx") else "cuda", target, target)
+        monkeypatch.setattr(tuning, "device_info", lambda device: info)
+        tuning.forget()
+
+    yield use
+    tuning.forget()
+
+
+def launches(case, monkeypatch):
+    """What each launcher would start for a case."""
+    if case.tf32:
+        monkeypatch.setattr(forward.problem, "dot_precision", lambda tensor: "tf32")
+    recorders = {name: Recorder() for name in LAUNCHERS}
+    for name, launcher in LAUNCHERS.items():
+        monkeypatch.setattr(launcher, "_kernel", recorders[name])
+    q = torch.empty(1, 256, 256, 4, case.D, dtype=case.dtype, device="meta").permute(0, 3, 1, 2, 4)
+    bias = torch.empty(1, 4, 256, 256, dtype=case.dtype, device="meta")
+    mask = torch.empty(1, 256, 256, dtype=torch.bool, device="meta") if case.has_mask else None
+    out, lse = forward.attention(q, q, q, bias, mask, 0.1, "mean")
+    dlse = lse if case.dlse else None
+    backward.attention_backward(out, dlse, q, q, q, bias, mask, out, lse, 0.1, "mean")
+    return recorders
+
+
+def describe(kernel, launch):
+    """Split a launch into the signature and the constants that Triton would compile it for."""
+    signature = {
+        parameter.name: type_of(value, hinted=not parameter.do_not_specialize)
+        for parameter, value in zip(kernel.params, launch.args, strict=False)
+    }
+    return signature, launch.constexprs
+
+
+def type_of(value, *, hinted):
+    if isinstance(value, torch.Tensor):
+        return f"{POINTERS[value.dtype]}:16"
+    if isinstance(value, float):
+        return "fp32"
+    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
+    return f"i32{hint}" if hinted else "i32"
+
+
+RUNS = [
+    pytest.param(target, case, name, id=f"{target}-{case}-{name}")
+    for target in TARGETS
+    for case in CASES[target]
+    for name in LAUNCHERS
+    if name != "visible_keys" or case == PORTABLE[0]
+]
+
+
+@pytest.mark.parametrize("target, case, name", RUNS)
+def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
+    use_target(target)
+    kernel = LAUNCHERS[name]._kernel
+    launch = launches(case, monkeypatch)[name]
+    compiled = compile_ahead(kernel, *describe(kernel, launch), target, **launch.options)
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    if target == "sm_90" and case.dtype != torch.float32:
+        assert compiled.spills <= MAX_SPILLS
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_problem_finds_its_row(name, use_target):
+    use_target("sm_90")
+    q = torch.empty(1, 1, 2, 64, 24, device="meta")
+    assert configs.tiles(TABLES[name], q, q) == TABLES[name].rows["*", 32, 4]
