@@ -1,0 +1,37 @@
+"""What the launchers of this package derive from a problem before they start a kernel."""
+
+from __future__ import annotations
+
+import torch
+
+# Integers that change from call to call: compiled for any value.
+NOT_SPECIALIZED = ["T", "B", "H", "num_tiles", "num_splits", "stride_tb", "left", "right"]
+LOG2_E = 1.4426950408889634
+_MIN_DOT = 16  # what tl.dot accepts along each side
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Blocks of size b that cover a."""
+    return -(-a // b)
+
+
+def padded(size: int) -> int:
+    """Width of a tile that holds `size` columns: a power of two that tl.dot accepts."""
+    return max(_MIN_DOT, 1 << (size - 1).bit_length())
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Widths of the one or two tiles that hold a query or key: 576 is 512 + 64, not 1024 + 0."""
+    whole = padded(head_dim)
+    if head_dim in (whole, 1) or whole == _MIN_DOT:
+        return whole, 0
+    half = whole // 2
+    tail = padded(head_dim - half)
+    return (half, tail) if half + tail < whole else (whole, 0)
+
+
+def dot_precision(tensor: torch.Tensor) -> str:
+    """How float32 products are computed: TF32 only where torch's own matmuls may use it."""
+    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"

@@ -1,0 +1,377 @@
+"""Backend "triton" through the public functions on a GPU, against the reference in float64.
+
+A kernel is compiled for every new combination of sizes and flags, which takes a second or two;
+cases share them where they can.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_paged import append_to_cache, ops, paged_attention, reference
+
+pytestmark = pytest.mark.gpu
+
+BACKEND = "triton"
+BFLOAT, FLOAT = torch.bfloat16, torch.float32
+# In float32 both errors are a few roundings, added up in another order: the largest is luck.
+FACTORS = {torch.float16: 2.0, BFLOAT: 2.0, FLOAT: 4.0}
+STALE = -12345
+
+
+class Sizes(NamedTuple):
+    """Keys and queries of each sequence; no lens_q means one query each, without cu_seqlens_q."""
+
+    lens_k: tuple[int, ...]
+    lens_q: tuple[int, ...] = ()
+    H: int = 16
+    H_KV: int = 2
+    D: int = 128
+    D_v: int = 128
+    block_size: int = 16
+
+    def __str__(self):
+        lens_q, lens_k = ("x".join(map(str, lens)) for lens in (self.lens_q, self.lens_k))
+        heads = f"h{self.H}-kv{self.H_KV}-d{self.D}-dv{self.D_v}"
+        return f"m{lens_q or 'decode'}-n{lens_k}-{heads}-block{self.block_size}"
+
+
+DECODE = Sizes((0, 1, 15, 16, 17, 63, 64, 65, 1000, 5000))
+MIXED = Sizes((700, 0, 5, 1333, 12, 300), (1, 0, 5, 200, 20, 300))
+BOTH = pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
+
+
+def int32(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def make(sizes, device, dtype=BFLOAT, *, layout="nhd", width=0, std=1.0):
+    """Arguments of paged_attention; slots without a key hold NaN, unused entries -12345."""
+    counts = [-(-n // sizes.block_size) for n in sizes.lens_k]
+    num_blocks = sum(counts) + 1
+    tables = torch.full((len(counts), max(*counts, width)), STALE, dtype=torch.int32)
+    ids = iter(torch.randperm(num_blocks).tolist())
+    is_used = torch.zeros(num_blocks, sizes.block_size, dtype=torch.bool)
+    for row, n in enumerate(sizes.lens_k):
+        for i in range(counts[row]):
+            block = tables[row, i] = next(ids)
+            is_used[block, : n - i * sizes.block_size] = True
+
+    def normal(name, *shape):
+        return random_tensor(shape, seed=f"{sizes}-{name}", dtype=dtype, device=device, scale=std)
+
+    slots = (num_blocks, sizes.block_size, sizes.H_KV)
+    k_cache, v_cache = normal("k", *slots, sizes.D), normal("v", *slots, sizes.D_v)
+    for cache in (k_cache, v_cache):
+        cache[~is_used.to(device)] = torch.nan
+    if layout == "packed":
+        k_cache, v_cache = torch.cat([k_cache, v_cache], -1).split((sizes.D, sizes.D_v), -1)
+    elif layout == "hnd":
+        k_cache, v_cache = (
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_cache, v_cache)
+        )
+    tokens = sum(sizes.lens_q) if sizes.lens_q else len(sizes.lens_k)
+    bounds = int32([*accumulate(sizes.lens_q, initial=0)], device) if sizes.lens_q else None
+    return {
+        "q": normal("q", tokens, sizes.H, sizes.D),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_tables": tables.to(device),
+        "context_lens": int32(sizes.lens_k, device),
+        "cu_seqlens_q": bounds,
+    }
+
+
+def attend(inputs, **options):
+    with poison_new_allocations():
+        return paged_attention(**inputs, **options, return_lse=True, backend=BACKEND)
+
+
+def plain(inputs, dtype, *, window_size=(-1, 0), softcap=0.0, softmax_scale=None):
+    absent = dict.fromkeys(("alibi_slopes", "sinks"))
+    tensors = {
+        name: x.to(dtype) if x is not None and x.is_floating_point() else x
+        for name, x in (absent | inputs).items()
+    }
+    scale = softmax_scale or inputs["q"].shape[2] ** -0.5
+    return reference.attention(**tensors, scale=scale, window=window_size, softcap=softcap)
+
+
+def check(inputs, **options):
+    causal = options.get("window_size", (-1, 0))[1] == 0
+    out, lse = attend(inputs, causal=causal, **options)
+    dtype = inputs["q"].dtype
+    assert (out.dtype, lse.dtype) == (dtype, FLOAT)
+    same_dtype, exact = (plain(inputs, x, **options) for x in (dtype, torch.float64))
+    assert_within_budget(out, same_dtype[0], exact[0], name="out", factor=FACTORS[dtype])
+    lse_same_dtype = same_dtype[1].to(FLOAT)
+    assert_within_budget(lse, lse_same_dtype, exact[1], name="lse", factor=FACTORS[dtype])
+    return out, lse
+
+
+def same_bits(actual, expected):
+    return all(map(torch.equal, actual, expected))
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "block_size, layout", [(16, "nhd"), (64, "hnd"), (7, "packed"), (1, "nhd")]
+)
+def test_blocks_and_layouts(block_size, layout, sizes, device):
+    check(make(sizes._replace(block_size=block_size), device, layout=layout))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes((5000,)),
+        Sizes((1000,) * 40),
+        Sizes((300, 900), (300, 1)),
+        Sizes((2000, 4096), (2000, 600)),
+        Sizes((70, 3), H=3, H_KV=1, D=80, D_v=96),
+        Sizes((70, 3), (4, 3), H=40, H_KV=1, D=64, D_v=64),
+        Sizes((700, 3), H=16, H_KV=1, D=576, D_v=512),
+        Sizes((700, 3), H=128, H_KV=1, D=576, D_v=512),
+        Sizes((200, 30), (100, 30), D=256, D_v=256),
+    ],
+    ids=str,
+)
+def test_sizes(sizes, device):
+    check(make(sizes, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, FLOAT], ids=str)
+@BOTH
+def test_dtypes(sizes, dtype, device):
+    check(make(sizes, device, dtype))
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_everything(sizes, device):
+    inputs = make(sizes, device)
+    inputs["alibi_slopes"] = torch.rand(sizes.H, device=device)
+    inputs["sinks"] = torch.randn(sizes.H, device=device)
+    check(inputs, softcap=20.0, window_size=(300, 0))
+
+
+@BOTH
+@pytest.mark.parametrize("window", [(100, 0), (100, 30), (-1, -1)], ids=str)
+def test_windows(window, sizes, device):
+    check(make(sizes, device), window_size=window)
+
+
+def test_large_scores(device):
+    check(make(DECODE, device, std=10.0))
+
+
+# --- lengths that live on the device --------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting():
+    """Waiting for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@BOTH
+def test_nothing_waits_for_the_gpu(sizes, device, request):
+    inputs = make(sizes, device)
+    paged_attention(**inputs, backend=BACKEND)
+    request.getfixturevalue("no_waiting")
+    paged_attention(**inputs, backend=BACKEND)
+
+
+def capture(compute):
+    """A graph of a computation, and the outputs that its replays write."""
+    compute()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = compute()
+    return graph, outputs
+
+
+def check_outputs(outputs, inputs):
+    same_dtype, exact = (plain(inputs, dtype) for dtype in (BFLOAT, torch.float64))
+    assert_within_budget(outputs[0], same_dtype[0], exact[0], name="out")
+    assert_within_budget(outputs[1], same_dtype[1].to(FLOAT), exact[1], name="lse", factor=4.0)
+
+
+def full_cache(sizes, device):
+    """The arguments of `make`, and every table entry leads to some block."""
+    inputs = make(sizes, device)
+    tables = inputs["block_tables"]
+    for name in ("k_cache", "v_cache"):
+        inputs[name].nan_to_num_(0.5)
+    inputs["block_tables"] = torch.randint_like(tables, len(inputs["k_cache"]))
+    return inputs
+
+
+def test_graph_of_decoding_follows_lengths_and_tables(device):
+    inputs = full_cache(Sizes((900, 1, 300, 64)), device)
+    tables = inputs["block_tables"]
+    graph, outputs = capture(lambda: paged_attention(**inputs, return_lse=True, backend=BACKEND))
+    for lens_k in ((900, 1, 300, 64), (3, 500, 0, 901), (912, 911, 912, 897), (0, 0, 0, 0)):
+        inputs["context_lens"].copy_(int32(lens_k, device))
+        tables.copy_(torch.randint_like(tables, len(inputs["k_cache"])))
+        graph.replay()
+        check_outputs(outputs, inputs)
+
+
+def test_graph_of_a_mixed_batch_follows_its_bounds(device):
+    inputs = full_cache(MIXED, device)
+    graph, outputs = capture(lambda: paged_attention(**inputs, return_lse=True, backend=BACKEND))
+    for lens_q, lens_k in (
+        (MIXED.lens_q, MIXED.lens_k),
+        ((0, 500, 1, 0, 25, 0), (9, 1300, 1, 0, 400, 5)),
+        ((526, 0, 0, 0, 0, 0), (526, 0, 0, 0, 0, 0)),
+        ((0, 1, 2, 3, 4, 516), (0, 0, 700, 3, 4, 1000)),
+    ):
+        inputs["cu_seqlens_q"].copy_(int32([*accumulate(lens_q, initial=0)], device))
+        inputs["context_lens"].copy_(int32(lens_k, device))
+        graph.replay()
+        check_outputs(outputs, inputs)
+
+
+def test_graph_of_a_step_appends_and_attends(device):
+    inputs = full_cache(Sizes((900, 1, 300, 64)), device)
+    caches = inputs["k_cache"], inputs["v_cache"]
+    rows = torch.randn(2, 4, 2, 128, dtype=BFLOAT, device=device)
+    slots = torch.arange(4, device=device)
+
+    def step():
+        append_to_cache(*rows, *caches, slots, backend=BACKEND)
+        return paged_attention(**inputs, return_lse=True, backend=BACKEND)
+
+    graph, outputs = capture(step)
+    for new_slots in ([5, 900, 33, 64], [-1, 0, -1, 77], [-1, -1, -1, -1]):
+        rows.normal_()
+        slots.copy_(torch.tensor(new_slots))
+        expected = [cache.clone() for cache in caches]
+        reference.append_to_cache(*rows, *expected, slots)
+        graph.replay()
+        assert same_bits(caches, expected)
+        check_outputs(outputs, inputs)
+
+
+def test_nothing_compiles_anew_as_sequences_grow(device):
+    from attn_paged._triton import attention, merge
+
+    def compiled():
+        kernels = (attention._paged_attention_kernel, merge._merge_splits_kernel)
+        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
+    attend(make(Sizes((4000,) * 5), device))
+    before = compiled()
+    for lens_k in ((4001,) * 5, (100,) * 5, (5000,) * 7, (4096,) * 32, (9000,)):
+        attend(make(Sizes(lens_k), device))
+    assert compiled() == before
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+@BOTH
+def test_same_bits_every_time(sizes, device):
+    inputs = make(sizes, device)
+    first = attend(inputs)
+    for _ in range(50):
+        assert same_bits(attend(inputs), first)
+
+
+def test_a_sequence_alone_is_the_sequence_in_the_batch(device, monkeypatch):
+    from attn_paged._triton import configs
+
+    monkeypatch.setattr(configs, "num_splits", lambda *args: 4)
+    inputs = make(DECODE, device)
+    out, lse = attend(inputs)
+    for b in (0, 5, 9):
+        row = slice(b, b + 1)
+        names = ("q", "block_tables", "context_lens")
+        alone = attend(inputs | {name: inputs[name][row] for name in names})
+        assert same_bits(alone, (out[row], lse[:, row]))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_alignment_of_pointers_may_change_between_calls(device):
+    inputs = make(DECODE, device)
+    for offset in (0, 1, 0, 3):
+        shifted = {}
+        for name in ("q", "k_cache", "v_cache"):
+            storage = inputs[name].new_full((inputs[name].numel() + 8,), torch.nan)
+            flat = storage[offset : offset + inputs[name].numel()]
+            shifted[name] = flat.view(inputs[name].shape).copy_(inputs[name])
+        check(inputs | shifted)
+
+
+def test_caches_beyond_32_bits(device):
+    sizes = Sizes((40, 70), H=2, H_KV=1, D=64, D_v=64)
+    far_apart = 2**29 + 64  # elements from block to block: the eighth begins beyond 2**32
+    inputs = make(sizes, device)
+    num_blocks = len(inputs["k_cache"])
+    needed = 2 * 2 * far_apart * num_blocks
+    if torch.cuda.mem_get_info(device)[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GB of device memory")
+    far = {}
+    for name in ("k_cache", "v_cache"):
+        storage = torch.empty(far_apart * num_blocks, dtype=BFLOAT, device=device)
+        strides = (far_apart, *inputs[name].stride()[1:])
+        far[name] = storage.as_strided(inputs[name].shape, strides).copy_(inputs[name])
+    assert same_bits(attend(inputs | far), attend(inputs))
+    rows = torch.randn(2, 1, 1, 64, dtype=BFLOAT, device=device)
+    slots = torch.tensor([16 * num_blocks - 1], device=device)
+    append_to_cache(*rows, *far.values(), slots, backend=BACKEND)
+    assert torch.equal(far["v_cache"][-1, -1], rows[1, 0])
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [BFLOAT, FLOAT], ids=str)
+@pytest.mark.parametrize("dims", [(128, 128), (576, 512), (24, 7)], ids=str)
+def test_append(dims, dtype, index_dtype, device):
+    rows = [torch.randn(50, 8, dim, dtype=dtype, device=device) for dim in dims]
+    caches = [torch.full((9, 7, 8, dim), torch.nan, dtype=dtype, device=device) for dim in dims]
+    slots = torch.randperm(63, device=device)[:50].to(index_dtype)
+    slots[::3] = -1
+    expected = [cache.clone() for cache in caches]
+    reference.append_to_cache(*rows, *expected, slots)
+    append_to_cache(*rows, *caches, slots, backend=BACKEND)
+    for actual, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+# --- torch around it ------------------------------------------------------------------------------
+
+
+def test_opcheck(device):
+    inputs = make(MIXED, device)
+    problem = (None, None, 0.1, -1, 0, 0.0, BACKEND)
+    torch.library.opcheck(
+        ops.attention.overload, (*inputs.values(), *problem), test_utils="test_faketensor"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of importing and running inductor
+def test_compiled_step_is_the_eager_step(device):
+    inputs = make(DECODE, device)
+
+    def compute():
+        return paged_attention(**inputs, return_lse=True, backend=BACKEND)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(), compute())

@@ -1,0 +1,379 @@
+"""The Triton kernels in the interpreter, on tiles small enough for it, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import accumulate
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from attn_core import backends
+from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
+from attn_core.testing.conformance import Suite
+from attn_core.tuning import TileConfig
+from attn_paged import reference
+from attn_paged.conformance import CASES
+
+pytest.importorskip("triton")
+
+from attn_paged._triton import append, attention, configs, problem
+
+pytestmark = pytest.mark.interpret
+
+FLOAT, HALF = torch.float32, torch.float16
+# In float32 both errors are a few roundings, added up in another order: the largest is luck.
+FACTORS = {FLOAT: 4.0, HALF: 2.0}
+STALE = 2**30
+
+
+def use(monkeypatch, *, tiles=(16, 16), splits=1):
+    """Fix what is otherwise chosen for the device."""
+    monkeypatch.setattr(configs, "tiles", lambda *args: TileConfig(*tiles))
+    monkeypatch.setattr(configs, "num_splits", lambda *args: splits)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    use(monkeypatch)
+
+
+class TestConformance(Suite):
+    cases = tuple(dataclasses.replace(case, dtypes=(HALF,)) for case in CASES)
+    backends = ("triton",)
+    # The other tests would run the same programs again.
+    test_is_within_the_error_budget = None
+    test_is_deterministic = None
+
+    @pytest.fixture(autouse=True)
+    def run_on_the_cpu(self, monkeypatch):
+        use(monkeypatch, tiles=(64, 32))
+        monkeypatch.setattr(backends, "resolve", lambda op, problem, requested: requested)
+
+
+class Sizes(NamedTuple):
+    """Keys and queries of each sequence; no lens_q means one query each, without cu_seqlens_q."""
+
+    lens_k: tuple[int, ...] = (0, 1, 17, 50)
+    lens_q: tuple[int, ...] = ()
+    H: int = 4
+    H_KV: int = 2
+    D: int = 16
+    D_v: int = 16
+    block_size: int = 8
+
+    def __str__(self):
+        lens_q, lens_k = ("x".join(map(str, lens)) for lens in (self.lens_q, self.lens_k))
+        heads = f"h{self.H}-kv{self.H_KV}-d{self.D}-dv{self.D_v}"
+        return f"m{lens_q or 'decode'}-n{lens_k}-{heads}-block{self.block_size}"
+
+
+DECODE = Sizes()
+MIXED = Sizes((40, 0, 5, 33, 2, 6), (1, 0, 5, 9, 4, 1), H=2, H_KV=1)
+BOTH = pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
+LAYOUTS = {"nhd": (0, 1, 2, 3), "hnd": (0, 2, 1, 3), "far": (3, 2, 1, 0)}
+
+
+class Inputs(NamedTuple):
+    """Arguments of the kernels, in the order of the operator."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make(sizes, dtype=FLOAT, *, order=LAYOUTS["nhd"], std=1.0):
+    """Caches that hold NaN wherever no key is, tables with stale entries, all of it in NaN."""
+    counts = [-(-n // sizes.block_size) for n in sizes.lens_k]
+    num_blocks = sum(counts) + 2
+    tables = torch.full((len(counts), max(counts, default=0) + 1), STALE, dtype=torch.int32)
+    ids = iter(torch.randperm(num_blocks).tolist())
+    is_used = torch.zeros(num_blocks, sizes.block_size, dtype=torch.bool)
+    for row, n in enumerate(sizes.lens_k):
+        for i in range(counts[row]):
+            block = tables[row, i] = next(ids)
+            is_used[block, : n - i * sizes.block_size] = True
+
+    def normal(name, *shape):
+        return random_tensor(shape, seed=f"{sizes}-{name}", dtype=dtype, scale=std)
+
+    caches = [
+        normal(name, num_blocks, sizes.block_size, sizes.H_KV, dim)
+        for name, dim in (("k", sizes.D), ("v", sizes.D_v))
+    ]
+    for cache in caches:
+        cache[~is_used] = torch.nan
+    bounds = embedded(int32([*accumulate(sizes.lens_q, initial=0)])) if sizes.lens_q else None
+    tokens = sum(sizes.lens_q) if sizes.lens_q else len(sizes.lens_k)
+    return Inputs(
+        embedded(normal("q", tokens, sizes.H, sizes.D)),
+        *(embedded(cache, order=order) for cache in caches),
+        embedded(tables),
+        embedded(int32(sizes.lens_k)),
+        bounds,
+    )
+
+
+def attend(inputs, *, scale=0.3, window=(-1, 0), softcap=0.0):
+    """Outputs of the kernels, which find nothing but NaN in fresh memory."""
+    with poison_new_allocations():
+        return attention.attention(*inputs, scale, window, softcap)
+
+
+def plain(inputs, dtype, *, scale=0.3, window=(-1, 0), softcap=0.0):
+    inputs = (x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs)
+    return reference.attention(*inputs, scale, window, softcap)
+
+
+def check(inputs, **options):
+    out, lse = attend(inputs, **options)
+    dtype = inputs.q.dtype
+    assert (out.dtype, lse.dtype) == (dtype, FLOAT)
+    same_dtype, exact = (plain(inputs, x, **options) for x in (dtype, torch.float64))
+    assert_within_budget(out, same_dtype[0], exact[0], name="out", factor=FACTORS[dtype])
+    lse_same_dtype = same_dtype[1].to(FLOAT)
+    assert_within_budget(lse, lse_same_dtype, exact[1], name="lse", factor=FACTORS[dtype])
+
+
+# --- tiles and splits -----------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (7, 0), (6, 5)], ids=str)
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("tiles", [(16, 16), (64, 16)], ids=str)
+def test_tiles_and_splits(tiles, splits, window, sizes, monkeypatch):
+    use(monkeypatch, tiles=tiles, splits=splits)
+    check(make(sizes), window=window)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 20, 64])
+@pytest.mark.parametrize("block_n", [16, 32])
+def test_block_sizes(block_n, block_size, monkeypatch):
+    use(monkeypatch, tiles=(16, block_n), splits=2)
+    check(make(MIXED._replace(block_size=block_size)))
+
+
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (3, 1), (12, 2), (16, 1), (17, 1), (40, 1), (5, 5)], ids=str
+)
+def test_heads_that_share_keys(heads):
+    check(make(Sizes((20, 9), (), *heads)))
+    check(make(Sizes((20, 9), (6, 9), *heads)))
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (7, 9), (24, 40), (80, 16), (33, 64), (144, 17)], ids=str)
+def test_head_dims(dims):
+    check(make(Sizes((20, 5), (3, 1), 2, 1, *dims)))
+
+
+@pytest.mark.parametrize(
+    "head_dim, widths",
+    [(1, (16, 0)), (16, (16, 0)), (24, (32, 0)), (48, (32, 16)), (64, (64, 0)), (80, (64, 16)),
+     (111, (128, 0)), (192, (128, 64)), (576, (512, 64))],
+)  # fmt: skip
+def test_queries_are_held_in_one_tile_or_two(head_dim, widths):
+    assert problem.split_head_dim(head_dim) == widths
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("extra", ["alibi", "alibi-of-sequences", "sinks"])
+def test_scores(extra, softcap, splits, sizes, monkeypatch):
+    use(monkeypatch, splits=splits)
+    inputs = make(sizes)
+    if extra == "sinks":
+        inputs = inputs._replace(sinks=torch.randn(2 * sizes.H)[::2])
+    elif extra == "alibi":
+        inputs = inputs._replace(alibi_slopes=torch.rand(2 * sizes.H)[::2])
+    else:
+        inputs = inputs._replace(alibi_slopes=torch.rand(sizes.H, len(sizes.lens_k)).t())
+    check(inputs, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize("std", [1.0, 10.0])
+def test_dtypes_and_large_scores(std, dtype):
+    inputs = make(MIXED, dtype, std=std)
+    check(inputs._replace(sinks=torch.randn(2)))
+    check(inputs._replace(sinks=torch.randn(2).to(dtype)), softcap=30.0)
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 2.0])
+def test_softmax_scale(scale, sizes):
+    check(make(sizes._replace(D=24)), scale=scale)
+
+
+def test_sinks_of_minus_infinity_are_none():
+    inputs = make(DECODE)
+    expected = attend(inputs)
+    actual = attend(inputs._replace(sinks=torch.full((4,), -torch.inf)))
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("window", [(2**40, 0), (-1, 2**40), (2**31 - 1, 2**31 - 1)], ids=str)
+def test_windows_wider_than_any_context(window):
+    open_window = (-1, 0 if window[1] == 0 else -1)
+    inputs = make(MIXED)
+    actual, expected = (attend(inputs, window=w) for w in (window, open_window))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+# --- what is read and written ---------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, sizes):
+    check(make(sizes, order=LAYOUTS[layout]))
+
+
+def test_packed_keys_and_values():
+    inputs = make(MIXED)
+    packed = torch.cat([inputs.k_cache, inputs.v_cache], dim=-1)
+    k_cache, v_cache = packed.split(16, dim=-1)
+    check(inputs._replace(k_cache=k_cache, v_cache=v_cache))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("tiles", [(16, 16), (64, 16)], ids=str)
+def test_blocks_that_left_the_window_are_not_read(tiles, splits, monkeypatch):
+    use(monkeypatch, tiles=tiles, splits=splits)
+    inputs = make(Sizes((61, 40), (), block_size=4))
+    expected = attend(inputs, window=(9, 0))
+    tables = inputs.block_tables.clone()
+    tables[0, : (61 - 10) // 4] = STALE
+    tables[1, : (40 - 10) // 4] = -STALE
+    actual = attend(inputs._replace(block_tables=tables), window=(9, 0))
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_past_the_last_sequence_are_padding(splits, monkeypatch):
+    use(monkeypatch, splits=splits)
+    inputs = make(MIXED)._replace(sinks=torch.randn(2))
+    expected = attend(inputs)
+    padding = torch.full((7, 2, 16), torch.nan)
+    out, lse = attend(inputs._replace(q=torch.cat([inputs.q, padding])))
+    assert torch.equal(out[:-7], expected[0])
+    assert torch.equal(lse[:, :-7], expected[1])
+    assert out[-7:].eq(0).all()
+    assert lse[:, -7:].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    "sizes", [Sizes(()), Sizes((5, 0), (0, 0)), Sizes((0, 0), (3, 1))], ids=str
+)
+def test_nothing_to_attend_to(sizes):
+    out, lse = attend(make(sizes))
+    assert (out.shape, lse.shape) == ((len(out), 4, 16), (4, len(out)))
+    assert out.eq(0).all()
+    assert lse.eq(-torch.inf).all()
+
+
+def test_padding_alone():
+    inputs = make(Sizes(()))
+    out, lse = attend(inputs._replace(q=torch.randn(3, 4, 16), cu_seqlens_q=int32([0])))
+    assert out.eq(0).all()
+    assert lse.eq(-torch.inf).all()
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_sequence_alone_is_the_sequence_in_the_batch(splits, monkeypatch):
+    use(monkeypatch, splits=splits)
+    inputs = make(MIXED)
+    out, lse = attend(inputs)
+    start, end = inputs.cu_seqlens_q[3:5].tolist()
+    alone = attend(
+        inputs._replace(
+            q=inputs.q[start:end],
+            block_tables=inputs.block_tables[3:4],
+            context_lens=inputs.context_lens[3:4],
+            cu_seqlens_q=int32([0, end - start]),
+        )
+    )
+    assert torch.equal(alone[0], out[start:end])
+    assert torch.equal(alone[1], lse[:, start:end])
+
+
+# --- append ---------------------------------------------------------------------------------------
+
+
+def check_append(k, v, k_cache, v_cache, slots):
+    expected = [cache.clone() for cache in (k_cache, v_cache)]
+    reference.append_to_cache(k, v, *expected, slots)
+    append.append_to_cache(k, v, k_cache, v_cache, slots)
+    for actual, wanted in zip((k_cache, v_cache), expected, strict=True):
+        assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", [(16, 16), (24, 7), (1, 33)], ids=str)
+def test_append(dims, layout, index_dtype):
+    shapes = [(5, 3, dim) for dim in dims], [(4, 7, 3, dim) for dim in dims]
+    rows, caches = ([torch.randn(shape) for shape in group] for group in shapes)
+    rows = [embedded(x, order=(2, 0, 1)) for x in rows]
+    caches = [embedded(x, order=LAYOUTS[layout]) for x in caches]
+    check_append(*rows, *caches, torch.tensor([27, -1, 0, 9, -5], dtype=index_dtype)[:5])
+
+
+def test_append_through_packed_views():
+    packed = torch.full((3, 4, 2, 16), torch.nan)
+    check_append(*torch.randn(2, 3, 2, 8), *packed.split(8, -1), torch.tensor([7, 0, 11]))
+
+
+def test_append_of_more_heads_than_a_tile_has(monkeypatch):
+    monkeypatch.setattr(append, "_TILE", 64)
+    check_append(*torch.randn(2, 2, 7, 16), *torch.zeros(2, 3, 5, 7, 16), torch.tensor([14, 2]))
+
+
+@pytest.mark.parametrize("tokens, heads", [(0, 2), (3, 0)])
+def test_append_of_nothing(tokens, heads):
+    rows = torch.randn(2, tokens, heads, 8)
+    caches = torch.randn(2, 3, 4, heads, 8)
+    append.append_to_cache(*rows, *caches.clone(), torch.arange(tokens))
+
+
+# --- splits from shapes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "programs, tiles, splits",
+    [
+        (1, 999, 256),
+        (8, 128, 33),
+        (8, 3, 3),
+        (64, 128, 4),
+        (200, 128, 1),
+        (512, 512, 2),
+        (4096, 512, 1),
+    ],
+)
+def test_number_of_splits(programs, tiles, splits, monkeypatch):
+    monkeypatch.undo()
+
+    class Device:
+        num_sms = 132
+
+    monkeypatch.setattr(configs, "device_info", lambda device: Device)
+    assert configs.num_splits("cuda", TileConfig(16, 64), programs, tiles) == splits
