@@ -40,8 +40,10 @@ def test_outputs_and_gradients(shape, is_causal, dtype):
     options = {"is_causal": is_causal, "enable_gqa": shape[1] != shape[2]}
     actual = sdpa_triton_fa(*inputs, **options)
     expected = F.scaled_dot_product_attention(*inputs, **options)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(grads_of(actual, inputs), grads_of(expected, inputs))
+    # Older torch repeats the heads and sums their gradients in bfloat16.
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    torch.testing.assert_close(grads_of(actual, inputs), grads_of(expected, inputs), **tolerance)
 
 
 @pytest.mark.parametrize("scale", [None, 0.1, 2.0])

@@ -182,7 +182,7 @@ def _per_sum(dsum: torch.Tensor, causal: bool) -> torch.Tensor:
 def _running_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Inclusive prefix sum in chunks, each of which adds the sum of those before it."""
     dim, length = dim % x.dim(), x.shape[dim]
-    if length <= _CHUNK:
+    if length <= _CHUNK or x.numel() == 0:
         return x.cumsum(dim)
     padded = _padded(x, dim, 0, -length % _CHUNK)
     chunks: torch.Tensor = padded.unflatten(dim, (-1, _CHUNK)).cumsum(dim + 1)
@@ -192,6 +192,8 @@ def _running_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _delayed(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Move x one step along `dim`: a zero comes in, the last element falls out."""
+    if x.numel() == 0:  # torch 2.6 pads no empty tensor
+        return torch.zeros_like(x)
     return _padded(x, dim, 1, 0).narrow(dim, 0, x.shape[dim])
 
 

@@ -126,9 +126,11 @@ def _require_min_rank(name: str, tensor: torch.Tensor, rank: int, symbols: str) 
 def _require_broadcastable(
     name: str, tensor: torch.Tensor, symbols: str, full: Sequence[int]
 ) -> None:
-    fits = tensor.dim() <= len(full) and all(
-        size in (1, wanted)
-        for size, wanted in zip(reversed(tensor.shape), reversed(full), strict=False)
+    # Indices and ==, not zip and `in`: torch 2.6 compiles neither for sizes that are symbols.
+    rank = tensor.dim()
+    fits = rank <= len(full) and all(
+        tensor.shape[-i] == 1 or tensor.shape[-i] == full[-i]
+        for i in range(1, rank + 1)
     )
     if not fits:
         raise ValueError(
