@@ -5,13 +5,63 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
+from attn_core.device import device_info, triton_version
 from attn_evo.checks import AttentionProblem, PrefixSumProblem
 from attn_evo.ops import ATTENTION, ATTENTION_BACKWARD, PREFIX_SUM, PREFIX_SUM_BACKWARD
+
+TRITON_MINIMUM = (3, 2)
+# Of what one program keeps in registers: tiles of several tokens and the four products' weights.
+TRITON_MAX_HEAD_DIM = 128
+TRITON_MAX_HEAD_DIM_FLOAT32 = 64
+TRITON_BLOCK_M = (16, 32, 64, 128)
+TRITON_NUM_WARPS = (1, 2, 4, 8, 16)
 
 
 def _torch_supports(op: str, problem: AttentionProblem | PrefixSumProblem) -> str | None:
     if isinstance(problem, AttentionProblem) and problem.tiles:
         return "it has no tiles: block_m, num_warps and num_stages must be None"
+    return None
+
+
+def _triton_supports(op: str, problem: AttentionProblem | PrefixSumProblem) -> str | None:
+    version = triton_version()
+    if version is None:
+        return "triton is not installed (pip install attn-evo[triton])"
+    if version < TRITON_MINIMUM:
+        return f"triton must be at least 3.2, got {version[0]}.{version[1]}"
+    device = device_info(problem.device)
+    if device.type not in ("cuda", "hip"):
+        return f"it runs on NVIDIA and AMD GPUs, the tensors are on {problem.device.type}"
+    if device.type == "cuda" and device.capability < 80:
+        return f"it needs compute capability 8.0 or newer, {device.name} has {device.arch}"
+    if isinstance(problem, AttentionProblem):
+        return _triton_attention_supports(problem)
+    return None
+
+
+def _triton_attention_supports(problem: AttentionProblem) -> str | None:
+    if torch.float64 in (problem.dtype, problem.weight_dtype):
+        return "it computes in float16, bfloat16 and float32, not float64"
+    if problem.accum_dtype != torch.float32:
+        return f"it sums in float32, not {str(problem.accum_dtype).removeprefix('torch.')}"
+    if problem.has_state and not problem.causal:
+        return "it continues a stream only with causal=True"
+    is_float32 = problem.dtype == torch.float32
+    limit = TRITON_MAX_HEAD_DIM_FLOAT32 if is_float32 else TRITON_MAX_HEAD_DIM
+    if problem.head_dim > limit:
+        name = str(problem.dtype).removeprefix("torch.")
+        return f"its registers hold head dimensions up to {limit} in {name}, got {problem.head_dim}"
+    return _triton_tiles_support(problem.tiles)
+
+
+def _triton_tiles_support(tiles: tuple[int, ...]) -> str | None:
+    if not tiles:
+        return None
+    block_m, num_warps, _ = tiles
+    if block_m not in (0, *TRITON_BLOCK_M):
+        return f"block_m must be one of {TRITON_BLOCK_M}, got {block_m}"
+    if num_warps not in (0, *TRITON_NUM_WARPS):
+        return f"num_warps must be one of {TRITON_NUM_WARPS}, got {num_warps}"
     return None
 
 
@@ -54,6 +104,19 @@ def register() -> None:
             },
             priority=0,
             supports=_torch_supports,
+        )
+    )
+    backends.register(
+        backends.Backend(
+            name="triton",
+            ops={
+                ATTENTION: "attn_evo._triton.forward:attention",
+                ATTENTION_BACKWARD: "attn_evo._triton.backward:attention_backward",
+                PREFIX_SUM: "attn_evo._triton.prefix_sum:prefix_sum",
+                PREFIX_SUM_BACKWARD: "attn_evo._triton.prefix_sum:prefix_sum_backward",
+            },
+            priority=10,
+            supports=_triton_supports,
         )
     )
     backends.register_example(ATTENTION, _typical_attention)

@@ -1,0 +1,361 @@
+"""Forward pass: a chunked scan over the whole GPU, in three launches.
+
+A program owns a chunk, some tiles of BLOCK_M tokens of one head. The first launch sums up v over
+tiles and chunks. The second adds the sums of the chunks before its own, in a fixed order, gates v
+by the running mean and sums up gated v. The third computes everything else. No atomics: its bits
+never change. Without `causal` all tokens share one gate, and the second launch has nothing to do.
+
+The formula is in `attn_evo.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from attn_core.launch import Launcher
+from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_evo._triton import configs, problem
+from attn_evo._triton.tiles import (
+    CONTEXT,
+    NORM_BIAS,
+    NORM_WEIGHT,
+    STAT,
+    W_F,
+    W_G,
+    W_L,
+    W_Q,
+    gated_values,
+    half_ratio_and_local,
+    inverse_counts,
+    linear,
+    load_state,
+    load_tokens,
+    load_vector,
+    matrix,
+    normalize,
+    product,
+    rounded,
+    running_stat,
+    sigmoid_of_double,
+    store_state,
+    sum_rows,
+    table_row,
+    total_stat,
+    triangle,
+)
+from attn_evo.weights import EvoWeights
+
+
+# fmt: off
+@triton.jit
+def _pack_linear(
+    w_ptr, stride_wo, stride_wi, b_ptr, stride_b, matrices_ptr, vectors_ptr,
+    WHICH: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    for start in range(0, BLOCK_D, 16):
+        offs_row = start + tl.arange(0, 16)
+        w_ptrs = w_ptr + tile_offsets(offs_row, stride_wo, offs_d, stride_wi)
+        w = load_tile(w_ptrs, offs_row < HEAD_DIM, mask_d, True, True).to(tl.float32) * SCALE
+        out_ptrs = matrices_ptr + WHICH * BLOCK_D * BLOCK_D
+        out_ptrs += tile_offsets(offs_row, BLOCK_D, offs_d, 1)
+        tl.store(out_ptrs, rounded(w, matrices_ptr.dtype.element_ty))
+    _pack_vector(b_ptr, stride_b, vectors_ptr, WHICH, SCALE, HEAD_DIM, BLOCK_D)
+
+
+# fmt: off
+@triton.jit
+def _pack_vector(
+    ptr, stride, vectors_ptr,
+    WHICH: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    offs_d = tl.arange(0, BLOCK_D)
+    vector = tl.load(ptr + offs_d * stride, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
+    tl.store(vectors_ptr + WHICH * BLOCK_D + offs_d, vector * SCALE)
+
+
+# fmt: off
+@triton.jit
+def _sum_chunk(
+    v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, tile_sums_ptr, chunk_sums_ptr,
+    pid_bh, pid_c, L, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    offs_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    first = pid_c * tiles_per_chunk
+    for tile in tl.range(first, tl.minimum(first + tiles_per_chunk, num_tiles), num_stages=3):
+        v = load_tokens(
+            v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, tile * BLOCK_M, L,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        total = tl.sum(v.to(tl.float32), 0)
+        row = table_row(tile_sums_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        tl.store(row + offs_d, total)
+        acc += total
+    row = table_row(chunk_sums_ptr, CONTEXT, num_heads, pid_bh, num_chunks, pid_c, BLOCK_D)
+    tl.store(row + offs_d, acc)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_sums_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
+    mask_ptr, stride_mb, stride_ml,
+    w_q_ptr, stride_qo, stride_qi, b_q_ptr, stride_bq,
+    w_l_ptr, stride_lo, stride_li, b_l_ptr, stride_bl,
+    w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg,
+    w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf,
+    norm_weight_ptr, stride_nw,
+    norm_bias_ptr, stride_nb,
+    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0) // num_chunks
+    pid_c = tl.program_id(0) % num_chunks
+    if pid_bh == num_heads:  # the last program packs the weights
+        _pack_linear(
+            w_q_ptr, stride_qo, stride_qi, b_q_ptr, stride_bq, matrices_ptr, vectors_ptr,
+            W_Q, 0.5, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        _pack_linear(
+            w_l_ptr, stride_lo, stride_li, b_l_ptr, stride_bl, matrices_ptr, vectors_ptr,
+            W_L, 1.0, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        _pack_linear(
+            w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg, matrices_ptr, vectors_ptr,
+            W_G, 0.5, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        _pack_linear(
+            w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf, matrices_ptr, vectors_ptr,
+            W_F, 0.5, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        _pack_vector(norm_weight_ptr, stride_nw, vectors_ptr, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D)
+        _pack_vector(norm_bias_ptr, stride_nb, vectors_ptr, NORM_BIAS, 1.0, HEAD_DIM, BLOCK_D)
+    else:
+        b = (pid_bh // H).to(tl.int64)
+        h = (pid_bh % H).to(tl.int64)
+        _sum_chunk(
+            v_ptr + b * stride_vb + h * stride_vh, stride_vl, stride_vd,
+            mask_ptr + b * stride_mb, stride_ml, tile_sums_ptr, chunk_sums_ptr,
+            pid_bh, pid_c, L, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_stat_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
+    mask_ptr, stride_mb, stride_ml,
+    sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+    length_ptr,
+    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
+    sums_after_ptr,  # [2, B, H, D], contiguous
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, HAS_STATE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0) // num_chunks
+    pid_c = tl.program_id(0) % num_chunks
+    b = (pid_bh // H).to(tl.int64)
+    h = (pid_bh % H).to(tl.int64)
+    v_ptr += b * stride_vb + h * stride_vh
+    mask_ptr += b * stride_mb
+
+    offs_d = tl.arange(0, BLOCK_D)
+    w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+    ones = triangle(BLOCK_M, v_ptr.dtype.element_ty, False)
+    chunk_sums = table_row(chunk_sums_ptr, CONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
+    context_i = sum_rows(chunk_sums, 0, pid_c, BLOCK_D, BLOCK_D, BLOCK_D)
+    if HAS_STATE:
+        context_i += load_state(
+            sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, CONTEXT, HEAD_DIM, BLOCK_D
+        )
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    first = pid_c * tiles_per_chunk
+    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+        start = tile * BLOCK_M
+        v = load_tokens(
+            v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        context = product(ones, v, PRECISION) + context_i[None, :]  # [BLOCK_M, BLOCK_D]
+        mean = context * inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M)
+        gated = gated_values(v, mean, w_g, vectors_ptr, PRECISION, IS_NVIDIA, BLOCK_D)
+        total = tl.sum(gated, 0)
+
+        row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        tl.store(row + offs_d, total)
+        row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        tl.store(row + offs_d, context_i)
+        row = table_row(tile_sums_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        context_i += tl.load(row + offs_d)
+        acc += total
+    row = table_row(chunk_sums_ptr, STAT, num_heads, pid_bh, num_chunks, pid_c, BLOCK_D)
+    tl.store(row + offs_d, acc)
+    if pid_c == num_chunks - 1:
+        store_state(sums_after_ptr, num_heads, pid_bh, context_i, CONTEXT, HEAD_DIM, BLOCK_D)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_output_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
+    mask_ptr, stride_mb, stride_ml,
+    sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+    length_ptr,
+    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
+    out_ptr,  # [B, H, L, D], contiguous
+    sums_after_ptr,  # [2, B, H, D], contiguous
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_STATE: tl.constexpr, PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0) // num_chunks
+    pid_c = tl.program_id(0) % num_chunks
+    b = (pid_bh // H).to(tl.int64)
+    h = (pid_bh % H).to(tl.int64)
+    v_ptr += b * stride_vb + h * stride_vh
+    mask_ptr += b * stride_mb
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    IS_BFLOAT16: tl.constexpr = dtype == tl.bfloat16
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+    w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+    w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
+    chunk_sums = table_row(
+        chunk_sums_ptr, STAT if IS_CAUSAL else CONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D
+    )
+    if IS_CAUSAL:
+        w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+        ones = triangle(BLOCK_M, dtype, False)
+        stat_i = sum_rows(chunk_sums, 0, pid_c, BLOCK_D, BLOCK_D, BLOCK_D)
+        if HAS_STATE:
+            stat_i += load_state(
+                sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, STAT, HEAD_DIM, BLOCK_D
+            )
+    else:
+        context_i = sum_rows(chunk_sums, 0, num_chunks, BLOCK_D, BLOCK_D, BLOCK_D)
+        stat_i = total_stat(context_i, L, matrices_ptr, vectors_ptr, IS_NVIDIA, BLOCK_D)
+
+    first = pid_c * tiles_per_chunk
+    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+        start = tile * BLOCK_M
+        v = load_tokens(
+            v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        if IS_CAUSAL:
+            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            context, stat = running_stat(
+                v, ones, tl.load(row + offs_d), stat_i,
+                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, vectors_ptr,
+                PRECISION, IS_NVIDIA, BLOCK_D,
+            )  # fmt: skip
+            row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            stat_i += tl.load(row + offs_d)
+        else:
+            context = context_i[None, :]
+            stat = stat_i[None, :]
+
+        half_ratio, _ = half_ratio_and_local(
+            v, stat, w_l, w_q, vectors_ptr, PRECISION, IS_NVIDIA, BLOCK_D
+        )
+        s = sigmoid_of_double(half_ratio, IS_NVIDIA, IS_BFLOAT16)
+        gate = rounded(2.0 * half_ratio * s * v.to(tl.float32), dtype)
+        final = linear(gate, w_f, vectors_ptr, W_F, PRECISION, BLOCK_D)
+        x = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16) * context
+        x, _ = normalize(x, v, HEAD_DIM, BLOCK_D)
+        out = x * load_vector(vectors_ptr, NORM_WEIGHT, BLOCK_D)
+        out += load_vector(vectors_ptr, NORM_BIAS, BLOCK_D)
+
+        out_ptrs = out_ptr + (pid_bh.to(tl.int64) * L + start) * HEAD_DIM
+        out_ptrs += tile_offsets(offs_m, HEAD_DIM, offs_d, 1)
+        mask = (offs_m < L - start)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        tl.store(out_ptrs, out.to(dtype), mask=mask)
+
+    if pid_c == num_chunks - 1:
+        store_state(sums_after_ptr, num_heads, pid_bh, stat_i, STAT, HEAD_DIM, BLOCK_D)
+        if not IS_CAUSAL:
+            store_state(sums_after_ptr, num_heads, pid_bh, context_i, CONTEXT, HEAD_DIM, BLOCK_D)
+
+
+_launch_sums = Launcher(_attention_sums_kernel)
+_launch_stat = Launcher(_attention_stat_kernel)
+_launch_output = Launcher(_attention_output_kernel)
+
+
+def attention(
+    v: torch.Tensor,
+    weights: EvoWeights,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    length: torch.Tensor | None,
+    causal: bool,
+    accum_dtype: torch.dtype,
+    tiles: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """EvoAttention of v (B, H, L, D): out like v, and the sums (2, B, H, D) up to its end."""
+    B, H, _, D = v.shape
+    out = v.new_empty(v.shape)
+    sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
+    if v.numel() == 0:
+        return out, sums_after.zero_() if sums is None else sums_after.copy_(sums)
+    call = problem.call(v, mask, sums, length, configs.forward_tiles(v, causal, tiles))
+    scratch = running_sums(call, weights, causal, sums_after)
+    _launch_output(
+        call.num_programs,
+        strides=call.strides,
+        args=(*call.inputs, *scratch, out, sums_after, *call.sizes),
+        constexprs={"IS_CAUSAL": causal, **call.flags, **call.numerics, **call.blocks},
+        config=call.config,
+    )
+    return out, sums_after
+
+
+def running_sums(
+    call: problem.Call, weights: EvoWeights, causal: bool, sums_after: torch.Tensor
+) -> problem.Scratch:
+    """Pack the weights and sum up v and, with `causal`, gated v over tiles and chunks."""
+    scratch = problem.scratch(call)
+    args = [*call.v, *call.mask]
+    weight_strides = tuple(weight.stride() for weight in weights)
+    for weight, strides in zip(weights, weight_strides, strict=True):
+        args += [weight, *strides]
+    _launch_sums(
+        call.num_programs + 1,
+        strides=(call.strides, weight_strides, weights.w_q.dtype),
+        args=(*args, *scratch[:-1], *call.sizes),
+        constexprs={
+            "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"], **call.blocks
+        },
+        config=configs.SUMS,
+    )  # fmt: skip
+    if causal:
+        _launch_stat(
+            call.num_programs,
+            strides=call.strides,
+            args=(*call.inputs, *scratch, sums_after, *call.sizes),
+            constexprs={**call.flags, **call.numerics, **call.blocks},
+            config=configs.stat_tiles(call.config),
+        )
+    return scratch

@@ -1,0 +1,173 @@
+"""What the launchers of this package derive from a problem before they start a kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from attn_core.device import device_info
+from attn_core.tuning import TileConfig
+
+# Integers that change from call to call: compiled for any value.
+NOT_SPECIALIZED = [
+    "L",
+    "N",
+    "C",
+    "H",
+    "size_1",
+    "size_2",
+    "num_heads",
+    "num_tiles",
+    "num_chunks",
+    "tiles_per_chunk",
+    "num_splits",
+    "tiles_per_split",
+    "num_rows",
+]
+MOST_CHUNKS = 256  # of a sequence: every program adds up the sums of those before its own
+_PROGRAMS_PER_SM = 4
+
+
+class Chunks(NamedTuple):
+    """How a sequence is cut: tiles of some tokens, chunks of some tiles; a program owns a chunk."""
+
+    num_tiles: int
+    num_chunks: int
+    tiles_per_chunk: int
+
+    @property
+    def per_sequence(self) -> tuple[int, int]:
+        """Number of chunks and tiles of each, as the kernels take them."""
+        return self.num_chunks, self.tiles_per_chunk
+
+
+def chunks(device: torch.device, length: int, num_sequences: int, block: int, chunk: int) -> Chunks:
+    """Cut sequences into tiles of `block` and chunks of `chunk`, shorter ones while SMs idle."""
+    num_tiles = ceil_div(length, block)
+    wanted = _PROGRAMS_PER_SM * max(1, device_info(device).num_sms)
+    tiles_per_chunk = max(
+        1,
+        min(num_tiles * num_sequences // wanted, chunk // block),
+        ceil_div(num_tiles, MOST_CHUNKS),
+    )
+    return Chunks(num_tiles, ceil_div(num_tiles, tiles_per_chunk), tiles_per_chunk)
+
+
+class Splits(NamedTuple):
+    """How the tiles of all heads are dealt out where their order does not matter."""
+
+    num_splits: int
+    tiles_per_split: int
+
+
+class Call(NamedTuple):
+    """One call of attention, as all its kernels take it."""
+
+    v: tuple[Any, ...]  # each of the three with its strides
+    mask: tuple[Any, ...]
+    sums: tuple[Any, ...]
+    length: torch.Tensor
+    sizes: tuple[int, ...]
+    num_programs: int
+    flags: dict[str, Any]
+    numerics: dict[str, Any]
+    blocks: dict[str, int]
+    config: TileConfig
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What most kernels begin with."""
+        return *self.v, *self.mask, *self.sums, self.length
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """All strides of the inputs."""
+        return *self.v[1:], *self.mask[1:], *self.sums[1:]
+
+
+class Scratch(NamedTuple):
+    """What the launches of one pass hand on, in the order in which kernels take it."""
+
+    matrices: torch.Tensor
+    vectors: torch.Tensor
+    tile_sums: torch.Tensor
+    chunk_sums: torch.Tensor
+    contexts: torch.Tensor
+
+
+def call(
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    length: torch.Tensor | None,
+    config: TileConfig,
+) -> Call:
+    """Describe a call to the kernels; v stands in for tensors that are not there."""
+    B, H, L, D = v.shape
+    cut = chunks(v.device, L, B * H, config.block_m, config.block_n)
+    return Call(
+        v=(v, *v.stride()),
+        mask=(v, 0, 0) if mask is None else (mask.view(torch.uint8), *mask.stride()),
+        sums=(v, 0, 0, 0, 0) if sums is None else (sums, *sums.stride()),
+        length=v if length is None else length,
+        sizes=(L, H, B * H, *cut),
+        num_programs=B * H * cut.num_chunks,
+        flags={"HEAD_DIM": D, "HAS_MASK": mask is not None, "HAS_STATE": sums is not None},
+        numerics={
+            "PRECISION": dot_precision(v),
+            "IS_NVIDIA": is_nvidia(v),
+            "WEIGHTS_STAY": weights_stay(v),
+        },
+        blocks={"BLOCK_M": config.block_m, "BLOCK_D": padded_head_dim(D)},
+        config=config,
+    )
+
+
+def splits(device: torch.device, num_tiles: int) -> Splits:
+    """Deal `num_tiles` out to as many programs as there are SMs."""
+    tiles_per_split = ceil_div(num_tiles, max(1, device_info(device).num_sms))
+    return Splits(ceil_div(num_tiles, tiles_per_split), tiles_per_split)
+
+
+def scratch(call: Call) -> Scratch:
+    """Allocate the scratch memory of a pass."""
+    v = call.v[0]
+    _, _, num_heads, num_tiles, num_chunks, _ = call.sizes
+    block_d = call.blocks["BLOCK_D"]
+
+    def sums(*rows: int) -> torch.Tensor:
+        return v.new_empty((*rows, block_d), dtype=torch.float32)
+
+    return Scratch(
+        matrices=v.new_empty((4, block_d, block_d)),
+        vectors=sums(6),
+        tile_sums=sums(4, num_heads, num_tiles),
+        chunk_sums=sums(4, num_heads, num_chunks),
+        contexts=sums(num_heads, num_tiles),
+    )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Blocks of size b that cover a."""
+    return -(-a // b)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a tile that holds the head dimension: a power of two that tl.dot accepts."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def is_nvidia(tensor: torch.Tensor) -> bool:
+    """Whether kernels may hold instructions of NVIDIA's."""
+    return device_info(tensor.device).type == "cuda"
+
+
+def dot_precision(tensor: torch.Tensor) -> str:
+    """How float32 products are computed: to the last bits, on tensor cores where they can."""
+    return "tf32x3" if is_nvidia(tensor) else "ieee"
+
+
+def weights_stay(v: torch.Tensor) -> bool:
+    """Whether all four weights fit into shared memory; else each tile loads them again."""
+    return is_nvidia(v) and v.element_size() == 2 and padded_head_dim(v.shape[-1]) <= 64

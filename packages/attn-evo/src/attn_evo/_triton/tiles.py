@@ -1,0 +1,288 @@
+"""Device functions that the kernels of both passes share.
+
+Weights come packed, as the first launch of a pass lays them out: matrices [4, BLOCK_D, BLOCK_D] in
+the dtype of v and vectors [6, BLOCK_D] in float32, padded with zeros. W_q, W_g, W_f and their
+biases are halved, which is exact: sigmoid(x) = tanh(x / 2) / 2 + 1 / 2 then needs no scaling.
+
+Tables of sums are [4, B * H, rows, BLOCK_D] in float32, with a row for each tile or each chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_core.tiles.offsets import load_tile, tile_offsets
+
+W_Q = tl.constexpr(0)
+W_L = tl.constexpr(1)
+W_F = tl.constexpr(2)
+W_G = tl.constexpr(3)
+NORM_WEIGHT = tl.constexpr(4)
+NORM_BIAS = tl.constexpr(5)
+
+CONTEXT = tl.constexpr(0)
+STAT = tl.constexpr(1)
+DSTAT = tl.constexpr(2)
+DCONTEXT = tl.constexpr(3)
+
+EPSILON = tl.constexpr(1e-8)
+NORM_EPSILON = tl.constexpr(1e-5)
+_MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
+_LARGEST_HALF = tl.constexpr(65504.0)
+
+
+@triton.jit
+def reciprocal(x, IS_NVIDIA: tl.constexpr):
+    if IS_NVIDIA:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def fresh(x, IS_NVIDIA: tl.constexpr):
+    """Hide from the compiler where x comes from: what follows is computed anew, not kept."""
+    if IS_NVIDIA:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return x
+
+
+@triton.jit
+def sigmoid_of_double(x, IS_NVIDIA: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+    """sigmoid(2 x); next to bfloat16 the 2.5e-4 that tanh.approx errs are nothing."""
+    if IS_NVIDIA and IS_BFLOAT16:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tanh * 0.5 + 0.5
+    return reciprocal(1.0 + tl.exp2(x * _MINUS_2_LOG2_E), IS_NVIDIA)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Round x to a dtype; near a pole float16 takes its largest number for infinity."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(x, weight, PRECISION: tl.constexpr):
+    return tl.dot(x, weight, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def matrix(matrices_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A weight [BLOCK_D, BLOCK_D]; where it cannot stay in shared memory, a pointer to it."""
+    ptr = matrices_ptr + WHICH * BLOCK_D * BLOCK_D
+    if STAYS:
+        ptr = load_matrix(ptr, BLOCK_D)
+    return ptr
+
+
+@triton.jit
+def load_matrix(w, BLOCK_D: tl.constexpr):
+    """What `matrix` returned as a tile."""
+    if w.dtype.is_ptr():
+        offs_d = tl.arange(0, BLOCK_D)
+        w = tl.load(w + tile_offsets(offs_d, BLOCK_D, offs_d, 1))
+    return w
+
+
+@triton.jit
+def load_vector(vectors_ptr, WHICH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1, BLOCK_D], loaded where it is used: it would fill a quarter of the registers."""
+    return tl.load(vectors_ptr + WHICH * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+
+
+@triton.jit
+def linear(
+    x, weight, vectors_ptr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Compute x W^T + b in float32."""
+    return product(x, tl.trans(load_matrix(weight, BLOCK_D)), PRECISION) + load_vector(
+        vectors_ptr, BIAS, BLOCK_D
+    )
+
+
+@triton.jit
+def triangle(BLOCK_M: tl.constexpr, dtype: tl.constexpr, REVERSE: tl.constexpr):
+    """The matrix [BLOCK_M, BLOCK_M] that sums up a tile's rows to each one, or from each one."""
+    offs_m = tl.arange(0, BLOCK_M)
+    if REVERSE:
+        keep = offs_m[:, None] <= offs_m[None, :]
+    else:
+        keep = offs_m[:, None] >= offs_m[None, :]
+    return tl.where(keep, 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def scan(ones, x, PRECISION: tl.constexpr):
+    """Sums of the rows of x in float32 on tensor cores; two halves of x keep its lower bits."""
+    high = rounded(x, ones.dtype)
+    sums = product(ones, high, PRECISION)
+    if ones.dtype == tl.float32:
+        return sums
+    low = (x - high.to(tl.float32)).to(ones.dtype)
+    return sums + product(ones, low, PRECISION)
+
+
+# fmt: off
+@triton.jit
+def load_tokens(
+    ptr, stride_l, stride_d, mask_ptr, stride_ml, start, L,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """[BLOCK_M, BLOCK_D] from token `start` on; tokens past L or masked read as zero."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    first = tl.cast(start, tl.int64)
+    keep = offs_m < L - start
+    if HAS_MASK:
+        keep = keep & is_kept(mask_ptr, stride_ml, start, L, BLOCK_M)
+    ptrs = ptr + first * stride_l + tile_offsets(offs_m, stride_l, offs_d, stride_d)
+    return load_tile(ptrs, keep, offs_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
+
+
+@triton.jit
+def is_kept(mask_ptr, stride_ml, start, L, BLOCK_M: tl.constexpr):
+    """[BLOCK_M]: what the mask says of the tokens from `start` on."""
+    offs_m = tl.arange(0, BLOCK_M)
+    ptrs = mask_ptr + tl.cast(start, tl.int64) * stride_ml + offs_m * stride_ml
+    return tl.load(ptrs, mask=offs_m < L - start, other=0) != 0
+
+
+@triton.jit
+def scratch_ptrs(ptr, pid_bh, start, L, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers [BLOCK_M, BLOCK_D] into [B * H, L, BLOCK_D], contiguous."""
+    first = pid_bh.to(tl.int64) * L + start
+    offsets = tile_offsets(tl.arange(0, BLOCK_M), BLOCK_D, tl.arange(0, BLOCK_D), 1)
+    return ptr + first * BLOCK_D + offsets
+
+
+@triton.jit
+def table_row(ptr, which, num_heads, pid_bh, num_rows, row, BLOCK_D: tl.constexpr):
+    """Pointer to one row of a table of sums."""
+    head = which * tl.cast(num_heads, tl.int64) + pid_bh
+    return ptr + (head * num_rows + row) * BLOCK_D
+
+
+@triton.jit
+def sum_rows(ptr, lo, hi, stride, columns, BLOCK_D: tl.constexpr):
+    """Sum of the rows lo <= row < hi of a table, always in the same order."""
+    offs_row = tl.arange(0, 32)
+    offs_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], ptr.dtype.element_ty)
+    for start in range(lo, hi, 32):
+        mask = (start + offs_row < hi)[:, None] & (offs_d < columns)[None, :]
+        ptrs = ptr + tl.cast(start, tl.int64) * stride
+        ptrs += tile_offsets(offs_row, stride, offs_d, 1)
+        acc += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
+    return acc
+
+
+# fmt: off
+@triton.jit
+def load_state(
+    sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h,
+    WHICH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """[BLOCK_D]: context or stat of a head in sums [2, B, H, D]."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = sums_ptr + WHICH * stride_sk + b * stride_sb + h * stride_sh + offs_d * stride_sd
+    return tl.load(ptrs, mask=offs_d < HEAD_DIM, other=0.0)
+
+
+# fmt: off
+@triton.jit
+def store_state(
+    sums_ptr, num_heads, pid_bh, sums,
+    WHICH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Store context or stat of a head in sums [2, B, H, D], contiguous."""
+    offs_d = tl.arange(0, BLOCK_D)
+    row = WHICH * tl.cast(num_heads, tl.int64) + pid_bh
+    tl.store(sums_ptr + row * HEAD_DIM + offs_d, sums, mask=offs_d < HEAD_DIM)
+
+
+@triton.jit
+def inverse_counts(length_ptr, start, HAS_STATE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """1 / t [BLOCK_M, 1] for the tokens t, counted from 1, from `start` on."""
+    first = start + 1
+    if HAS_STATE:
+        first += tl.load(length_ptr)
+    return 1.0 / (first + tl.arange(0, BLOCK_M)).to(tl.float32)[:, None]
+
+
+# fmt: off
+@triton.jit
+def running_stat(
+    v, ones, context, stat, inverse_count, w_g, vectors_ptr,
+    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Context and stat [BLOCK_M, BLOCK_D] of a tile of tokens, from those [BLOCK_D] before it."""
+    context = product(ones, v, PRECISION) + context[None, :]
+    mean = context * inverse_count
+    gated = gated_values(v, mean, w_g, vectors_ptr, PRECISION, IS_NVIDIA, BLOCK_D)
+    return context, scan(ones, gated, PRECISION) + stat[None, :]
+
+
+# fmt: off
+@triton.jit
+def gated_values(
+    v, mean, w_g, vectors_ptr,
+    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """sigmoid(W_g mean + b_g) v, in float32."""
+    logit = linear(mean.to(v.dtype), w_g, vectors_ptr, W_G, PRECISION, BLOCK_D)
+    return sigmoid_of_double(logit, IS_NVIDIA, v.dtype == tl.bfloat16) * v.to(tl.float32)
+
+
+# fmt: off
+@triton.jit
+def total_stat(
+    context, L, matrices_ptr, vectors_ptr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    # fmt: on
+    """Stat [BLOCK_D] of all tokens, which share it and the context [BLOCK_D] without `causal`."""
+    w_g = matrix(matrices_ptr, W_G, True, BLOCK_D).to(tl.float32)
+    bias = tl.load(vectors_ptr + W_G * BLOCK_D + tl.arange(0, BLOCK_D))
+    logit = tl.sum(w_g * (context / L)[None, :], 1) + bias
+    return sigmoid_of_double(logit, IS_NVIDIA, False) * context
+
+
+# fmt: off
+@triton.jit
+def half_ratio_and_local(
+    v, stat, w_l, w_q, vectors_ptr,
+    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Half of q / denominator and the local part of the denominator, [BLOCK_M, BLOCK_D]."""
+    local = linear(v, w_l, vectors_ptr, W_L, PRECISION, BLOCK_D)
+    half_ratio = linear(v, w_q, vectors_ptr, W_Q, PRECISION, BLOCK_D)
+    return half_ratio * inverse_denominator(stat, local, IS_NVIDIA), local
+
+
+@triton.jit
+def inverse_denominator(stat, local, IS_NVIDIA: tl.constexpr):
+    return reciprocal(tl.abs(stat) + tl.abs(local) + EPSILON, IS_NVIDIA)
+
+
+@triton.jit
+def normalize(x, v, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of x with mean 0 and variance 1, and 1 / their deviation; 0 where a row of v is 0."""
+    x -= tl.sum(x, 1)[:, None] * (1.0 / HEAD_DIM)
+    if HEAD_DIM != BLOCK_D:
+        x = tl.where((tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], x, 0.0)
+    alive = tl.max(tl.abs(v.to(tl.float32)), 1) > 0
+    scale = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / HEAD_DIM) + NORM_EPSILON)
+    scale = tl.where(alive, scale, 0.0)
+    return x * scale[:, None], scale

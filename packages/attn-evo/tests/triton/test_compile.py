@@ -1,0 +1,183 @@
+"""The Triton kernels compiled ahead of time, with the tiles each architecture is shipped with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from attn_core import tuning
+from attn_core.device import DeviceInfo
+from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_evo import EvoWeights
+
+pytest.importorskip("triton")
+
+from attn_evo._triton import backward, configs, forward, prefix_sum, problem
+
+pytestmark = pytest.mark.compile
+
+LAUNCHERS = {
+    "sums": forward._launch_sums,
+    "stat": forward._launch_stat,
+    "output": forward._launch_output,
+    "backward_tokens": backward._launch_tokens,
+    "backward_stat": backward._launch_stat,
+    "backward_context": backward._launch_context,
+    "backward_weights": backward._launch_weights,
+    "backward_weights_sum": backward._launch_weights_sum,
+}
+PREFIX_SUM_LAUNCHERS = {"chunks": prefix_sum._launch_chunks, "scan": prefix_sum._launch_scan}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+# Bytes that a kernel of sm_90 may spill, by (kernel, BLOCK_D), and with all options and padding.
+MAX_SPILLS = {("backward_tokens", 128): 16, ("backward_weights_sum", 64): 16}
+MAX_SPILLS_WITH_OPTIONS = 96
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    D: int
+    causal: bool = True
+    options: bool = False
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        words = [f"d{self.D}", dtype, "causal" if self.causal else "full"]
+        return "-".join([*words, "mask-state"] if self.options else words)
+
+
+PORTABLE = [
+    Case(torch.bfloat16, 64),
+    Case(torch.bfloat16, 128),
+    Case(torch.float32, 64),
+]
+HOPPER = [
+    Case(torch.bfloat16, 16),
+    Case(torch.bfloat16, 32),
+    Case(torch.float32, 16),
+    Case(torch.float32, 32),
+    Case(torch.bfloat16, 64, causal=False),
+    Case(torch.float16, 40, options=True),
+]
+CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
+
+
+class Recorder:
+    """A kernel that writes down how it is launched."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, num_warps, num_stages, **constexprs):
+        self.args, self.constexprs = args, constexprs
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+
+
+@pytest.fixture
+def use_target(monkeypatch, tmp_path):
+    """A function that makes every device look like one of a target's architecture."""
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ATTN_TUNE", raising=False)
+
+    def use(target):
+        info = DeviceInfo("hip" if target.startswith("gfx") else "cuda", target, target, 132)
+        for module in (tuning, problem):
+            monkeypatch.setattr(module, "device_info", lambda device: info)
+        tuning.forget()
+
+    yield use
+    tuning.forget()
+
+
+def record(launchers, monkeypatch):
+    recorders = {name: Recorder(launcher._kernel) for name, launcher in launchers.items()}
+    for name, launcher in launchers.items():
+        monkeypatch.setattr(launcher, "_kernel", recorders[name])
+    return recorders
+
+
+def attend(case):
+    """Launch every kernel of one forward or backward pass."""
+    v = torch.empty(2, 4, 4096, case.D, dtype=case.dtype, device="meta")
+    sums = torch.empty(2, 2, 4, case.D, device="meta")
+    identity = EvoWeights.identity(case.D, dtype=case.dtype, device="meta")
+    call = (v, identity, None, None, None, case.causal, torch.float32, ())
+    if case.options:
+        mask = torch.empty(2, 4096, dtype=torch.bool, device="meta")
+        length = torch.empty((), dtype=torch.int64, device="meta")
+        call = (v, identity, mask, sums, length, *call[5:])
+    return call, sums
+
+
+def launch(case, name):
+    call, sums = attend(case)
+    if name.startswith("backward"):
+        backward.attention_backward(call[0], sums if case.options else None, *call)
+    else:
+        forward.attention(*call)
+
+
+def describe(recorder):
+    """Split a launch into the signature and the constants that Triton would compile it for."""
+    signature = {}
+    for parameter, value in zip(recorder.kernel.params, recorder.args, strict=False):
+        signature[parameter.name] = type_of(value, hinted=not parameter.do_not_specialize)
+    return signature, recorder.constexprs
+
+
+def type_of(value, *, hinted):
+    if isinstance(value, torch.Tensor):
+        return f"{POINTERS[value.dtype]}:16"
+    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
+    return f"i32{hint}" if hinted else "i32"
+
+
+RUNS = [
+    pytest.param(target, case, name, id=f"{target}-{case}-{name}")
+    for target in TARGETS
+    for case in CASES[target]
+    for name in LAUNCHERS
+    if case.causal or name not in ("stat", "backward_stat")
+]
+
+
+@pytest.mark.parametrize("target, case, name", RUNS)
+def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
+    use_target(target)
+    recorder = record(LAUNCHERS, monkeypatch)[name]
+    launch(case, name)
+    compiled = compile_ahead(recorder.kernel, *describe(recorder), target, **recorder.options)
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    if target == "sm_90":
+        allowed = MAX_SPILLS.get((name, recorder.constexprs["BLOCK_D"]), 0)
+        assert compiled.spills <= (MAX_SPILLS_WITH_OPTIONS if case.options else allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("target", TARGETS)
+def test_prefix_sum_compiles_and_fits(target, dim, dtype, use_target, monkeypatch):
+    use_target(target)
+    recorders = record(PREFIX_SUM_LAUNCHERS, monkeypatch)
+    x = torch.empty(2, 16, 65536, 64, dtype=dtype, device="meta")
+    prefix_sum.prefix_sum(x.transpose(2, dim).contiguous(), dim, False, True)
+    for recorder in recorders.values():
+        compiled = compile_ahead(recorder.kernel, *describe(recorder), target, **recorder.options)
+        assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+        assert compiled.spills == 0
+
+
+@pytest.mark.parametrize("table", [configs.FORWARD, configs.BACKWARD], ids=lambda t: t.name)
+def test_no_shipped_row_is_left_out(table, use_target):
+    cases = {(problem.padded_head_dim(case.D), case.dtype.itemsize) for case in CASES["sm_90"]}
+    assert {key[1:3] for key in table.rows} <= cases

@@ -1,0 +1,243 @@
+"""Backend "triton" through the operators on a GPU, against the reference in float64.
+
+Kernels are compiled for every new combination of dtype, head dimension and flags, which takes some
+seconds; cases share them where they can.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
+from attn_evo import (
+    EvoWeights,
+    UnsupportedProblemError,
+    evo_attention,
+    evo_attention_step,
+    ops,
+    prefix_sum,
+    reference,
+)
+
+pytestmark = pytest.mark.gpu
+
+BACKEND = "triton"
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+NAMES = ("out", "sums_after", "dv", "dsums", *(f"d{name}" for name in EvoWeights._fields))
+
+
+def attend(case, inputs):
+    """Outputs and gradients of the operators, which find nothing but NaN in fresh memory."""
+    v, weights, mask, sums, length, dout, dsums = inputs
+    call = (v, *weights, mask, sums, length, case.causal, FLOAT, [], BACKEND)
+    with poison_new_allocations():
+        outputs = ops.attention(*call)
+        dv, dsums, *dweights = ops.attention_backward(dout, dsums, *call)
+    return dict(zip(NAMES, (*outputs, dv, dsums, *dweights), strict=True))
+
+
+def check(case, dtype, device, assert_results):
+    inputs = case.inputs(dtype, device)
+    assert_results(case, attend(case, inputs), inputs)
+
+
+def assert_same_bits(actual, expected):
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 1000, 4097])
+def test_lengths(length, device, make_case, assert_results):
+    check(make_case(2, 2, length, 64), BFLOAT, device, assert_results)
+
+
+@pytest.mark.parametrize("length", [1, 65, 4097])
+def test_lengths_of_full_attention(length, device, make_case, assert_results):
+    check(make_case(2, 2, length, 64, causal=False), BFLOAT, device, assert_results)
+
+
+@pytest.mark.parametrize("dim", [7, 16, 24, 32, 96, 128])
+def test_head_dims(dim, device, make_case, assert_results):
+    check(make_case(1, 2, 130, dim), BFLOAT, device, assert_results)
+
+
+def test_no_tokens(device, make_case):
+    case = make_case(2, 2, 0, 64, has_state=True)
+    inputs = case.inputs(BFLOAT, device)
+    actual = attend(case, inputs)
+    assert torch.equal(actual["sums_after"], inputs[3])
+    assert torch.equal(actual["dsums"], inputs[6])
+
+
+# --- dtypes and options -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{"has_mask": True, "has_state": True}, {"causal": False, "has_mask": True}],
+    ids=["mask-state", "full-mask"],
+)
+def test_masks_and_streams(flags, dtype, device, make_case, assert_results):
+    check(make_case(2, 3, 201, 64, **flags), dtype, device, assert_results)
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64])
+def test_float32(dim, device, make_case, assert_results):
+    check(make_case(1, 2, 300, dim), FLOAT, device, assert_results)
+
+
+def test_gradients_through_the_public_function(device, make_case):
+    case = make_case(2, 2, 300, 64)
+    inputs = case.inputs(BFLOAT, device)
+    v, weights, *_, dout, _ = inputs
+    leaves = [x.detach().requires_grad_() for x in (v, *weights)]
+    out = evo_attention(leaves[0], weights=EvoWeights(*leaves[1:]), backend=BACKEND)
+    grads = torch.autograd.grad(out, leaves, dout)
+    expected = attend(case, inputs)
+    names = ("dv", *(f"d{name}" for name in EvoWeights._fields))
+    assert_same_bits(dict(zip(names, grads, strict=True)), {name: expected[name] for name in names})
+
+
+def test_float32_weights_of_bfloat16_values(device, make_case):
+    case = make_case(1, 2, 100, 64)
+    v, weights, *rest = case.inputs(BFLOAT, device)
+    wide = EvoWeights(*(weight.float() for weight in weights))
+    expected, actual = attend(case, (v, weights, *rest)), attend(case, (v, wide, *rest))
+    assert torch.equal(actual["out"], expected["out"])
+    assert torch.equal(actual["dw_q"].bfloat16(), expected["dw_q"])
+
+
+def test_a_stream_in_parts_is_one_call(device, make_case):
+    v, weights, *_ = make_case(1, 2, 500, 64).inputs(FLOAT, device)
+    state, outputs = None, []
+    for part in v.split((300, 1, 1, 198), dim=2):
+        out, state = evo_attention_step(part, state, weights=weights, backend=BACKEND)
+        outputs.append(out)
+    whole = evo_attention(v, weights=weights, backend=BACKEND)
+    error = (torch.cat(outputs, dim=2) - whole).norm() / whole.norm()
+    assert error < 2e-5
+    assert state.length == 500
+
+
+@pytest.mark.parametrize("hints", [(16, None, None), (128, 8, 1), (None, 8, None)], ids=str)
+def test_hints(hints, device):
+    v = random_tensor((1, 2, 300, 64), seed="v", dtype=BFLOAT, device=device)
+    expected = evo_attention(v, backend=BACKEND)
+    actual = evo_attention(v, True, None, None, *hints, backend=BACKEND)
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "dtype, dim, options, reason",
+    [
+        (BFLOAT, 129, {}, "head dimensions up to 128 in bfloat16, got 129"),
+        (FLOAT, 65, {}, "head dimensions up to 64 in float32, got 65"),
+        (torch.float64, 16, {}, "not float64"),
+        (FLOAT, 16, {"accum_dtype": torch.float64}, "it sums in float32, not float64"),
+        (FLOAT, 16, {"block_m": 48}, "block_m must be one of"),
+    ],
+    ids=["d129", "float32-d65", "float64", "accum-float64", "block48"],
+)
+def test_what_it_refuses(dtype, dim, options, reason, device):
+    v = random_tensor((1, 1, 4, dim), seed="v", dtype=dtype, device=device)
+    with pytest.raises(UnsupportedProblemError, match=reason):
+        evo_attention(v, backend=BACKEND, **options)
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_repeated_runs_give_the_same_bits(causal, device, make_case):
+    case = make_case(2, 8, 8192, 64, causal)
+    inputs = case.inputs(BFLOAT, device)
+    expected = attend(case, inputs)
+    for _ in range(3):
+        assert_same_bits(attend(case, inputs), expected)
+
+
+def test_sums_of_a_million_tokens(device):
+    v = random_tensor((1, 1, 1_000_000, 64), seed="v", dtype=BFLOAT, device=device)
+    weights = EvoWeights.identity(64, dtype=BFLOAT, device=device)
+    call = (v, *weights, None, None, None, True, FLOAT, [], BACKEND)
+    _, sums = ops.attention(*call)
+    exact = v[0, 0].double().sum(dim=0)
+    assert (sums[0, 0, 0] - exact).norm() / exact.norm() < 1e-5
+
+
+def test_bfloat16_gradients_are_nearer_than_those_of_torch(device, make_case):
+    case = make_case(1, 4, 16384, 64)
+    inputs = case.inputs(BFLOAT, device)
+    exact, plain = case.plain(inputs, torch.float64)["dv"], case.plain(inputs, BFLOAT)["dv"]
+    error = (attend(case, inputs)["dv"] - exact).norm()
+    assert error <= (plain - exact).norm() / 4
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 1, 0, 2)], ids=str)
+def test_any_strides_and_nothing_beside_the_tensors(order, device, make_case, assert_results):
+    case = make_case(2, 2, 65, 64, has_mask=True)
+    inputs = case.inputs(BFLOAT, device)
+    v, weights, mask, sums, length, dout, dsums = inputs
+    weights = EvoWeights(*(embedded(w, order=(*reversed(range(w.dim())),)) for w in weights))
+    strided = embedded(v, order=order), weights, mask.T.contiguous().T, sums, length
+    actual = attend(case, (*strided, embedded(dout, order=order), dsums))
+    assert_results(case, actual, inputs)
+
+
+def test_alignment_of_pointers_may_change_between_calls(device, make_case, assert_results):
+    case = make_case(1, 2, 67, 64)
+    for offset in (0, 1, 0, 3):
+        v, *rest = case.inputs(BFLOAT, device)
+        storage = v.new_full((v.numel() + 2 * offset,), torch.nan)
+        shifted = storage[offset : offset + v.numel()].view(v.shape).copy_(v)
+        inputs = (shifted, *rest)
+        assert_results(case, attend(case, inputs), inputs)
+
+
+def test_cuda_graph(device):
+    v = random_tensor((1, 2, 300, 64), seed="v", dtype=BFLOAT, device=device)
+    expected = evo_attention(v, backend=BACKEND)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = evo_attention(v, weights=None, backend=BACKEND)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_compile(device, make_case):
+    v, weights, *_ = make_case(1, 2, 130, 64).inputs(BFLOAT, device)
+    compiled = torch.compile(evo_attention, fullgraph=True, dynamic=True)
+    actual = compiled(v, weights=weights)
+    assert torch.equal(actual, evo_attention(v, weights=weights, backend=BACKEND))
+
+
+# --- prefix sums --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "shape, dim", [((2, 4, 5000, 64), -2), ((3, 7, 129), -1), ((4097, 5), 0)], ids=str
+)
+def test_prefix_sum(shape, dim, reverse, dtype, device):
+    x = random_tensor(shape, seed="x", dtype=dtype, device=device).requires_grad_()
+    dout = random_tensor(shape, seed="dout", dtype=dtype, device=device)
+    out = prefix_sum(x, dim, True, reverse, backend=BACKEND)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    for actual, source, back in ((out, x.detach(), reverse), (dx, dout, not reverse)):
+        plain, exact = (reference.prefix_sum(y, dim, True, back) for y in (source, source.double()))
+        assert_within_budget(actual, plain, exact, factor=8.0)
+
+
+def test_prefix_sums_of_repeated_runs_have_the_same_bits(device):
+    x = random_tensor((4, 100_000, 16), seed="x", device=device)
+    expected = prefix_sum(x, 1, backend=BACKEND)
+    assert all(torch.equal(prefix_sum(x, 1, backend=BACKEND), expected) for _ in range(3))
