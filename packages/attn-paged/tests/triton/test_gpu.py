@@ -187,6 +187,7 @@ def no_waiting():
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_nothing_waits_for_the_gpu(sizes, device, request):
     inputs = make(sizes, device)
     paged_attention(**inputs, backend=BACKEND)

@@ -129,8 +129,7 @@ def _require_broadcastable(
     # Indices and ==, not zip and `in`: torch 2.6 compiles neither for sizes that are symbols.
     rank = tensor.dim()
     fits = rank <= len(full) and all(
-        tensor.shape[-i] == 1 or tensor.shape[-i] == full[-i]
-        for i in range(1, rank + 1)
+        tensor.shape[-i] == 1 or tensor.shape[-i] == full[-i] for i in range(1, rank + 1)
     )
     if not fits:
         raise ValueError(
