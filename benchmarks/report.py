@@ -112,10 +112,9 @@ def plot(result: Result, path: Path) -> list[Path]:
     rows = [row for row in result.rows if row.series and row.status == results.OK]
     if not rows:
         return []
-    drawings: dict[str, Callable[[Result, Sequence[Row]], Any]] = {
-        "rates": _draw_rates,
-        "ratios": _draw_ratios,
-    }
+    drawings: dict[str, Callable[[Result, Sequence[Row]], Any]] = {"rates": _draw_rates}
+    if our_ratio(rows) is not None:  # some peer ran
+        drawings["ratios"] = _draw_ratios
     pictures = []
     for name, draw in drawings.items():
         picture = path.with_name(f"{path.stem}-{name}.png")

@@ -208,6 +208,13 @@ def test_plots_are_made_of_series(tmp_path):
     assert all(picture.stat().st_size > 1000 for picture in pictures)
 
 
+def test_without_a_peer_there_are_no_ratios_to_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    result, _, _ = measure(provider("b", kind="ours"))
+    pictures = report.plot(result, tmp_path / "result.json")
+    assert [picture.name for picture in pictures] == ["result-rates.png"]
+
+
 def test_a_readme_without_a_section_is_refused():
     with pytest.raises(ValueError, match="must have a section <!-- benchmarks:attn-flash -->"):
         report.fill("text", "attn-flash", "body")
