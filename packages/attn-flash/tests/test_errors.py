@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+import attn_core.device
 from attn_core import backends
 from attn_core.device import DeviceInfo
 from attn_flash import (
@@ -298,7 +299,12 @@ def test_a_named_backend_is_not_replaced():
 @pytest.mark.parametrize(
     "version,device,dtype,reason",
     [
-        (None, "cpu", torch.float32, "triton is not installed (pip install attn-flash[triton])"),
+        (
+            None,
+            "cpu",
+            torch.float32,
+            "triton is not installed; the extra [triton] of the package brings it",
+        ),
         ((3, 1), "cpu", torch.float32, "triton must be at least 3.2, got 3.1"),
         (
             (3, 6),
@@ -323,8 +329,8 @@ def test_a_named_backend_is_not_replaced():
     ],
 )
 def test_what_triton_takes(monkeypatch, version, device, dtype, reason):
-    monkeypatch.setattr(_backends, "triton_version", lambda: version)
-    monkeypatch.setattr(_backends, "device_info", lambda _: device)
+    monkeypatch.setattr(attn_core.device, "triton_version", lambda: version)
+    monkeypatch.setattr(attn_core.device, "device_info", lambda _: device)
     problem = _backends._typical_problem(torch.device("cpu"))._replace(dtype=dtype)
     assert _backends._triton_supports(ops.ATTENTION, problem) == reason
 

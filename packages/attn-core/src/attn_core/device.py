@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+TRITON_MINIMUM = (3, 2)
+
 
 @dataclass(frozen=True)
 class DeviceInfo:
@@ -108,4 +110,19 @@ def triton_version() -> tuple[int, int] | None:
             continue
         major, minor = version.split(".")[:2]
         return int(major), int(minor)
+    return None
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Say why the Triton kernels of this family cannot run on `device`; None where they can."""
+    version = triton_version()
+    if version is None:
+        return "triton is not installed; the extra [triton] of the package brings it"
+    if version < TRITON_MINIMUM:
+        return f"triton must be at least 3.2, got {version[0]}.{version[1]}"
+    info = device_info(device)
+    if info.type not in ("cuda", "hip"):
+        return f"it runs on NVIDIA and AMD GPUs, the tensors are on {info.type}"
+    if info.type == "cuda" and info.capability < 80:
+        return f"it needs compute capability 8.0 or newer, {info.name} has {info.arch}"
     return None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
-from attn_core.device import device_info, triton_version
+from attn_core.device import triton_refusal
 from attn_evo.checks import AttentionProblem, PrefixSumProblem
 from attn_evo.ops import ATTENTION, ATTENTION_BACKWARD, PREFIX_SUM, PREFIX_SUM_BACKWARD
 
-TRITON_MINIMUM = (3, 2)
 # Of what one program keeps in registers: tiles of several tokens and the four products' weights.
 TRITON_MAX_HEAD_DIM = 128
 TRITON_MAX_HEAD_DIM_FLOAT32 = 64
@@ -24,16 +23,9 @@ def _torch_supports(op: str, problem: AttentionProblem | PrefixSumProblem) -> st
 
 
 def _triton_supports(op: str, problem: AttentionProblem | PrefixSumProblem) -> str | None:
-    version = triton_version()
-    if version is None:
-        return "triton is not installed (pip install attn-evo[triton])"
-    if version < TRITON_MINIMUM:
-        return f"triton must be at least 3.2, got {version[0]}.{version[1]}"
-    device = device_info(problem.device)
-    if device.type not in ("cuda", "hip"):
-        return f"it runs on NVIDIA and AMD GPUs, the tensors are on {problem.device.type}"
-    if device.type == "cuda" and device.capability < 80:
-        return f"it needs compute capability 8.0 or newer, {device.name} has {device.arch}"
+    refusal = triton_refusal(problem.device)
+    if refusal is not None:
+        return refusal
     if isinstance(problem, AttentionProblem):
         return _triton_attention_supports(problem)
     return None

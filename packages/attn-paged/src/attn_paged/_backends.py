@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
-from attn_core.device import device_info, triton_version
+from attn_core.device import triton_refusal
 from attn_paged.checks import AppendProblem, AttentionProblem
 from attn_paged.ops import APPEND, ATTENTION
-
-TRITON_MINIMUM = (3, 2)
 
 
 def _torch_supports(op: str, problem: AttentionProblem | AppendProblem) -> str | None:
@@ -17,19 +15,9 @@ def _torch_supports(op: str, problem: AttentionProblem | AppendProblem) -> str |
 
 
 def _triton_supports(op: str, problem: AttentionProblem | AppendProblem) -> str | None:
-    version = triton_version()
-    if version is None:
-        return "triton is not installed (pip install attn-paged[triton])"
-    if version < TRITON_MINIMUM:
-        return f"triton must be at least 3.2, got {version[0]}.{version[1]}"
-    device = device_info(problem.device)
-    if device.type not in ("cuda", "hip"):
-        return f"it runs on NVIDIA and AMD GPUs, the tensors are on {problem.device.type}"
-    if device.type == "cuda" and device.capability < 80:
-        return f"it needs compute capability 8.0 or newer, {device.name} has {device.arch}"
     if problem.dtype == torch.float64:
         return "it computes in float16, bfloat16 and float32, not float64"
-    return None
+    return triton_refusal(problem.device)
 
 
 def _typical_attention(device: torch.device) -> AttentionProblem:
