@@ -68,7 +68,7 @@ def _tanh(x):
     """1 - 2 / (exp(2 x) + 1), exact at both infinities, and a series where that would cancel."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    far = 1.0 - 2.0 / (tl.math.exp2(2.0 * LOG2_E * x) + 1.0)
+    far = 1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2_E)) + 1.0)
     return tl.where(square < 0.0625, series, far)
 
 
@@ -253,7 +253,8 @@ def _paged_attention_kernel(
     v_ptr += h_kv * stride_vh
     blocks = _block_ids(table_ptr, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
     m_i, l_i = _first_state(
-        sinks_ptr, stride_sinks, heads, mask_m & (b < B) & (split == 0), HAS_SINKS, BLOCK_M
+        sinks_ptr, stride_sinks, heads, tl.where((b < B) & (split == 0), mask_m, False),
+        HAS_SINKS, BLOCK_M,
     )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.

@@ -196,7 +196,7 @@ def _attention_backward_dq_kernel(
     tl.store(dq_ptrs, (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=mask)
     if ROWS == 2:
         dq_ptrs += next_row * stride_dqr
-        mask = mask & (next_row == 1)
+        mask = tl.where(next_row == 1, mask, False)
         tl.store(dq_ptrs, (dq1 * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 

@@ -193,7 +193,8 @@ def _attention_forward_kernel(
     if ROWS == 2:
         _finish(
             acc1, m1, l1, v_ptr + next_row * stride_vr, stride_vn, stride_vd,
-            out_ptrs + next_row * stride_or, lse_ptrs + M, mask_m & (next_row == 1), N,
+            out_ptrs + next_row * stride_or, lse_ptrs + M,
+            tl.where(next_row == 1, mask_m, False), N,
             HEAD_DIM, IS_MEAN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
