@@ -95,7 +95,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests this session cannot run, each with its reason."""
+    """Skip the tests this run cannot make, each with its reason."""
     for marker, reason in _reasons_to_skip(config).items():
         for item in items:
             if item.get_closest_marker(marker):
