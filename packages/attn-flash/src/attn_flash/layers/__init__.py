@@ -1,0 +1,1 @@
+"""Layers beside attention, in the places where flash-attn has them."""
