@@ -49,15 +49,16 @@ def _pages(
 
     Table entries of keys outside [first, stop) are not read.
     """
-    if PAGE_SIZE == 0:
-        return 0
-    if PAGE_SIZE % BLOCK_N == 0:
-        offs_n = start_n
-        mask_n = start_n < stop
-    else:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = (offs_n >= first) & (offs_n < stop)
-    return tl.load(table_ptr + offs_n // PAGE_SIZE * stride_tn, mask=mask_n, other=0)
+    pages = start_n * 0
+    if PAGE_SIZE > 0:
+        if PAGE_SIZE % BLOCK_N == 0:
+            offs_n = start_n
+            mask_n = start_n < stop
+        else:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            mask_n = (offs_n >= first) & (offs_n < stop)
+        pages = tl.load(table_ptr + offs_n // PAGE_SIZE * stride_tn, mask=mask_n, other=0)
+    return pages
 
 
 # fmt: off
