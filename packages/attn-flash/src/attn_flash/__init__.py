@@ -13,6 +13,7 @@ from attn_flash.api import (
 )
 from attn_flash.kvcache import flash_attn_with_kvcache
 from attn_flash.module import FlashAttention
+from attn_flash.rope import flash_attention_rope
 
 _backends.register()
 _companions.register()
@@ -23,6 +24,7 @@ __all__ = [
     "UnsupportedProblemError",
     "__version__",
     "flash_attention",
+    "flash_attention_rope",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from attn_flash.rotary_reference import rotate as rotate_by
 
@@ -21,22 +22,26 @@ def rotate(
 ) -> None:
     """Write to `out`, which may be x (B, S, H, D) or (T, H, D), the rotated x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    positions = _positions(x, offsets, offset, cu_seqlens).clamp(max=cos.shape[0] - 1)
-    cos, sin = (table[positions].to(dtype).unsqueeze(-2) for table in (cos, sin))
-    rotated = rotate_by(x.to(dtype), cos, -sin if conjugate else sin, interleaved)
-    out.copy_(rotated)
+    positions = _positions(x, offsets, offset, cu_seqlens, nowhere=cos.shape[0])
+    # One more row turns by nothing: for tokens that belong to no sequence.
+    cos = torch.cat([cos, torch.ones_like(cos[:1])])[positions].to(dtype).unsqueeze(-2)
+    sin = torch.cat([sin, torch.zeros_like(sin[:1])])[positions].to(dtype).unsqueeze(-2)
+    out.copy_(rotate_by(x.to(dtype), cos, -sin if conjugate else sin, interleaved))
 
 
 def _positions(
-    x: torch.Tensor, offsets: torch.Tensor | None, offset: int, cu_seqlens: torch.Tensor | None
+    x: torch.Tensor,
+    offsets: torch.Tensor | None,
+    offset: int,
+    cu_seqlens: torch.Tensor | None,
+    nowhere: int,
 ) -> torch.Tensor:
-    """Position of each token, (B, S) or (T,)."""
-    starts = offset if offsets is None else offsets.long()
+    """Position of each token, (B, S) or (T,); `nowhere` for tokens past the last sequence."""
     if cu_seqlens is None:
-        steps = torch.arange(x.shape[1], device=x.device)
-        return steps + (starts[:, None] if isinstance(starts, torch.Tensor) else starts)
+        starts = offset if offsets is None else offsets.long()[:, None]
+        return (starts + torch.arange(x.shape[1], device=x.device)).clamp(max=nowhere)
     tokens = torch.arange(x.shape[0], device=x.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-    sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
-    steps = tokens - cu_seqlens[sequence]
-    return steps + (starts[sequence] if isinstance(starts, torch.Tensor) else starts)
+    starts = torch.full_like(cu_seqlens[:-1], offset) if offsets is None else offsets
+    first = F.pad(starts.long() - cu_seqlens[:-1], (0, 1), value=nowhere)
+    return (tokens + first[sequence]).clamp(max=nowhere)

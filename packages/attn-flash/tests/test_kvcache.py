@@ -1,0 +1,270 @@
+"""flash_attn_with_kvcache on the CPU: what it means, what it refuses, and torch around it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+
+import pytest
+import torch
+
+from attn_core.testing import assert_within_budget
+from attn_flash import UnsupportedProblemError, flash_attn_with_kvcache, kvcache_ops
+from attn_flash.kvcache_conformance import KVCACHE_CASES, KVCacheCase
+
+CPU = torch.device("cpu")
+
+
+def check(case, dtype=torch.float32):
+    inputs = case.inputs(dtype, CPU)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    actual = case.call("auto", **inputs)
+    results = zip(actual, case.reference(**inputs), case.reference(**wide), strict=True)
+    for index, (value, same_dtype, exact) in enumerate(results):
+        # Both errors are a few roundings, added up in another order: the largest is luck.
+        assert_within_budget(value, same_dtype, exact, name=f"output {index}", factor=4.0)
+
+
+@pytest.mark.parametrize("case", KVCACHE_CASES, ids=str)
+def test_float32(case):
+    check(case)
+
+
+def test_the_arguments_are_those_of_flash_attn():
+    names = list(inspect.signature(flash_attn_with_kvcache).parameters)
+    assert names == [
+        *("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens"),
+        *("cache_batch_idx", "cache_leftpad", "block_table", "softmax_scale", "causal"),
+        *("window_size", "softcap", "rotary_interleaved", "alibi_slopes", "num_splits"),
+        *("return_softmax_lse", "backend"),
+    ]
+
+
+def flash_attn_grid():
+    """A sample of the combinations that flash-attn's own test of this function crosses."""
+    choices = {
+        "M": (1, 3, 64),
+        "new": (0, 1, 3),
+        "H_KV": (6, 3, 1),
+        "causal": (False, True),
+        "window": ((-1, -1), (10, 3)),
+        "rotary": (0, 16, 32),
+        "interleaved": (False, True),
+        "page": (0, 16, 25),
+        "batch_idx": (False, True),
+        "leftpad": (False, True),
+        "alibi": (False, True),
+        "splits": (0, 1, 5),
+        "D": (32, 59),
+    }
+    combinations = list(itertools.product(*choices.values()))
+    for combination in random.Random(5).sample(combinations, 120):
+        options = dict(zip(choices, combination, strict=True))
+        options["rotary"] *= options["new"] > 0
+        longest = 97 - options["M"] if options["rotary"] else 90
+        lens = (longest, 20, 0) if options["new"] else (longest, 20, 1)
+        yield KVCacheCase(lens, H=6, D_v=options["D"], capacity=100, **options)
+
+
+@pytest.mark.parametrize("case", [*flash_attn_grid()], ids=str)
+def test_combinations(case):
+    check(case)
+
+
+def arguments(**changes):
+    """A valid call with everything in it."""
+    torch.manual_seed(0)
+    full = {
+        "q": torch.randn(2, 3, 4, 16),
+        "k_cache": torch.randn(6, 8, 2, 16),
+        "v_cache": torch.randn(6, 8, 2, 16),
+        "k": torch.randn(2, 3, 2, 16),
+        "v": torch.randn(2, 3, 2, 16),
+        "rotary_cos": torch.randn(24, 4),
+        "rotary_sin": torch.randn(24, 4),
+        "cache_seqlens": torch.tensor([5, 20], dtype=torch.int32),
+        "cache_batch_idx": torch.tensor([1, 0], dtype=torch.int32),
+        "cache_leftpad": torch.tensor([0, 7], dtype=torch.int32),
+        "block_table": torch.tensor([[3, 5, 1], [2, 0, 4]], dtype=torch.int32),
+        "causal": True,
+        "alibi_slopes": torch.rand(4),
+    }
+    return {**full, **changes}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD = {
+    "q-rank": ({"q": torch.zeros(2, 4, 16)}, r"q must have 4 dimensions \(B, M, H, D\)"),
+    "q-dtype": ({"q": torch.zeros(2, 3, 4, 16).int()}, "q must have dtype float16, bfloat16"),
+    "cache-dtype": ({"k_cache": torch.zeros(6, 8, 2, 16).half()}, "k_cache must have the dtype"),
+    "cache-dim": ({"k_cache": torch.zeros(6, 8, 2, 8)}, "k_cache must have shape .* 16"),
+    "cache-type": ({"k_cache": None}, "k_cache must be a tensor, got NoneType"),
+    "v-cache": ({"v_cache": torch.zeros(6, 7, 2, 16)}, "v_cache must have shape"),
+    "heads": ({"q": torch.zeros(2, 3, 5, 16)}, "heads of q must be a multiple of that of k_cache"),
+    "k-alone": ({"v": None}, "v must be given with k, got None"),
+    "v-alone": ({"k": None}, "k must be given with v, got None"),
+    "k-shape": ({"k": torch.zeros(2, 3, 2, 15)}, r"k must have shape \(B, S_new, H_KV, D\)"),
+    "v-shape": ({"v": torch.zeros(2, 4, 2, 16)}, r"v must have shape \(B, S_new, H_KV, D_v\)"),
+    "k-device": ({"k": torch.zeros(2, 3, 2, 16, device="meta")}, "k must be on the device of q"),
+    "no-lens": ({"cache_seqlens": None}, "cache_seqlens must be given with k"),
+    "lens-type": ({"cache_seqlens": 2.5}, "cache_seqlens must be an integer or an int32 tensor"),
+    "lens-dtype": ({"cache_seqlens": torch.tensor([5, 20])}, "cache_seqlens must have dtype int32"),
+    "lens-shape": ({"cache_seqlens": int32(5)}, r"cache_seqlens must have shape \(B,\) = \(2,\)"),
+    "lens-high": ({"cache_seqlens": int32(5, 22)}, "cache_seqlens must hold values from 0 to 21"),
+    "lens-low": ({"cache_seqlens": int32(-1, 2)}, "cache_seqlens must hold .* got -1"),
+    "int-high": ({"cache_seqlens": 22}, "cache_seqlens must be between 0 and 21, got 22"),
+    "idx-dtype": ({"cache_batch_idx": torch.zeros(2)}, "cache_batch_idx must have dtype int32"),
+    "idx-high": ({"cache_batch_idx": int32(0, 2)}, "cache_batch_idx must hold values from 0 to 1"),
+    "pad-shape": ({"cache_leftpad": int32(0)}, r"cache_leftpad must have shape \(B,\)"),
+    "pad-low": ({"cache_leftpad": int32(0, -3)}, "cache_leftpad must hold values from 0 to 24"),
+    "table-rank": ({"block_table": int32(0, 1)}, "block_table must have 2 dimensions"),
+    "table-dtype": ({"block_table": torch.zeros(2, 3)}, "block_table must have dtype int32"),
+    "table-high": (
+        {"block_table": int32(*range(4, 10)).view(2, 3)},
+        r"block_table\[1\] must hold values from 0 to 5, got 7",
+    ),
+    "table-rows": (
+        {"block_table": int32(3, 5, 1).view(1, 3), "cache_batch_idx": None},
+        "block_table must have a row for each of the 2 sequences of q, got 1",
+    ),
+    "cos-alone": ({"rotary_sin": None}, "rotary_sin must be given with rotary_cos"),
+    "cos-without-k": ({"k": None, "v": None}, "k must be given with rotary_cos"),
+    "cos-short": (
+        {"rotary_cos": torch.zeros(23, 4), "rotary_sin": torch.zeros(23, 4)},
+        "rotary_cos must have a row for each position that the cache has room for, 24, got 23",
+    ),
+    "cos-wide": (
+        {"rotary_cos": torch.zeros(24, 9), "rotary_sin": torch.zeros(24, 9)},
+        "rotary_cos must have at most half as many columns as q has",
+    ),
+    "sin-shape": ({"rotary_sin": torch.zeros(24, 3)}, "rotary_sin must have shape"),
+    "slopes-shape": ({"alibi_slopes": torch.rand(3)}, r"alibi_slopes must have shape \(H,\)"),
+    "slopes-dtype": ({"alibi_slopes": torch.rand(4).half()}, "alibi_slopes must have dtype"),
+    "scale": ({"softmax_scale": float("nan")}, "softmax_scale must be a finite number"),
+    "softcap": ({"softcap": -1.0}, "softcap must be a finite number, 0 or more"),
+    "window": ({"window_size": (1, 2, 3)}, "window_size must be two integers"),
+    "splits": ({"num_splits": 300}, "num_splits must be an integer from 0 to 256, got 300"),
+    "splits-type": ({"num_splits": 1.5}, "num_splits must be an integer from 0 to 256"),
+    "gradient": (
+        {"q": torch.zeros(2, 3, 4, 16, requires_grad=True)},
+        "q must not require a gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, message", [*BAD.values()], ids=[*BAD])
+def test_bad_arguments_are_named(changes, message):
+    inputs = arguments(**changes)
+    cache = inputs["v_cache"].clone()
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(**inputs)
+    assert torch.equal(inputs["v_cache"], cache)  # nothing was written before the error
+
+
+def test_too_many_new_tokens_are_refused():
+    tokens = torch.zeros(2, 25, 2, 16)
+    with pytest.raises(ValueError, match="k must have at most as many tokens as the cache has"):
+        flash_attn_with_kvcache(**arguments(k=tokens, v=tokens))
+
+
+def test_an_integer_length_is_that_length_everywhere():
+    inputs = arguments(cache_seqlens=int32(9, 9))
+    copies = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    expected = flash_attn_with_kvcache(**inputs)
+    actual = flash_attn_with_kvcache(**copies | {"cache_seqlens": 9})
+    assert torch.equal(actual, expected)
+    assert torch.equal(copies["k_cache"], inputs["k_cache"])
+
+
+def test_without_lengths_every_slot_holds_a_key():
+    q, cache = torch.randn(2, 1, 4, 16), torch.randn(2, 8, 2, 16)
+    full = flash_attn_with_kvcache(q, cache, cache, cache_seqlens=8)
+    assert torch.equal(flash_attn_with_kvcache(q, cache, cache), full)
+
+
+def test_a_window_may_be_a_tensor():
+    q, cache = torch.randn(2, 5, 4, 16), torch.randn(2, 8, 2, 16)
+    expected = flash_attn_with_kvcache(q, cache, cache, window_size=(3, 1))
+    window = torch.tensor([3, 1])
+    assert torch.equal(flash_attn_with_kvcache(q, cache, cache, window_size=window), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 16), (2, 0, 4, 16)], ids=str)
+def test_no_queries(shape):
+    cache = torch.randn(2, 8, 2, 16)
+    seqlens = torch.zeros(shape[0], dtype=torch.int32)
+    out, lse = flash_attn_with_kvcache(
+        torch.zeros(shape), cache, cache, cache_seqlens=seqlens, return_softmax_lse=True
+    )
+    assert out.shape == shape
+    assert lse.shape == (shape[0], 4, shape[1])
+
+
+# --- torch around it ------------------------------------------------------------------------------
+
+
+def operator_arguments():
+    inputs = arguments()
+    rotary = (inputs["rotary_cos"], inputs["rotary_sin"], True)
+    cache = (inputs["cache_seqlens"], 0, *(inputs[n] for n in ("cache_batch_idx",)))
+    cache = (*cache, inputs["cache_leftpad"], inputs["block_table"])
+    caches = (inputs["k_cache"], inputs["v_cache"])
+    return inputs, caches, rotary, cache
+
+
+def test_attention_passes_opcheck():
+    inputs, caches, rotary, cache = operator_arguments()
+    tail = (inputs["alibi_slopes"], 3, 0.3, 5, 0, 2.0, 0, "auto")
+    args = (inputs["q"], *caches, *rotary, *cache, *tail)
+    torch.library.opcheck(kvcache_ops.attention.overload, args)
+
+
+def test_append_passes_opcheck():
+    inputs, caches, rotary, cache = operator_arguments()
+    args = (inputs["k"], inputs["v"], *caches, *rotary, *cache, "auto")
+    torch.library.opcheck(kvcache_ops.append.overload, args)
+
+
+def test_append_declares_what_it_changes():
+    schema = kvcache_ops.append.overload._schema.arguments
+    written = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    assert written == ["k_cache", "v_cache"]
+
+
+def test_operators_refuse_gradients():
+    inputs, caches, rotary, cache = operator_arguments()
+    args = (*caches, *rotary, *cache, None, 3, 0.3, 5, 0, 2.0, 0, "auto")
+    with pytest.raises(UnsupportedProblemError, match="no backward pass"):
+        kvcache_ops.attention(inputs["q"].requires_grad_(), *args)
+
+
+def test_a_step_compiles_as_one_graph_of_any_size():
+    def step(q, k, v, k_cache, v_cache, seqlens):
+        out, lse = flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, cache_seqlens=seqlens, causal=True, return_softmax_lse=True
+        )
+        return out * 2, lse
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for new, seqlens in ((2, int32(3, 0, 9)), (3, int32(7, 1, 2)), (3, 5), (3, 6)):
+        q, (k, v) = torch.randn(3, new, 4, 16), torch.randn(2, 3, new, 2, 16).unbind(0)
+        caches = [torch.randn(3, 20, 2, 16) for _ in range(2)]
+        copies = [cache.clone() for cache in caches]
+        actual = compiled(q, k, v, *caches, seqlens)
+        torch.testing.assert_close(actual, step(q, k, v, *copies, seqlens))
+        torch.testing.assert_close(caches, copies)
+
+
+def test_a_step_exports():
+    class Step(torch.nn.Module):
+        def forward(self, q, k_cache, v_cache, seqlens):
+            return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, causal=True)
+
+    args = (torch.randn(2, 1, 4, 16), *torch.randn(2, 2, 9, 2, 16).unbind(0), int32(4, 9))
+    program = torch.export.export(Step(), args)
+    torch.testing.assert_close(program.module()(*args), Step()(*args))
