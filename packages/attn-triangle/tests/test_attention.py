@@ -423,3 +423,38 @@ def test_gradient_of_lse_alone(device):
     assert not grads[2].any()
     for grad, other in zip(grads[:2] + grads[3:], expected_grads, strict=True):
         torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("needed", ["q", "k", "v", "bias", "mask"])
+def test_one_gradient_alone(needed, device):
+    case = square(9, mask="random")
+    names = ("q", "k", "v", "bias", "mask")
+    added = random_tensor((1, 9, 9), seed="added", device=device)
+    tensors = dict(zip(names, [*case.inputs(device), added], strict=True))
+    everything = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    whole = triangle_attention(**everything)
+    dout = torch.ones_like(whole)
+    expected = torch.autograd.grad(whole, everything[needed], dout)
+    alone = {name: x.detach().requires_grad_(name == needed) for name, x in tensors.items()}
+    out = triangle_attention(**alone)
+    assert torch.equal(torch.autograd.grad(out, alone[needed], dout)[0], expected[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 9), (1, 1, 9), (9, 1), (1, 9)], ids=str)
+def test_additive_masks_broadcast_and_have_gradients(shape, device):
+    case = square(9, batch=(2,))
+    q, k, v, bias = (x.requires_grad_() for x in case.inputs(device))
+    mask = random_tensor(shape, seed="added", device=device).requires_grad_()
+    out = triangle_attention(q, k, v, bias, mask)
+    full = mask.expand(2, 9, 9)
+    scores = q @ k.mT * case.head_dim**-0.5 + bias[:, :, None] + full[:, None, :, None]
+    expected = scores.softmax(-1) @ v
+    torch.testing.assert_close(out, expected)
+    inputs = (q, k, v, bias, mask)
+    weights = torch.randn_like(out)
+    for grad, other in zip(
+        torch.autograd.grad(out, inputs, weights),
+        torch.autograd.grad(expected, inputs, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)

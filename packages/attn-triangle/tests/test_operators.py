@@ -30,19 +30,28 @@ def operator_inputs(device, *, needs_grad):
 @pytest.mark.parametrize("has_mask", [False, True], ids=["open", "masked"])
 def test_opcheck_of_the_operator(needs_grad, has_mask, device):
     *inputs, mask = operator_inputs(device, needs_grad=needs_grad)
-    arguments = (*inputs, mask if has_mask else None, 0.5, "mean", "torch")
+    arguments = (*inputs, mask if has_mask else None, 0.5, "mean", True, "torch")
     torch.library.opcheck(ops.attention.overload, arguments)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["first-order", "second-order"])
 @pytest.mark.parametrize("has_dlse", [False, True], ids=["out", "out-and-lse"])
-def test_opcheck_of_its_gradient(has_dlse, needs_grad, device):
+@pytest.mark.parametrize("wanted", ["dq dk_dv dbias", "dbias"])
+def test_opcheck_of_its_gradient(wanted, has_dlse, needs_grad, device):
     inputs = operator_inputs(device, needs_grad=needs_grad)
     with torch.no_grad():
-        out, lse = ops.attention(*inputs, 0.5, "mean", "torch")
+        out, lse = ops.attention(*inputs, 0.5, "mean", True, "torch")
     dlse = torch.randn_like(lse) if has_dlse else None
-    arguments = (torch.randn_like(out), dlse, *inputs, out, lse, 0.5, "mean", "torch")
+    arguments = (
+        torch.randn_like(out), dlse, *inputs, out, lse, 0.5, "mean", wanted, True, "torch",
+    )  # fmt: skip
     torch.library.opcheck(ops.attention_backward.overload, arguments)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "training"])
+def test_opcheck_of_the_gate(needs_grad, device):
+    out, logits = (torch.randn(3, 5, 8, device=device, requires_grad=needs_grad) for _ in range(2))
+    torch.library.opcheck(ops.gate.overload, (out, logits, "torch"))
 
 
 def test_compiles_once_for_all_lengths(device):
@@ -114,7 +123,7 @@ def test_a_backend_sees_what_the_call_asks(device):
         backends._resolve.cache_clear()
     (asked,) = seen
     assert asked == (
-        q.device, torch.float16, torch.float32, 3, 2, 5, 2, 5, 4, True, "mean", False,
+        q.device, torch.float16, torch.float32, 3, 2, 5, 2, 5, 4, True, "mean", False, False, False,
     )  # fmt: skip
 
 
@@ -176,7 +185,7 @@ def change(**replacements):
             "bias must have the dtype of q, torch.float32, got torch.bfloat16",
         ),
         ({"bias": lambda bias: bias.to("meta")}, "bias must be on the device of q, cpu, got meta"),
-        ({"mask": lambda mask: mask.float()}, "mask must have dtype bool, got float32"),
+        ({"mask": lambda mask: mask.half()}, "mask must have dtype bool, float32, got float16"),
         (
             {"mask": lambda mask: mask[0, 0]},
             r"mask must have at least 2 dimensions \(\*, R, N\), got shape \(5,\)",

@@ -174,6 +174,24 @@ def tune(
     return config
 
 
+def measured(table: Table, device: torch.device) -> dict[Key, TileConfig]:
+    """Return the rows that were measured on `device`, in this process or another one.
+
+    Parameters
+    ----------
+    table : Table
+        The kernel's table.
+    device : torch.device
+        Where they were measured.
+
+    Returns
+    -------
+    dict
+        Configs by key; empty where nothing was measured.
+    """
+    return _read(cache_file(table, device))
+
+
 def forget() -> None:
     """Drop what this process has picked; rows on disk stay and are read again."""
     _picked.clear()

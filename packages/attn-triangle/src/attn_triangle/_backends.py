@@ -7,7 +7,7 @@ import torch
 from attn_core import backends
 from attn_core.device import triton_refusal
 from attn_triangle.checks import TriangleProblem
-from attn_triangle.ops import ATTENTION, ATTENTION_BACKWARD
+from attn_triangle.ops import ATTENTION, ATTENTION_BACKWARD, GATE, GATE_BACKWARD
 
 
 def _torch_supports(op: str, problem: TriangleProblem) -> str | None:
@@ -35,6 +35,8 @@ def register() -> None:
             ops={
                 ATTENTION: "attn_triangle._torch:attention",
                 ATTENTION_BACKWARD: "attn_triangle._torch:attention_backward",
+                GATE: "attn_triangle._torch:gate",
+                GATE_BACKWARD: "attn_triangle._torch:gate_backward",
             },
             priority=0,
             supports=_torch_supports,
@@ -46,6 +48,8 @@ def register() -> None:
             ops={
                 ATTENTION: "attn_triangle._triton.forward:attention",
                 ATTENTION_BACKWARD: "attn_triangle._triton.backward:attention_backward",
+                GATE: "attn_triangle._triton.gate:gate",
+                GATE_BACKWARD: "attn_triangle._triton.gate:gate_backward",
             },
             priority=10,
             supports=_triton_supports,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_triangle.layout import accumulator_dtype, new_heads_last, new_lse
+from attn_triangle.layout import accumulator_dtype, new_heads_last, new_lse, new_unwanted
 
 # Of one block of scores, though a single row may take more: what a CPU's cache holds, or what keeps
 # a GPU busy.
@@ -58,10 +58,17 @@ def attention_backward(
     lse: torch.Tensor,
     scale: float,
     masked_rows: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients dq, dk, dv, dbias, given those of out (dout) and, maybe, of lse (dlse)."""
-    dq, dk, dv = new_heads_last(q), new_heads_last(k), new_heads_last(v)
-    dbias = bias.new_zeros(bias.shape, dtype=lse.dtype)
+    wanted: str,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients dq, dk, dv, dbias and dmask, given those of out (dout) and, maybe, lse (dlse)."""
+    dq = new_heads_last(q) if "dq" in wanted else new_unwanted(q)
+    dk = new_heads_last(k) if "dk_dv" in wanted else new_unwanted(k)
+    dv = new_heads_last(v) if "dk_dv" in wanted else new_unwanted(v)
+    dbias = bias.new_zeros(bias.shape, dtype=lse.dtype) if "dbias" in wanted else new_unwanted(bias)
+    dmask = new_unwanted(q)
+    if mask is not None and "dmask" in wanted:
+        dmask = lse.new_zeros(mask.shape)
     for rows in _row_blocks(q, k):
         sees_none = lse[:, :, rows, :, None] == -torch.inf
         # Equal scores for the keys of such a query: their softmax is the mean.
@@ -73,11 +80,32 @@ def attention_backward(
         dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
         if dlse is not None:
             dscores += probs * dlse[:, :, rows, :, None].masked_fill(sees_none, 0.0)
-        dv[:, :, rows] = torch.matmul(probs.mT, douts if masked_rows == "mean" else seen_douts)
-        dq[:, :, rows] = torch.matmul(dscores, _block(k, rows)) * scale
-        dk[:, :, rows] = torch.matmul(dscores.mT, _block(q, rows)) * scale
-        dbias += dscores.sum(dim=2).sum_to_size(bias.shape)
-    return dq, dk, dv, dbias.to(bias.dtype)
+        if "dq" in wanted:
+            dq[:, :, rows] = torch.matmul(dscores, _block(k, rows)) * scale
+        if "dk_dv" in wanted:
+            dk[:, :, rows] = torch.matmul(dscores.mT, _block(q, rows)) * scale
+            dv[:, :, rows] = torch.matmul(probs.mT, douts if masked_rows == "mean" else seen_douts)
+        if "dbias" in wanted:
+            dbias += dscores.sum(dim=2).sum_to_size(bias.shape)
+        if mask is not None and "dmask" in wanted:
+            own = _mask_rows(dmask, rows)
+            own += dscores.sum(dim=(1, 3)).sum_to_size(own.shape)
+    if mask is not None and "dmask" in wanted:
+        dmask = dmask.to(mask.dtype)
+    return dq, dk, dv, dbias.to(bias.dtype), dmask
+
+
+def gate(out: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Compute out * sigmoid(logits)."""
+    return out * torch.sigmoid(logits)
+
+
+def gate_backward(
+    dgated: torch.Tensor, out: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of out and logits."""
+    opening = torch.sigmoid(logits)
+    return dgated * opening, dgated * out * opening * (1.0 - opening)
 
 
 def _row_blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
@@ -105,11 +133,31 @@ def _scores(
     """Scores of a block of rows, -inf where masked: (B, H, rows, M, N)."""
     scores = torch.matmul(_block(q, rows) * scale, _block(k, rows).mT)
     scores += bias[:, :, None]
-    if mask is not None:
-        scores.masked_fill_(mask[:, None, rows, None, :], -torch.inf)
-    return scores
+    if mask is None:
+        return scores
+    hidden = _mask_rows(mask, rows)[:, None, :, None, :]
+    return scores.masked_fill_(hidden, -torch.inf) if mask.dtype == torch.bool else scores + hidden
+
+
+def _mask_rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some rows of a mask (B, R, N), which may have 1 in place of R."""
+    return mask if mask.shape[1] == 1 else mask[:, rows]
 
 
 def _finite(pivot: torch.Tensor) -> torch.Tensor:
     """A pivot that is a number also where a query sees no key."""
     return pivot.masked_fill(pivot == -torch.inf, 0.0)
+
+
+def largest_score(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Compute the largest score of each query, (B, H, R, M), -inf where it sees no key."""
+    largest = new_lse(q)
+    for rows in _row_blocks(q, k):
+        largest[:, :, rows] = _scores(q, k, bias, mask, rows, scale).amax(dim=-1)
+    return largest

@@ -22,6 +22,7 @@ def triangle_attention(
     scale: float | None = None,
     return_lse: bool = False,
     masked_rows: str = "mean",
+    deterministic: bool = True,
     backend: str = backends.AUTO,
 ) -> Any:
     """Attention within each row of a pair tensor, with a bias that all rows share.
@@ -40,8 +41,9 @@ def triangle_attention(
     bias : Tensor, shape (*, H, M, N)
         Added to the scores of every row; of q's dtype or float32. Any size may be 1, and leading
         dimensions may be left out.
-    mask : Tensor of bool, shape (*, R, N), optional
-        True masks a key *out*, for all queries and heads of its row. Broadcasts as `bias` does.
+    mask : Tensor, shape (*, R, N), optional
+        Of bool: True masks a key *out*, for all queries and heads of its row. Of q's dtype or
+        float32: added to the scores, differentiable. Broadcasts as `bias` does.
     scale : float, default 1 / sqrt(D)
         Factor of the products of queries and keys; the bias is not scaled.
     return_lse : bool, default False
@@ -50,6 +52,9 @@ def triangle_attention(
         Output of a query that sees no key, because its row is masked or its bias is -inf: the mean
         over all N values of the row, masked or not, or 0. Its gradient agrees: it reaches the
         values with weight 1 / N, or nothing.
+    deterministic : bool, default True
+        Gradients with the same bits every time. False lets a backend that gains by it add up the
+        gradient of `bias` in any order, except under ``torch.use_deterministic_algorithms``.
     backend : str, default "auto"
         "torch", another registered backend, or "auto" for the best that supports the problem. A
         named backend is never replaced.
@@ -74,8 +79,8 @@ def triangle_attention(
 
     Notes
     -----
-    Memory grows with R (M + N) and M N in both passes. The gradient of `bias` is summed over
-    everything it was broadcast to, always in the same order: results are deterministic. A second
+    Memory grows with R (M + N) and M N in both passes. Gradients that nobody needs are not
+    computed; those of `bias` and `mask` are summed over everything they were broadcast to. A second
     derivative is recomputed by the plain formula and takes memory in R M N.
 
     References
@@ -95,6 +100,7 @@ def triangle_attention(
     torch.Size([1, 4, 50, 50, 32])
     """
     problem = checks.triangle_problem(q, k, v, bias, mask, masked_rows)
+    checks.require_bool("deterministic", deterministic)
     name = backends.resolve(ops.ATTENTION, problem, backend)
     scale = checks.softmax_scale(scale, problem.head_dim)
     batch = q.shape[:-4]
@@ -106,6 +112,7 @@ def triangle_attention(
         None if mask is None else _broadcast_batch(mask, batch, 2),
         scale,
         masked_rows,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
         name,
     )
     if len(batch) != 1:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from attn_core import checks
+from attn_triangle.layout import is_aligned
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,7 +20,8 @@ class TriangleProblem(NamedTuple):
     """The static facts of one call: all that a backend needs to accept or refuse it.
 
     `batch` is the product of the leading dimensions, `rows` the number R of independent rows, each
-    with `len_q` queries and `len_k` keys.
+    with `len_q` queries and `len_k` keys. `is_aligned` says of q, k and v what `layout.is_aligned`
+    says of a tensor.
     """
 
     device: torch.device
@@ -33,6 +35,16 @@ class TriangleProblem(NamedTuple):
     head_dim: int
     has_mask: bool
     masked_rows: str
+    needs_grad: bool
+    mask_is_additive: bool = False
+    is_aligned: bool = True
+
+
+class GateProblem(NamedTuple):
+    """What a backend needs to know of a gate."""
+
+    device: torch.device
+    dtype: torch.dtype
     needs_grad: bool
 
 
@@ -60,13 +72,15 @@ def triangle_problem(
         _require_mask(mask, q, (*batch, rows, len_k))
     if masked_rows not in MASKED_ROWS:
         raise ValueError(f"masked_rows must be one of {MASKED_ROWS}, got {masked_rows!r}")
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
-    return describe(q, k, bias, mask, masked_rows, needs_grad)
+    tensors = (q, k, v, bias) if mask is None else (q, k, v, bias, mask)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return describe(q, k, v, bias, mask, masked_rows, needs_grad)
 
 
 def describe(
     q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
     bias: torch.Tensor,
     mask: torch.Tensor | None,
     masked_rows: str,
@@ -87,6 +101,9 @@ def describe(
         mask is not None,
         masked_rows,
         needs_grad,
+        mask is not None and mask.dtype != torch.bool,
+        # While a compiler traces, no backend is chosen and strides may be symbols.
+        torch.compiler.is_compiling() or all(is_aligned(x) for x in (q, k, v)),
     )
 
 
@@ -99,6 +116,12 @@ def softmax_scale(value: object, head_dim: int) -> float:
     return float(value)
 
 
+def require_bool(name: str, value: object) -> None:
+    """Check that an argument is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def _require_bias(bias: torch.Tensor, q: torch.Tensor, full: Sequence[int]) -> None:
     _require_min_rank("bias", bias, 3, "(*, H, M, N)")
     if bias.dtype != torch.float32:
@@ -109,7 +132,7 @@ def _require_bias(bias: torch.Tensor, q: torch.Tensor, full: Sequence[int]) -> N
 
 def _require_mask(mask: torch.Tensor, q: torch.Tensor, full: Sequence[int]) -> None:
     _require_min_rank("mask", mask, 2, "(*, R, N)")
-    checks.require_dtype("mask", mask, (torch.bool,))
+    checks.require_dtype("mask", mask, tuple({torch.bool: 0, q.dtype: 0, torch.float32: 0}))
     checks.require_device("mask", mask, "q", q)
     _require_broadcastable("mask", mask, "(*, R, N)", full)
 

@@ -22,6 +22,25 @@ def new_lse(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
 
 
+def new_unwanted(like: torch.Tensor) -> torch.Tensor:
+    """The empty tensor that stands in for a gradient nobody asked for."""
+    return like.new_empty(0)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator of a Hopper GPU can read x.
+
+    The last dimension must be dense, everything else at multiples of 16 bytes.
+    """
+    step = 16 // x.itemsize
+    sizes, strides = x.shape, x.stride()
+    return (
+        (strides[-1] == 1 or sizes[-1] == 1)
+        and x.storage_offset() % step == 0
+        and not any(strides[i] % step for i in range(x.dim() - 1) if sizes[i] != 1)
+    )
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, except for float64 problems."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from attn_core import backends
+from attn_triangle._gating import sigmoid_gate
 from attn_triangle.api import triangle_attention
+from attn_triangle.state_dicts import convert_state_dict, sizes_of
 
 
 class TriangleAttention(nn.Module):
@@ -28,6 +32,8 @@ class TriangleAttention(nn.Module):
         Number of heads.
     starting : bool, default True
         Attend around the starting node (along rows), or else the ending node (along columns).
+    deterministic : bool, default True
+        As in `triangle_attention`.
     backend : str, default "auto"
         As in `triangle_attention`.
 
@@ -54,14 +60,55 @@ class TriangleAttention(nn.Module):
         no_heads: int,
         starting: bool = True,
         *,
+        deterministic: bool = True,
         backend: str = backends.AUTO,
     ) -> None:
         super().__init__()
         self.starting = starting
         self.layer_norm = nn.LayerNorm(c_in)
         self.linear = nn.Linear(c_in, no_heads, bias=False)
-        self.mha = _GatedAttention(c_in, c_hidden, no_heads, backend)
+        self.mha = _GatedAttention(c_in, c_hidden, no_heads, deterministic, backend)
         nn.init.normal_(self.linear.weight, std=c_in**-0.5)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, torch.Tensor],
+        starting: bool = True,
+        *,
+        prefix: str = "",
+        deterministic: bool = True,
+        backend: str = backends.AUTO,
+    ) -> TriangleAttention:
+        """Build the module that computes what the module of another project does.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to Tensor
+            Of a triangle attention module of OpenFold, OpenFold-3, Boltz or Protenix, or of a model
+            that holds one.
+        starting : bool, default True
+            Whether it is the one around the starting node: their weights do not tell.
+        prefix : str, default ""
+            Name of the module within the model, such as ``"blocks.0.pair_stack.tri_att_start"``.
+        deterministic, backend
+            As in the constructor.
+
+        Returns
+        -------
+        TriangleAttention
+            With those weights, in their dtype and on their device.
+
+        Raises
+        ------
+        ValueError
+            The weights are not those of triangle attention.
+        """
+        converted = convert_state_dict(state_dict, prefix=prefix)
+        module = cls(*sizes_of(converted), starting, deterministic=deterministic, backend=backend)
+        module.load_state_dict(converted)
+        weight = converted["mha.linear_q.weight"]
+        return module.to(weight.device, weight.dtype)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Update a pair representation.
@@ -112,8 +159,11 @@ class TriangleAttention(nn.Module):
 class _GatedAttention(nn.Module):
     """Projections, attention, gate and output projection on a normalised pair representation."""
 
-    def __init__(self, c_in: int, c_hidden: int, no_heads: int, backend: str) -> None:
+    def __init__(
+        self, c_in: int, c_hidden: int, no_heads: int, deterministic: bool, backend: str
+    ) -> None:
         super().__init__()
+        self.deterministic = deterministic
         self.c_hidden = c_hidden
         self.no_heads = no_heads
         self.backend = backend
@@ -137,8 +187,10 @@ class _GatedAttention(nn.Module):
             self._heads_first(project(x))
             for project in (self.linear_q, self.linear_k, self.linear_v)
         )
-        out = triangle_attention(q, k, v, bias, mask, backend=self.backend)
-        gated = out.movedim(-4, -2).flatten(-2) * torch.sigmoid(self.linear_g(x))
+        out = triangle_attention(
+            q, k, v, bias, mask, deterministic=self.deterministic, backend=self.backend
+        )
+        gated = sigmoid_gate(out.movedim(-4, -2).flatten(-2), self.linear_g(x), self.backend)
         update: torch.Tensor = self.linear_o(gated)
         return update
 

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+__all__ = ["clone_and_clear_grad", "disable_tf32", "enable_tf32", "gen_tensors"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -23,7 +23,9 @@ LAUNCHERS = {
     "dq": backward._launch_dq,
     "dk_dv": backward._launch_dk_dv,
     "dbias": backward._launch_dbias,
+    "sum": backward._launch_sum,
 }
+SMALL = ("visible_keys", "sum")  # the same whatever the case
 TABLES = {
     "forward": configs.FORWARD,
     "dq": configs.BACKWARD_DQ,
@@ -46,10 +48,12 @@ class Case(NamedTuple):
     has_mask: bool = True
     tf32: bool = False
     dlse: bool = False
+    additive: bool = False
 
     def __str__(self):
         dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
-        words = [f"d{self.D}", dtype, "masked" if self.has_mask else "open"]
+        mask = "added" if self.additive else "masked" if self.has_mask else "open"
+        words = [f"d{self.D}", dtype, mask]
         return "-".join([*words, "dlse"] if self.dlse else words)
 
 
@@ -64,6 +68,7 @@ HOPPER = [
     Case(torch.bfloat16, 32, has_mask=False),
     Case(torch.bfloat16, 64),
     Case(torch.float16, 48, dlse=True),
+    Case(torch.bfloat16, 32, additive=True),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
@@ -103,10 +108,12 @@ def launches(case, monkeypatch):
         monkeypatch.setattr(launcher, "_kernel", recorders[name])
     q = torch.empty(1, 256, 256, 4, case.D, dtype=case.dtype, device="meta").permute(0, 3, 1, 2, 4)
     bias = torch.empty(1, 4, 256, 256, dtype=case.dtype, device="meta")
-    mask = torch.empty(1, 256, 256, dtype=torch.bool, device="meta") if case.has_mask else None
+    kind = case.dtype if case.additive else torch.bool
+    mask = torch.empty(1, 256, 256, dtype=kind, device="meta") if case.has_mask else None
     out, lse = forward.attention(q, q, q, bias, mask, 0.1, "mean")
     dlse = lse if case.dlse else None
-    backward.attention_backward(out, dlse, q, q, q, bias, mask, out, lse, 0.1, "mean")
+    wanted = "dq dk_dv dbias" + (" dmask" if case.additive else "")
+    backward.attention_backward(out, dlse, q, q, q, bias, mask, out, lse, 0.1, "mean", wanted, True)
     return recorders
 
 
@@ -133,7 +140,7 @@ RUNS = [
     for target in TARGETS
     for case in CASES[target]
     for name in LAUNCHERS
-    if name != "visible_keys" or case == PORTABLE[0]
+    if name not in SMALL or case == PORTABLE[0] or case.additive
 ]
 
 
@@ -152,4 +159,5 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
 def test_a_problem_finds_its_row(name, use_target):
     use_target("sm_90")
     q = torch.empty(1, 1, 2, 64, 24, device="meta")
-    assert configs.tiles(TABLES[name], q, q) == TABLES[name].rows["*", 32, 4]
+    found = configs.tiles(TABLES[name], q, q, launch=None)
+    assert found == TABLES[name].rows["*", 32, 4, 64]

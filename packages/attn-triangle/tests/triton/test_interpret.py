@@ -17,12 +17,12 @@ from attn_triangle._triton import backward, configs, forward, problem
 
 pytestmark = pytest.mark.interpret
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dmask")
 BLOCK = 16
 
 
 class Case(NamedTuple):
-    """One problem; `mask` is none, random, rows (some are masked as a whole), padded or all."""
+    """One problem; `mask` is none, random, rows (some masked as a whole), padded, added or all."""
 
     B: int = 1
     H: int = 1
@@ -55,6 +55,11 @@ class Case(NamedTuple):
             return None
         if self.mask == "padded":
             return (torch.arange(self.N) >= self.N - BLOCK - 2).expand(shape)
+        if self.mask == "added":
+            added = self.draw("mask", *shape)
+            added[:, 1, BLOCK:] -= 1e9
+            added[:, 0, 3] = -torch.inf
+            return added
         if self.mask == "all":
             return torch.ones(shape, dtype=torch.bool)
         mask = self.draw("mask", *shape) > 0
@@ -70,7 +75,7 @@ def small_tiles(monkeypatch):
 
 
 def use_tiles(monkeypatch, config, rows=2):
-    monkeypatch.setattr(configs, "tiles", lambda table, q, k: config)
+    monkeypatch.setattr(configs, "tiles", lambda *_: config)
     monkeypatch.setattr(problem, "rows_per_program", lambda q: min(rows, q.shape[2]))
 
 
@@ -78,19 +83,32 @@ def attend(inputs, mask, scale, masked_rows, dout, dlse):
     """Results and gradients of the kernels, which find nothing but NaN in fresh memory."""
     with poison_new_allocations():
         out, lse = forward.attention(*inputs, mask, scale, masked_rows)
-        grads = backward.attention_backward(dout, dlse, *inputs, mask, out, lse, scale, masked_rows)
-    return dict(zip(NAMES, (out, lse, *grads), strict=True))
+        grads = backward.attention_backward(
+            dout, dlse, *inputs, mask, out, lse, scale, masked_rows, wanted_of(mask), True
+        )
+    return dict(zip(NAMES, (out, lse, *grads), strict=False))
+
+
+def is_additive(mask):
+    return mask is not None and mask.dtype != torch.bool
+
+
+def wanted_of(mask):
+    return "dq dk_dv dbias" + (" dmask" if is_additive(mask) else "")
 
 
 def plain(inputs, mask, scale, masked_rows, dout, dlse):
     """The same of the reference."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, lse = reference.attention(*leaves, mask, scale, masked_rows)
+    if is_additive(mask):
+        mask = mask.detach().to(inputs[0].dtype).requires_grad_()
+        leaves.append(mask)
+    out, lse = reference.attention(*leaves[:4], mask, scale, masked_rows)
     outputs, douts = [out], [dout.to(out.dtype)]
     if dlse is not None:
         outputs, douts = [out, lse], [*douts, dlse.to(lse.dtype)]
     grads = torch.autograd.grad(outputs, leaves, douts)
-    return dict(zip(NAMES, (out, lse, *grads), strict=True))
+    return dict(zip(NAMES, (out, lse, *grads), strict=False))
 
 
 def check(case, inputs=None, mask=None, *, scale=None, with_dlse=False, dout=None):
@@ -106,7 +124,7 @@ def check(case, inputs=None, mask=None, *, scale=None, with_dlse=False, dout=Non
     exact = plain([x.double() for x in inputs], *arguments)
     # In float32 both errors are a few roundings, added up in another order: the largest is luck.
     factor = 4.0 if case.dtype == torch.float32 else 2.0
-    for name in NAMES:
+    for name in exact:
         wanted = {"lse": torch.float32, "dbias": inputs[3].dtype}.get(name, case.dtype)
         assert actual[name].dtype == wanted
         assert_within_budget(actual[name], same_dtype[name], exact[name], name=name, factor=factor)
@@ -115,7 +133,7 @@ def check(case, inputs=None, mask=None, *, scale=None, with_dlse=False, dout=Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("masked_rows", ["mean", "zero"])
-@pytest.mark.parametrize("mask", ["none", "random", "rows"])
+@pytest.mark.parametrize("mask", ["none", "random", "rows", "added"])
 def test_results_and_gradients(mask, masked_rows, dtype):
     check(Case(H=2, mask=mask, masked_rows=masked_rows, dtype=dtype), with_dlse=True)
 
@@ -135,7 +153,7 @@ def test_one_key():
     arguments = (None, 0.5, "mean", case.draw("dout", 1, 1, 3, 3, 8), None)
     actual = attend(case.inputs(), *arguments)
     expected = plain(case.inputs(), *arguments)
-    for name in NAMES:
+    for name in NAMES[:-1]:
         torch.testing.assert_close(actual[name], expected[name])
 
 
@@ -253,9 +271,11 @@ def test_empty_sizes(size):
     inputs = case.inputs()
     with poison_new_allocations():
         out, lse = forward.attention(*inputs, None, 1.0, "mean")
-        grads = backward.attention_backward(out, None, *inputs, None, out, lse, 1.0, "mean")
+        grads = backward.attention_backward(
+            out, None, *inputs, None, out, lse, 1.0, "mean", "dq dk_dv dbias", True
+        )
     assert not out.any()
     assert (lse == -torch.inf).all()
-    for grad, x in zip(grads, inputs, strict=True):
+    for grad, x in zip(grads, inputs, strict=False):
         assert grad.shape == x.shape
         assert not grad.any()

@@ -18,12 +18,14 @@ from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
+from attn_core.tuning import TileConfig
 from attn_triangle._triton import configs, problem
 from attn_triangle._triton.keys import visible_keys
 from attn_triangle._triton.tiles import key_bounds, load_shut
-from attn_triangle.layout import new_heads_last
+from attn_triangle.layout import new_heads_last, new_unwanted
 
 _PROGRAMS_PER_SM = 8  # of the kernel for dB, which splits its rows among as many
+_SUM_CONFIG = TileConfig(1, 1024, 4, 2)
 
 
 # fmt: off
@@ -132,7 +134,7 @@ def _attention_backward_dq_kernel(
     M, N, R, H, num_tiles, num_groups,
     scale,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, EVEN_N: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr, NEEDS_DQ: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -176,6 +178,8 @@ def _attention_backward_dq_kernel(
             out_ptrs + next_row * stride_or, lse_ptr + row, dlse_ptr + row, rows_ptr + 2 * row,
             mask_m, mask_d, PAD_D, HAS_DLSE,
         )  # fmt: skip
+    if not NEEDS_DQ:
+        return
     bias_ptr += b * stride_bb + h * stride_bh + first_m * stride_bm
     bias_offs = tile_offsets(inner_m, stride_bm, tl.arange(0, BLOCK_N), stride_bn)
 
@@ -203,17 +207,20 @@ def _attention_backward_dq_kernel(
 # fmt: off
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, k, v,
+    dk, dv, dshut, k, v, shut,
     q_ptr, stride_qm, stride_qd,
     do_ptr, stride_dom, stride_dod,
     bias_ptr, stride_bm, bias_offs,
     row_ptr,
     hi, M, scale,
-    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, IS_ADDITIVE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    """Add dS^T Q and P^T dO over the query blocks up to hi; tiles of scores are transposed."""
+    """Add dS^T Q, P^T dO and, for an additive mask, the sums of dS^T over the queries up to hi.
+
+    Tiles of scores are transposed.
+    """
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
@@ -229,15 +236,19 @@ def _accumulate_dk_dv(
         row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
         lse_log2, delta = tl.split(load_tile(row_ptrs, mask_m, mask_m, MASKED, False))
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias_t
+        if IS_ADDITIVE:
+            scores_t += shut[:, None]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         p_t = tl.math.exp2(scores_t * LOG2_E - lse_log2[None, :])
         ds_t = p_t * (dp_t - delta[None, :])
         dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+        if IS_ADDITIVE:
+            dshut += tl.sum(ds_t, 1)
         q_ptr += BLOCK_M * stride_qm
         do_ptr += BLOCK_M * stride_dom
         bias_ptr += BLOCK_M * stride_bm
-    return dk, dv
+    return dk, dv, dshut
 
 
 @triton.jit
@@ -277,10 +288,11 @@ def _attention_backward_dk_dv_kernel(
     rows_ptr,  # [B, H, R, M, 2], contiguous: lse in units of log2, and delta
     dk_ptr, stride_dkb, stride_dkh, stride_dkr, stride_dkn, stride_dkd,
     dv_ptr, stride_dvb, stride_dvh, stride_dvr, stride_dvn, stride_dvd,
+    dshut_ptr,  # [B, H, R, N], contiguous; written only with IS_ADDITIVE
     M, N, R, H, num_tiles,
     scale,
-    HEAD_DIM: tl.constexpr, EVEN_M: tl.constexpr, HAS_MASK: tl.constexpr, IS_MEAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, EVEN_M: tl.constexpr, HAS_MASK: tl.constexpr,
+    IS_ADDITIVE: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -313,20 +325,27 @@ def _attention_backward_dk_dv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dshut = 0.0
+    shut = 0.0
+    shut_ptr += b * stride_sb + r * stride_sr + start_n
+    if IS_ADDITIVE:
+        dshut = tl.zeros([BLOCK_N], tl.float32)
+        shut = tl.load(shut_ptr + inner_n)
     hi = M
     if HAS_MASK:  # none of the queries is of use to keys that no query sees
         range_ptr += b * stride_rb + r * stride_rr
         is_outside = (start_n >= tl.load(range_ptr + 1)) | (start_n + BLOCK_N <= tl.load(range_ptr))
         hi = tl.where(is_outside, 0, M)
-    dk, dv = _accumulate_dk_dv(
-        dk, dv, k, v, q_ptr, stride_qm, stride_qd, do_ptr, stride_dom, stride_dod,
+    dk, dv, dshut = _accumulate_dk_dv(
+        dk, dv, dshut, k, v, shut, q_ptr, stride_qm, stride_qd, do_ptr, stride_dom, stride_dod,
         bias_ptr, stride_bm, bias_offs, rows_ptr, hi, M, scale,
-        HEAD_DIM, not EVEN_M, PRECISION, BLOCK_M, BLOCK_D,
+        HEAD_DIM, not EVEN_M, IS_ADDITIVE, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
-    if HAS_MASK:
+    if IS_ADDITIVE:
+        tl.store(dshut_ptr + pid_row * N + start_n + offs_n, dshut, mask=mask_n)
+    elif HAS_MASK:
         # The tiles above took every key for visible. Keys do not mix: whatever a masked one
         # gathered, NaN if its scores overflowed, ends here.
-        shut_ptr += b * stride_sb + r * stride_sr + start_n
         visible = tl.load(shut_ptr + inner_n) == 0.0
         dk = tl.where(visible[:, None], dk, 0.0)
         dv = tl.where(visible[:, None], dv, 0.0)
@@ -429,9 +448,28 @@ def _attention_backward_dbias_kernel(
     tl.store(dbias_ptrs, dbias, mask=mask)
 
 
+# fmt: off
+@triton.jit(do_not_specialize=["num_splits", "num_elements"])
+def _sum_of_splits_kernel(
+    parts_ptr,  # [num_splits, num_elements], contiguous
+    total_ptr,  # [num_elements], contiguous
+    num_splits, num_elements,
+    BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs < num_elements
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for _ in range(num_splits):
+        total += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        parts_ptr += num_elements
+    tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=mask)
+
+
 _launch_dq = Launcher(_attention_backward_dq_kernel)
 _launch_dk_dv = Launcher(_attention_backward_dk_dv_kernel)
 _launch_dbias = Launcher(_attention_backward_dbias_kernel)
+_launch_sum = Launcher(_sum_of_splits_kernel)
 
 
 def attention_backward(
@@ -446,128 +484,182 @@ def attention_backward(
     lse: torch.Tensor,
     scale: float,
     masked_rows: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients dq, dk, dv, dbias, given those of out (dout) and, maybe, of lse (dlse)."""
+    wanted: str,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients dq, dk, dv, dbias and dmask, given those of out (dout) and, maybe, lse (dlse).
+
+    What is not `wanted` is an empty tensor. All are deterministic, asked or not.
+    """
     N = k.shape[3]
-    dq, dk, dv = new_heads_last(q), new_heads_last(k), new_heads_last(v)
+    needs_dmask = mask is not None and "dmask" in wanted
+    needs_dk_dv = "dk_dv" in wanted or needs_dmask
+    dq = new_heads_last(q) if "dq" in wanted else new_unwanted(q)
+    dk, dv = (new_heads_last(x) if needs_dk_dv else new_unwanted(x) for x in (k, v))
+    dbias, dmask = new_unwanted(bias), new_unwanted(q)
     if q.numel() * N == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), bias.new_zeros(bias.shape)
+        if "dbias" in wanted:
+            dbias = bias.new_zeros(bias.shape)
+        if needs_dmask:
+            dmask = mask.new_zeros(mask.shape)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dmask
     keys = visible_keys(mask, N, unread=lse)
     rows = lse.new_empty((*lse.shape, 2))
-    has_mask = mask is not None
-    _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, has_mask)
-    _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, has_mask, masked_rows == "mean")
-    dbias = _dbias(dout, q, k, v, bias, keys, rows, scale, has_mask)
-    return dq, dk, dv, dbias.sum(0).sum_to_size(bias.shape).to(bias.dtype)
+    _dq(dq if "dq" in wanted else None, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale)
+    if needs_dk_dv:
+        dshut = _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, masked_rows == "mean")
+    if needs_dmask:
+        dmask = dshut.sum(1).sum_to_size(mask.shape).to(mask.dtype)
+    if "dbias" in wanted:
+        dbias = _dbias(dout, q, k, v, bias, keys, rows, scale)
+    return dq, dk, dv, dbias, dmask
 
 
-def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale, has_mask):
-    """Fill dq, and `rows` (B, H, R, M, 2) for the other two kernels."""
+def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale):
+    """Fill `rows` (B, H, R, M, 2) for the other two kernels and, unless it is None, dq."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
-    config = configs.tiles(configs.BACKWARD_DQ, q, k)
-    bias = problem.packed_bias(bias, N, config.block_n)
     group = problem.rows_per_program(q)
-    num_tiles, num_groups = problem.ceil_div(M, config.block_m), problem.ceil_div(R, group)
+    num_groups = problem.ceil_div(R, group)
+    needs_dq = dq is not None
+    dq = dq if needs_dq else dout  # not written
     strides = tuple(tensor.stride() for tensor in (q, k, v, out, dout, dq))
-    bias_strides = problem.broadcast_strides(bias)
-    _launch_dq(
-        num_tiles * num_groups * B * H,
-        strides=(bias.dtype, strides, bias_strides, keys.strides),
-        args=(
-            q, *strides[0],
-            k, *strides[1],
-            v, *strides[2],
-            bias, *bias_strides,
-            keys.shut, keys.range, *keys.strides,
-            out, *strides[3],
-            dout, *strides[4],
-            lse,
-            lse if dlse is None else dlse.contiguous(),
-            dq, *strides[5],
-            rows,
-            M, N, R, H, num_tiles, num_groups,
-            scale,
-        ),
-        constexprs={
-            "HEAD_DIM": D, "ROWS": group, "EVEN_N": N % config.block_n == 0, "HAS_MASK": has_mask,
-            "HAS_DLSE": dlse is not None, "PRECISION": problem.dot_precision(q),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(D),
-        },
-        config=config,
-    )  # fmt: skip
+
+    def launch(config):
+        packed = problem.packed_bias(bias, N, config.block_n)
+        bias_strides = problem.broadcast_strides(packed)
+        num_tiles = problem.ceil_div(M, config.block_m)
+        _launch_dq(
+            num_tiles * num_groups * B * H,
+            strides=(packed.dtype, strides, bias_strides, keys.strides),
+            args=(
+                q, *strides[0],
+                k, *strides[1],
+                v, *strides[2],
+                packed, *bias_strides,
+                keys.shut, keys.range, *keys.strides,
+                out, *strides[3],
+                dout, *strides[4],
+                lse,
+                lse if dlse is None else dlse.contiguous(),
+                dq, *strides[5],
+                rows,
+                M, N, R, H, num_tiles, num_groups,
+                scale,
+            ),
+            constexprs={
+                "HEAD_DIM": D, "ROWS": group, "EVEN_N": N % config.block_n == 0,
+                "HAS_MASK": keys.kind != "none", "HAS_DLSE": dlse is not None,
+                "NEEDS_DQ": needs_dq, "PRECISION": problem.dot_precision(q),
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                "BLOCK_D": problem.padded_head_dim(D),
+            },
+            config=config,
+        )  # fmt: skip
+
+    launch(configs.tiles(configs.BACKWARD_DQ, q, k, launch))
 
 
-def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, has_mask, is_mean):
-    """Fill dk and dv from the `rows` that `_dq` left."""
+def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, is_mean):
+    """Fill dk and dv from the `rows` that `_dq` left; return what an additive mask gets.
+
+    That is the sum of dS over the queries, (B, H, R, N) in float32.
+    """
     B, H, R, M, D = q.shape
     N = k.shape[3]
-    config = configs.tiles(configs.BACKWARD_DK_DV, q, k)
-    num_tiles = problem.ceil_div(N, config.block_n)
-    bias_t = problem.packed_bias(bias.mT, M, config.block_m)  # as the tiles of scores are read
+    is_additive = keys.kind == "additive"
+    dshut = rows.new_empty((B, H, R, N)) if is_additive else rows
     strides = tuple(tensor.stride() for tensor in (q, k, v, dout, dk, dv))
-    bias_strides = problem.broadcast_strides(bias_t)
-    _launch_dk_dv(
-        num_tiles * B * H * R,
-        strides=(bias_t.dtype, strides, bias_strides, keys.strides),
-        args=(
-            q, *strides[0],
-            k, *strides[1],
-            v, *strides[2],
-            bias_t, *bias_strides,
-            keys.shut, keys.range, *keys.strides,
-            dout, *strides[3],
-            lse,
-            rows,
-            dk, *strides[4],
-            dv, *strides[5],
-            M, N, R, H, num_tiles,
-            scale,
-        ),
-        constexprs={
-            "HEAD_DIM": D, "EVEN_M": M % config.block_m == 0, "HAS_MASK": has_mask,
-            "IS_MEAN": is_mean, "PRECISION": problem.dot_precision(q),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(D),
-        },
-        config=config,
-    )  # fmt: skip
+
+    def launch(config):
+        num_tiles = problem.ceil_div(N, config.block_n)
+        bias_t = problem.packed_bias(bias.mT, M, config.block_m)  # as tiles of scores are read
+        bias_strides = problem.broadcast_strides(bias_t)
+        _launch_dk_dv(
+            num_tiles * B * H * R,
+            strides=(bias_t.dtype, strides, bias_strides, keys.strides),
+            args=(
+                q, *strides[0],
+                k, *strides[1],
+                v, *strides[2],
+                bias_t, *bias_strides,
+                keys.shut, keys.range, *keys.strides,
+                dout, *strides[3],
+                lse,
+                rows,
+                dk, *strides[4],
+                dv, *strides[5],
+                dshut,
+                M, N, R, H, num_tiles,
+                scale,
+            ),
+            constexprs={
+                "HEAD_DIM": D, "EVEN_M": M % config.block_m == 0,
+                "HAS_MASK": keys.kind != "none", "IS_ADDITIVE": is_additive, "IS_MEAN": is_mean,
+                "PRECISION": problem.dot_precision(q),
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                "BLOCK_D": problem.padded_head_dim(D),
+            },
+            config=config,
+        )  # fmt: skip
+
+    launch(configs.tiles(configs.BACKWARD_DK_DV, q, k, launch))
+    return dshut
 
 
-def _dbias(dout, q, k, v, bias, keys, rows, scale, has_mask):
-    """Compute the sum of dS over each of a few parts of the rows: (parts, B, H, M, N), float32."""
+def _dbias(dout, q, k, v, bias, keys, rows, scale):
+    """Sum dS over the rows: a few parts of the rows by one kernel, the parts by another."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
-    config = configs.tiles(configs.BACKWARD_DBIAS, q, k)
-    num_tiles_n = problem.ceil_div(N, config.block_n)
-    num_tiles = problem.ceil_div(M, config.block_m) * num_tiles_n
-    wanted = _PROGRAMS_PER_SM * device_info(q.device).num_sms // (num_tiles * B * H)
-    rows_per_split = problem.ceil_div(R, max(1, wanted))
-    splits = problem.ceil_div(R, rows_per_split)
-    dbias = rows.new_empty((splits, B, H, M, N))
     strides = tuple(tensor.stride() for tensor in (q, k, v, dout))
     bias_strides = problem.broadcast_strides(bias)
-    _launch_dbias(
-        num_tiles * B * H * splits,
-        strides=(bias.dtype, strides, bias_strides, keys.strides[:2]),
-        args=(
-            q, *strides[0],
-            k, *strides[1],
-            v, *strides[2],
-            bias, *bias_strides,
-            keys.shut, *keys.strides[:2],
-            dout, *strides[3],
-            rows,
-            dbias,
-            M, N, R, H, num_tiles, num_tiles_n, B * H, rows_per_split,
-            scale,
-        ),
-        constexprs={
-            "HEAD_DIM": D, "HAS_MASK": has_mask, "PRECISION": problem.dot_precision(q),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(D), "NUM_STAGES": config.num_stages,
-        },
-        config=config,
-    )  # fmt: skip
+    sms = device_info(q.device).num_sms
+
+    def launch(config):
+        num_tiles_n = problem.ceil_div(N, config.block_n)
+        num_tiles = problem.ceil_div(M, config.block_m) * num_tiles_n
+        wanted = _PROGRAMS_PER_SM * sms // (num_tiles * B * H)
+        rows_per_split = problem.ceil_div(R, max(1, wanted))
+        splits = problem.ceil_div(R, rows_per_split)
+        parts = rows.new_empty((splits, B, H, M, N))
+        _launch_dbias(
+            num_tiles * B * H * splits,
+            strides=(bias.dtype, strides, bias_strides, keys.strides[:2]),
+            args=(
+                q, *strides[0],
+                k, *strides[1],
+                v, *strides[2],
+                bias, *bias_strides,
+                keys.shut, *keys.strides[:2],
+                dout, *strides[3],
+                rows,
+                parts,
+                M, N, R, H, num_tiles, num_tiles_n, B * H, rows_per_split,
+                scale,
+            ),
+            constexprs={
+                "HEAD_DIM": D, "HAS_MASK": keys.kind != "none",
+                "PRECISION": problem.dot_precision(q),
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                "BLOCK_D": problem.padded_head_dim(D), "NUM_STAGES": config.num_stages,
+            },
+            config=config,
+        )  # fmt: skip
+        return parts
+
+    return sum_of_splits(launch(configs.tiles(configs.BACKWARD_DBIAS, q, k, launch)), bias)
+
+
+def sum_of_splits(parts, bias):
+    """Sum (parts, B, H, M, N) to the gradient of a bias that may have been broadcast."""
+    if parts.shape[1:] != bias.shape:
+        return parts.sum(0).sum_to_size(bias.shape).to(bias.dtype)
+    dbias = bias.new_empty(bias.shape)
+    _launch_sum(
+        problem.ceil_div(dbias.numel(), _SUM_CONFIG.block_n),
+        strides=bias.dtype,
+        args=(parts, dbias, parts.shape[0], dbias.numel()),
+        constexprs={"BLOCK_N": _SUM_CONFIG.block_n},
+        config=_SUM_CONFIG,
+    )
     return dbias

@@ -10,6 +10,7 @@ import triton.language as tl
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
+from attn_core.tuning import TileConfig
 from attn_triangle._triton import configs, problem
 from attn_triangle._triton.keys import visible_keys
 from attn_triangle._triton.tiles import key_bounds, load_shut
@@ -217,34 +218,38 @@ def attention(
     out, lse = new_heads_last(q), new_lse(q)
     if q.numel() * N == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    config = configs.tiles(configs.FORWARD, q, k)
     rows = problem.rows_per_program(q)
-    num_tiles, num_groups = problem.ceil_div(M, config.block_m), problem.ceil_div(R, rows)
-    bias = problem.packed_bias(bias, N, config.block_n)
+    num_groups = problem.ceil_div(R, rows)
     keys = visible_keys(mask, N, unread=lse)
     q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
-    bias_strides = problem.broadcast_strides(bias)
-    _launch(
-        num_tiles * num_groups * B * H,
-        strides=(bias.dtype, q_strides, k_strides, v_strides, bias_strides, keys.strides),
-        args=(
-            q, *q_strides,
-            k, *k_strides,
-            v, *v_strides,
-            bias, *bias_strides,
-            keys.shut, keys.range, *keys.strides,
-            out, *out_strides,
-            lse,
-            M, N, R, H, num_tiles, num_groups,
-            scale,
-        ),
-        constexprs={
-            "HEAD_DIM": D, "ROWS": rows, "EVEN_N": N % config.block_n == 0,
-            "HAS_MASK": mask is not None, "IS_MEAN": masked_rows == "mean",
-            "PRECISION": problem.dot_precision(q),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(D),
-        },
-        config=config,
-    )  # fmt: skip
+
+    def launch(config: TileConfig) -> None:
+        packed = problem.packed_bias(bias, N, config.block_n)
+        bias_strides = problem.broadcast_strides(packed)
+        num_tiles = problem.ceil_div(M, config.block_m)
+        _launch(
+            num_tiles * num_groups * B * H,
+            strides=(packed.dtype, q_strides, k_strides, v_strides, bias_strides, keys.strides),
+            args=(
+                q, *q_strides,
+                k, *k_strides,
+                v, *v_strides,
+                packed, *bias_strides,
+                keys.shut, keys.range, *keys.strides,
+                out, *out_strides,
+                lse,
+                M, N, R, H, num_tiles, num_groups,
+                scale,
+            ),
+            constexprs={
+                "HEAD_DIM": D, "ROWS": rows, "EVEN_N": N % config.block_n == 0,
+                "HAS_MASK": mask is not None, "IS_MEAN": masked_rows == "mean",
+                "PRECISION": problem.dot_precision(q),
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                "BLOCK_D": problem.padded_head_dim(D),
+            },
+            config=config,
+        )  # fmt: skip
+
+    launch(configs.tiles(configs.FORWARD, q, k, launch))
     return out, lse

@@ -14,6 +14,21 @@ from attn_triangle._triton import problem
 
 _CONFIG = TileConfig(1, 1024, 4, 2)
 _COLUMNS = 128  # a multiple of every block of keys
+# An additive mask often says -1e9 for "masked". A key this far below another has weight 0.
+_NEGLIGIBLE = tl.constexpr(1e8)
+
+
+@triton.jit
+def _shut(mask_ptr, stride_mn, key, N, IS_ADDITIVE: tl.constexpr):
+    """Load what the mask adds to the scores of some keys, -inf past the end: [BLOCK_N]."""
+    if IS_ADDITIVE:
+        added = tl.load(
+            mask_ptr + key.to(tl.int64) * stride_mn, mask=key < N, other=-float("inf")
+        ).to(tl.float32)
+    else:
+        masked = tl.load(mask_ptr + key.to(tl.int64) * stride_mn, mask=key < N, other=1) != 0
+        added = tl.where(masked, -float("inf"), 0.0)
+    return added
 
 
 # fmt: off
@@ -23,6 +38,7 @@ def _visible_keys_kernel(
     shut_ptr,  # [B, R, num_columns], contiguous
     range_ptr,  # [B, R, 2], contiguous
     N, R, num_columns,
+    IS_ADDITIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     # fmt: on
@@ -30,14 +46,21 @@ def _visible_keys_kernel(
     mask_ptr += row // R * stride_mb + row % R * stride_mr
     shut_ptr += row * num_columns
     offs_n = tl.arange(0, BLOCK_N)
+    lowest = -float("inf")  # of what is added to the score of a key that counts
+    if IS_ADDITIVE:
+        highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        for start_n in range(0, N, BLOCK_N):
+            key = start_n + offs_n
+            highest = tl.maximum(highest, _shut(mask_ptr, stride_mn, key, N, True))
+        lowest = tl.max(highest) - _NEGLIGIBLE
     first = N
     last = -1
     for start_n in range(0, num_columns, BLOCK_N):
         key = start_n + offs_n
-        masked = tl.load(mask_ptr + key.to(tl.int64) * stride_mn, mask=key < N, other=1) != 0
-        tl.store(shut_ptr + key, tl.where(masked, -float("inf"), 0.0), mask=key < num_columns)
-        first = tl.minimum(first, tl.min(tl.where(masked, N, key)))
-        last = tl.maximum(last, tl.max(tl.where(masked, -1, key)))
+        shut = _shut(mask_ptr, stride_mn, key, N, IS_ADDITIVE)
+        tl.store(shut_ptr + key, shut, mask=key < num_columns)
+        first = tl.minimum(first, tl.min(tl.where(shut > lowest, key, N)))
+        last = tl.maximum(last, tl.max(tl.where(shut > lowest, key, -1)))
     tl.store(range_ptr + 2 * row, first)
     tl.store(range_ptr + 2 * row + 1, last + 1)
 
@@ -49,33 +72,45 @@ class VisibleKeys(NamedTuple):
     """What a mask says of each row; both tensors repeat along dimensions of size 1.
 
     `shut` (B, R, N or a few more) is added to scores: 0, or -inf where a key is masked out or there
-    is none. The visible keys of a row are within `range` (B, R, 2): the first of them, and the one
-    after the last. `strides` are those of the batches and rows of `shut`, then of `range`.
+    is none, or what an additive mask says. The keys of a row that count are within `range`
+    (B, R, 2): the first of them, and the one after the last. `strides` are those of the batches and
+    rows of `shut`, then of `range`. `kind` is what kernels are compiled for.
     """
 
     shut: torch.Tensor
     range: torch.Tensor
     strides: tuple[int, ...]
+    kind: str
 
 
 def visible_keys(mask: torch.Tensor | None, length: int, unread: torch.Tensor) -> VisibleKeys:
-    """Read a mask (B, R, N), True = masked out, with 1 in place of any size.
+    """Read a mask (B, R, N), of bool or additive, with 1 in place of any size.
 
     Kernels compiled for no mask get `unread` in place of both tensors.
     """
     if mask is None:
-        return VisibleKeys(unread, unread, (0, 0, 0, 0))
+        return VisibleKeys(unread, unread, (0, 0, 0, 0), "none")
     B, R, _ = mask.shape
     num_columns = problem.ceil_div(length, _COLUMNS) * _COLUMNS
     shut = mask.new_empty((B, R, num_columns), dtype=torch.float32)
     key_range = mask.new_empty((B, R, 2), dtype=torch.int32)
     strides = problem.broadcast_strides(mask)
+    is_additive = mask.dtype != torch.bool
     _launch(
         B * R,
-        strides=strides,
-        args=(mask.view(torch.uint8), *strides, shut, key_range, length, R, num_columns),
-        constexprs={"BLOCK_N": _CONFIG.block_n},
+        strides=(mask.dtype, strides),
+        args=(
+            mask if is_additive else mask.view(torch.uint8),
+            *strides,
+            shut,
+            key_range,
+            length,
+            R,
+            num_columns,
+        ),
+        constexprs={"IS_ADDITIVE": is_additive, "BLOCK_N": _CONFIG.block_n},
         config=_CONFIG,
     )
     shut_strides, range_strides = map(problem.broadcast_strides, (shut, key_range))
-    return VisibleKeys(shut, key_range, shut_strides[:2] + range_strides[:2])
+    kind = "additive" if is_additive else "bool"
+    return VisibleKeys(shut, key_range, shut_strides[:2] + range_strides[:2], kind)

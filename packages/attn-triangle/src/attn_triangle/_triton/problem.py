@@ -16,6 +16,7 @@ NOT_SPECIALIZED = [
     "num_heads",
     "rows_per_split",
 ]
+_SMALL = 1 << 17  # elements of a bias
 _ALIGNED = 16  # elements: Triton widens loads only where it knows of such a factor
 
 
@@ -59,7 +60,8 @@ def packed_bias(bias: torch.Tensor, length: int, block: int) -> torch.Tensor:
     strides = broadcast_strides(bias)
     is_whole = bias.shape[3] == length and length % block == 0
     is_aligned = bias.data_ptr() % 16 == 0 and not any(stride % _ALIGNED for stride in strides[:3])
-    if is_whole and strides[3] == 1 and is_aligned:
+    # Of a small bias, a copy would take longer than it saves.
+    if is_whole and ((is_aligned and strides[3] == 1) or bias.numel() <= _SMALL):
         return bias
     packed = bias.new_full((*bias.shape[:3], ceil_div(length, block) * block), -torch.inf)
     packed[..., :length] = bias
