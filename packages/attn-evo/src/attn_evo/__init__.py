@@ -5,6 +5,7 @@ from attn_evo import _backends
 from attn_evo._version import __version__
 from attn_evo.api import evo_attention, evo_attention_step, get_available_backends, prefix_sum
 from attn_evo.module import EvoAttention
+from attn_evo.sharding import evo_attention_sharded
 from attn_evo.state import EvoState
 from attn_evo.weights import EvoWeights
 
@@ -18,6 +19,7 @@ __all__ = [
     "UnsupportedProblemError",
     "__version__",
     "evo_attention",
+    "evo_attention_sharded",
     "evo_attention_step",
     "get_available_backends",
     "prefix_sum",

@@ -74,7 +74,7 @@ def evo_attention(
     torch.Size([2, 8, 1000, 64])
     """
     tiles = checks.tiles(block_m, num_warps, num_stages)
-    out, _ = _attend(v, causal, attention_mask, None, accum_dtype, tiles, weights, backend)
+    out, _ = attend(v, causal, attention_mask, None, accum_dtype, tiles, weights, backend)
     return out
 
 
@@ -130,7 +130,7 @@ def evo_attention_step(
     >>> torch.allclose(torch.cat(outputs, dim=2), evo_attention(v), atol=1e-5)
     True
     """
-    out, sums = _attend(v, True, attention_mask, state, accum_dtype, (), weights, backend)
+    out, sums = attend(v, True, attention_mask, state, accum_dtype, (), weights, backend)
     tokens = v.shape[2]
     if state is None:
         return out, EvoState(sums, torch.full((), tokens, dtype=torch.int64, device=v.device))
@@ -204,7 +204,7 @@ def get_available_backends() -> list[str]:
     return [verdict.backend for verdict in verdicts if verdict.reason is None]
 
 
-def _attend(
+def attend(
     v: torch.Tensor,
     causal: bool,
     attention_mask: torch.Tensor | None,
@@ -214,6 +214,11 @@ def _attend(
     weights: EvoWeights | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend after the tokens of `state`; without `causal` they are seen like those of v.
+
+    Returns the output and the sums (2, B, H, D) with those of v. `tiles` is as in
+    `checks.AttentionProblem`, the rest as in `evo_attention`.
+    """
     checks.require_values(v)
     weights = checks.weights_for(v, weights)
     v, mask = checks.masked_values(v, attention_mask)
