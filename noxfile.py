@@ -65,7 +65,14 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need neither a GPU nor Triton."""
     picked_all = len(split(session.posargs)[0]) == len(PACKAGES)
     elsewhere = existing(OTHER_TESTS) if picked_all else []
-    run_tests(session, DEFAULT_STACK, CPU_TESTS, *elsewhere, groups=("bench", "demo"))
+    run_tests(
+        session,
+        DEFAULT_STACK,
+        CPU_TESTS,
+        *elsewhere,
+        groups=("bench", "demo"),
+        package_groups=("test", "libraries"),
+    )
 
 
 @nox.session(name="tests-interpret")
@@ -235,11 +242,12 @@ def run_tests(
     markers: str,
     *options: str,
     groups: Iterable[str] = (),
+    package_groups: Iterable[str] = ("test",),
     env: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Run the tests of the picked packages that `markers` selects."""
     packages, args = split(session.posargs)
-    requirements = [*package_group("test"), *root_groups(*groups)]
+    requirements = [*package_group(*package_groups), *root_groups(*groups)]
     folders = existing(f"packages/{package}/tests" for package in packages)
     session.run(
         *(python(session), "-m", "pytest", "-m", markers, *folders, *options, *args),
@@ -331,10 +339,14 @@ def source_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([*sources, inherited] if inherited else sources)}
 
 
-def package_group(name: str) -> list[str]:
-    """Requirements of one dependency group, over all packages."""
-    with_code = [PYPROJECT[package] for package in PACKAGES if has_module(package)]
-    groups = [nox.project.dependency_groups(pyproject, name) for pyproject in with_code]
+def package_group(*names: str) -> list[str]:
+    """Requirements of dependency groups, over all packages that have them."""
+    groups = [
+        nox.project.dependency_groups(PYPROJECT[package], name)
+        for package in PACKAGES
+        for name in names
+        if name in PYPROJECT[package].get("dependency-groups", {})
+    ]
     return list(dict.fromkeys(requirement for group in groups for requirement in group))
 
 

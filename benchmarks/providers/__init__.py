@@ -1,4 +1,4 @@
-"""What is measured: one module for each package, with its providers, reference and counts."""
+"""What is measured: one module for each package, or part of one, with its providers, reference and counts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from benchmarks.providers.base import Subject
 
 PACKAGES = {
     "attn-flash": "flash",
+    "attn-flash-kvcache": "kvcache",
     "attn-paged": "paged",
     "attn-triangle": "triangle",
     "attn-evo": "evo",
