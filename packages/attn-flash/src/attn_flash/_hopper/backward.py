@@ -1,0 +1,488 @@
+"""Backward pass for sm_90a in one kernel of five matrix products.
+
+A program owns BLOCK_N keys and values and walks the queries that see them. With P = exp(S - lse),
+dP = dO V^T and delta = rowsum(dO * O) - dlse:
+
+    dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO.
+
+Scores are computed transposed, keys by queries: P^T and dS^T leave the first products in the
+registers from which the products of dV and dK take them. dQ is summed over programs in float32, in
+the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their protocol:
+
+* `_load` copies K and V, and then each step's Q, dO, lse and delta, two steps ahead;
+* two of `_accumulate`, a warpgroup for 64 keys each, keep dK and dV in registers, and each compute
+  one half of the step's dQ;
+* `_add_dq` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the keys.
+
+Shah et al., "FlashAttention-3", 2024; Dao, "FlashAttention-2", 2023, algorithm 2.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_flash._hopper import backward_sums as sums
+from attn_flash._hopper.descriptors import addressable, flat_descriptor, rows_descriptor
+from attn_flash._hopper.primitives import (
+    accumulator_layout,
+    arrive_at,
+    columns,
+    exp2,
+    keep_branch,
+    load_row,
+    load_rows,
+    meet_at,
+    record,
+    reduce_add,
+    store_rows,
+    wait_for_bulk_writes,
+)
+
+BLOCK_N = gl.constexpr(128)
+_KEYS = gl.constexpr(64)  # of one consumer
+_STAGES = gl.constexpr(2)
+
+# Named barriers and the threads that meet there; barriers below 8 are the compiler's.
+_DS_STORED = gl.constexpr(8)
+_DQ_EMPTY = gl.constexpr(9)  # 10 for the second consumer
+_DQ_FULL = gl.constexpr(11)  # 12 for the second consumer
+_CONSUMERS = gl.constexpr(256)
+_CONSUMER_AND_ADDER = gl.constexpr(160)
+
+
+@record
+class _Tensors:
+    """What the copy engine reads and writes, in tiles of the shape named here."""
+
+    q: tma.tensor_descriptor  # [BLOCK_M, BLOCK_D], as do
+    do: tma.tensor_descriptor
+    k: tma.tensor_descriptor  # [_KEYS, BLOCK_D], as v, dk and dv
+    v: tma.tensor_descriptor
+    dk: tma.tensor_descriptor
+    dv: tma.tensor_descriptor
+    lse: tma.tensor_descriptor  # [1, BLOCK_M] of the rows that `sums.rows` made, as delta
+    delta: tma.tensor_descriptor
+    dq_sum: tma.tensor_descriptor  # `sums.UNIT`
+
+
+@record
+class _Shared:
+    """Shared memory of a program, and the barriers that say what is in it."""
+
+    k: gl.shared_memory_descriptor  # [2, _KEYS, BLOCK_D], one for each consumer, as v
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor  # [_STAGES, BLOCK_M, BLOCK_D], as do
+    do: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor  # [_STAGES, 1, BLOCK_M], as delta
+    delta: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor  # dS^T of [_STAGES * 2, _KEYS, BLOCK_M]
+    dq: gl.shared_memory_descriptor  # [2, *sums.UNIT], one for each consumer
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor  # of each stage, as do_full and empty
+    do_full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+@record
+class _Problem:
+    """Sizes and window of the call."""
+
+    M: gl.tensor
+    N: gl.tensor
+    H: gl.tensor
+    group: gl.tensor  # query heads of a key head
+    blocks_m: gl.tensor
+    blocks_n: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    scale: gl.tensor
+    scale_log2: gl.tensor
+    HAS_LEFT: gl.constexpr
+    HAS_RIGHT: gl.constexpr
+    DETERMINISTIC: gl.constexpr
+
+
+@record
+class _Tile:
+    """The keys of a program, and the query blocks [first, last) of each head that see them."""
+
+    n: gl.tensor
+    b: gl.tensor
+    h_kv: gl.tensor
+    first: gl.tensor
+    last: gl.tensor
+
+
+@gluon.jit
+def _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
+    """Return tile number `ticket`.
+
+    Where tiles differ in length the longest come first, and where the sum of dq has an order the
+    last keys do; both by groups of heads whose queries the L2 cache holds.
+    """
+    blocks_n = problem.blocks_n
+    if problem.HAS_RIGHT or problem.DETERMINISTIC:
+        tiles_per_group = blocks_n * heads_per_group
+        group = ticket // tiles_per_group
+        width = gl.minimum(heads_per_group, num_heads - group * heads_per_group)
+        head = group * heads_per_group + ticket % tiles_per_group % width
+        n = ticket % tiles_per_group // width
+    else:
+        head = ticket // blocks_n
+        n = ticket % blocks_n
+    if problem.DETERMINISTIC:
+        n = blocks_n - 1 - n
+    shift = problem.M - problem.N  # key j is at the position of query j + shift
+    first = gl.to_tensor(0)
+    last = problem.blocks_m
+    if problem.HAS_RIGHT:
+        first_row = gl.maximum(n * BLOCK_N + shift - problem.right, 0)
+        first = gl.minimum(first_row // BLOCK_M, last)
+    if problem.HAS_LEFT:
+        end_row = gl.minimum((n + 1) * BLOCK_N, problem.N) + shift + problem.left
+        last = gl.minimum(gl.cdiv(gl.maximum(end_row, 0), BLOCK_M), last)
+        last = gl.maximum(last, first)
+    heads_kv = problem.H // problem.group
+    return _Tile(n, head // heads_kv, head % heads_kv, first, last)
+
+
+@gluon.jit
+def _load_keys(desc, barrier, tiles, tile):
+    mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
+    for w in gl.static_range(2):
+        load_rows(desc, tile.b, tile.h_kv, tile.n * BLOCK_N + w * _KEYS, barrier, tiles.index(w))
+
+
+@gluon.jit
+def _load_queries(desc, row_desc, barrier, tile, row, b, h, H, start_m):
+    mbarrier.expect(barrier, desc.block_type.nbytes + row_desc.block_type.nbytes)
+    load_rows(desc, b, h, start_m, barrier, tile)
+    tma.async_copy_global_to_shared(row_desc, [b * H + h, start_m], barrier, row)
+
+
+@gluon.jit
+def _load(tensors, shared, problem, tile):
+    """Fill the stages of shared memory with what each step needs."""
+    BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
+    H = problem.H
+    steps = (tile.last - tile.first) * problem.group
+    _load_keys(tensors.k, shared.k_full, shared.k, tile)
+    m = tile.first
+    h = tile.h_kv * problem.group
+    # The last rounds only wait: the consumers' arrivals must not outlive the program.
+    for step in range(steps + _STAGES):
+        i = step % _STAGES
+        if step >= _STAGES:
+            mbarrier.wait(shared.empty.index(i), (step // _STAGES + 1) & 1)
+        if step < steps:
+            _load_queries(
+                tensors.q, tensors.lse, shared.q_full.index(i),
+                shared.q.index(i), shared.lse.index(i), tile.b, h, H, m * BLOCK_M,
+            )  # fmt: skip
+            if step == 0:
+                _load_keys(tensors.v, shared.v_full, shared.v, tile)
+            _load_queries(
+                tensors.do, tensors.delta, shared.do_full.index(i),
+                shared.do.index(i), shared.delta.index(i), tile.b, h, H, m * BLOCK_M,
+            )  # fmt: skip
+        m += 1
+        if m == tile.last:
+            m = tile.first
+            h += 1
+
+
+@gluon.jit
+def _mask(scores, key, row, problem):
+    """Hide what the window hides of scores [keys, queries] that start at (key, row)."""
+    KEYS: gl.constexpr = scores.shape[0]
+    ROWS: gl.constexpr = scores.shape[1]
+    LAYOUT: gl.constexpr = scores.type.layout
+    keys = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # Bits 1 and 2 of a column come from the lane. On the other side of the comparison they leave an
+    # immediate on this one; otherwise every column's number takes a register through the loop.
+    fixed = rows & (ROWS - 7)
+    ahead = keys - (rows & 6) + (key - row - (problem.N - problem.M))
+    if problem.HAS_RIGHT:
+        scores = gl.where(fixed >= ahead - problem.right, scores, float("-inf"))
+    if problem.HAS_LEFT:
+        scores = gl.where(fixed <= ahead + problem.left, scores, float("-inf"))
+    return gl.where(keys < problem.N - key, scores, float("-inf"))
+
+
+@gluon.jit
+def _crosses_edge(key, row, ROWS: gl.constexpr, problem):
+    """Whether the window hides any of _KEYS keys from `key` for ROWS queries from `row`."""
+    position = row + problem.N - problem.M
+    crosses = key + _KEYS > problem.N
+    if problem.HAS_RIGHT:
+        crosses = crosses | (key + _KEYS - 1 > position + problem.right)
+    if problem.HAS_LEFT:
+        crosses = crosses | (key < position + ROWS - 1 - problem.left)
+    return crosses
+
+
+@gluon.jit
+def _start_dq(shared, buffer, W: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start this consumer's half of dS K: its columns of 64 queries, or its 64 of 128 queries."""
+    BLOCK_M: gl.constexpr = shared.ds.shape[2]
+    BLOCK_D: gl.constexpr = shared.k.shape[2]
+    dq = gl.zeros([64, 64], gl.float32, LAYOUT)
+    for w in gl.static_range(2):
+        ds = shared.ds.index(buffer * 2 + w)
+        if BLOCK_M == 64:
+            k = columns(shared.k.index(w), W, _KEYS, BLOCK_D)
+        else:
+            ds = columns(ds, W, _KEYS, BLOCK_M)
+            k = shared.k.index(w)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys, and its half of each step's dQ."""
+    BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
+    BLOCK_D: gl.constexpr = tensors.q.block_shape[3]
+    DTYPE: gl.constexpr = tensors.q.dtype
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
+    DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    key = tile.n * BLOCK_N + W * _KEYS
+    k = shared.k.index(W)
+    v = shared.v.index(W)
+    zeros = gl.zeros([_KEYS, BLOCK_M], gl.float32, S_LAYOUT)
+    dk = gl.zeros([_KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    dv = gl.zeros([_KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    m = tile.first
+    steps = (tile.last - tile.first) * problem.group
+    mbarrier.wait(shared.k_full, 0)
+    if steps > 0:
+        mbarrier.wait(shared.v_full, 0)
+    for step in range(steps):
+        i = step % _STAGES
+        phase = (step // _STAGES) & 1
+        q = shared.q.index(i)
+        do = shared.do.index(i)
+        mbarrier.wait(shared.q_full.index(i), phase)
+        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(shared.do_full.index(i), phase)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        if _crosses_edge(key, m * BLOCK_M, BLOCK_M, problem):
+            keep_branch()
+            s = _mask(s, key, m * BLOCK_M, problem)
+        p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
+        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
+        delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+        ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+        ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
+        shared.ds.index(i * 2 + W).store(ds)
+        fence_async_shared()
+        meet_at(_DS_STORED, _CONSUMERS)
+        dq = _start_dq(shared, i, W, accumulator_layout(64))
+        dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+        meet_at(_DQ_EMPTY + W, _CONSUMER_AND_ADDER)
+        shared.dq.index(W).store(sums.to_unit(dq))
+        fence_async_shared()
+        arrive_at(_DQ_FULL + W, _CONSUMER_AND_ADDER)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(shared.empty.index(i), count=1)
+        m += 1
+        if m == tile.last:
+            m = tile.first
+    v.store(dv.to(DTYPE))
+    fence_async_shared()
+    store_rows(tensors.dv, tile.b, tile.h_kv, key, v)
+    meet_at(_DS_STORED, _CONSUMERS)  # the other consumer has read these keys for its last dQ
+    k.store((dk * problem.scale).to(DTYPE))
+    fence_async_shared()
+    store_rows(tensors.dk, tile.b, tile.h_kv, key, k)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _accumulate_first(tensors, shared, problem, tile):
+    _accumulate(tensors, shared, problem, tile, 0)
+
+
+@gluon.jit
+def _accumulate_second(tensors, shared, problem, tile):
+    _accumulate(tensors, shared, problem, tile, 1)
+
+
+@gluon.jit
+def _await_turn(turn_ptr, turn):
+    while gl.load(turn_ptr, volatile=True) != turn:
+        pass
+
+
+@gluon.jit
+def _add_dq(tensors, shared, problem, tile, turns_ptr):
+    """Add each step's dQ to its sum in memory."""
+    BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
+    UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
+    row = tile.b * problem.H + tile.h_kv * problem.group
+    m = tile.first
+    for _ in range((tile.last - tile.first) * problem.group):
+        tma.store_wait(1)
+        arrive_at(_DQ_EMPTY, _CONSUMER_AND_ADDER)
+        tma.store_wait(0)
+        arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
+        block = row * problem.blocks_m + m
+        meet_at(_DQ_FULL, _CONSUMER_AND_ADDER)
+        if problem.DETERMINISTIC:
+            last_n = problem.blocks_n - 1
+            if problem.HAS_RIGHT:
+                end_key = (m + 1) * BLOCK_M + problem.N - problem.M + problem.right
+                last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
+            _await_turn(turns_ptr + block, last_n - tile.n)
+        reduce_add(tensors.dq_sum, [block * UNITS * 16, 0], shared.dq.index(0))
+        meet_at(_DQ_FULL + 1, _CONSUMER_AND_ADDER)
+        reduce_add(tensors.dq_sum, [(block * UNITS + 1) * 16, 0], shared.dq.index(1))
+        if problem.DETERMINISTIC:
+            wait_for_bulk_writes()
+            gl.thread_barrier()
+            gl.atomic_add(turns_ptr + block, 1, sem="release")
+        m += 1
+        if m == tile.last:
+            m = tile.first
+            row += 1
+    tma.store_wait(0)
+
+
+# fmt: off
+@gluon.jit(do_not_specialize=[
+    "M", "N", "H", "group", "blocks_m", "blocks_n", "num_heads", "heads_per_group", "left", "right",
+])
+def _attention_backward_kernel(
+    q_desc, do_desc, k_desc, v_desc,  # [B, H or H_KV, M or N, D]
+    dk_desc, dv_desc,
+    lse_desc, delta_desc,  # [B * H, padded M]
+    dq_sum_desc,
+    ticket_ptr,  # with DETERMINISTIC: how many programs have begun, then how many have added
+    turns_ptr,  # to each of blocks_m blocks of each head's dq
+    M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
+    scale, scale_log2, left, right,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
+):
+    # fmt: on
+    BLOCK_M: gl.constexpr = q_desc.block_shape[2]
+    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
+    DTYPE: gl.constexpr = q_desc.dtype
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    shared = _Shared(
+        gl.allocate_shared_memory(DTYPE, [2, _KEYS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [2, _KEYS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_M, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_M, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(gl.float32, [_STAGES, 1, BLOCK_M], FLAT),
+        gl.allocate_shared_memory(gl.float32, [_STAGES, 1, BLOCK_M], FLAT),
+        gl.allocate_shared_memory(DTYPE, [_STAGES * 2, _KEYS, BLOCK_M], SWIZZLED),
+        gl.allocate_shared_memory(gl.float32, [2, 16, 256], FLAT),
+        gl.allocate_shared_memory(gl.int64, [1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
+    )
+    mbarrier.init(shared.k_full, count=1)
+    mbarrier.init(shared.v_full, count=1)
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(shared.q_full.index(i), count=1)
+        mbarrier.init(shared.do_full.index(i), count=1)
+        mbarrier.init(shared.empty.index(i), count=2)
+    tensors = _Tensors(
+        q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, delta_desc, dq_sum_desc
+    )
+    problem = _Problem(
+        M, N, H, group, blocks_m, blocks_n, left, right, scale, scale_log2,
+        HAS_LEFT, HAS_RIGHT, DETERMINISTIC,
+    )  # fmt: skip
+    ticket = gl.program_id(0)
+    if DETERMINISTIC:
+        # A program waits for those with lower tickets: they have begun, so they will end.
+        ticket = gl.atomic_add(ticket_ptr, 1)
+    tile = _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M)
+    gl.warp_specialize(
+        [
+            (_accumulate_first, (tensors, shared, problem, tile)),
+            (_accumulate_second, (tensors, shared, problem, tile)),
+            (_load, (tensors, shared, problem, tile)),
+            (_add_dq, (tensors, shared, problem, tile, turns_ptr)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
+
+
+_LOG2_E = 1.4426950408889634
+# Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
+_MAX_REGISTERS = 168
+_L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
+
+
+def _heads_per_group(q: torch.Tensor, heads_kv: int) -> int:
+    """How many key heads' queries fit the share of the L2 cache that programs work in."""
+    _, M, H, D = q.shape
+    head_bytes = M * D * (H // heads_kv) * (2 * q.element_size() + 4)
+    return max(1, _L2_SHARE // head_bytes)
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    window: tuple[int, int],
+    deterministic: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
+    B, M, H, D = q.shape
+    _, N, H_KV, _ = k.shape
+    if B * M * H * N == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    left, right = window
+    block_d = 64 if D <= 64 else 128
+    block_m = 8192 // block_d
+    q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    stats, dq_sum = sums.rows(dout, dlse, out, lse, block_d)
+    blocks_m = stats.shape[-1] // block_m
+    blocks_n = -(-N // BLOCK_N.value)
+    counters = q.new_zeros(1 + B * H * blocks_m if deterministic else 1, dtype=torch.int32)
+    _attention_backward_kernel[(blocks_n * B * H_KV,)](
+        rows_descriptor(q, block_m, block_d),
+        rows_descriptor(dout, block_m, block_d),
+        *(rows_descriptor(tensor, _KEYS.value, block_d) for tensor in (k, v, dk, dv)),
+        flat_descriptor(stats[0], (1, block_m)),
+        flat_descriptor(stats[1], (1, block_m)),
+        flat_descriptor(dq_sum, sums.UNIT),
+        counters, counters[1:],
+        M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV, _heads_per_group(q, H_KV),
+        scale, scale * _LOG2_E, left, right,
+        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, DETERMINISTIC=deterministic,
+        num_warps=4, maxnreg=_MAX_REGISTERS,
+    )  # fmt: skip
+    sums.finish(dq_sum, dq, scale, block_d)
+    return dq, dk, dv

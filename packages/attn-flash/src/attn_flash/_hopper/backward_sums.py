@@ -1,0 +1,127 @@
+"""What the backward kernel reads and writes once for each query: lse, delta and the sum of dq.
+
+`rows` prepares the first two, as rows padded to whole blocks, and clears the sum. `finish` turns
+the sum into dq. The sum is kept in units of 64 queries by 64 columns, each in the order in which
+a warpgroup's registers hold it: then a thread writes 16 bytes at a time and no two threads of a
+warp meet in a bank of shared memory. A unit is 16 rows of 256 numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from attn_core.tiles.softmax import LOG2_E
+
+PADDING = 128  # queries: rows are padded to a multiple of it
+UNIT = (16, 256)
+_UNIT_ROWS = gl.constexpr(64)
+_UNIT_SIZE = tl.constexpr(4096)
+
+
+@gluon.jit
+def to_unit(dq):
+    """Reorder a tile [64, 64] of an accumulator, without moving a number to another thread."""
+    # Row = (warp, half, lane / 4), column = (register pair, lane % 4, number).
+    dq = gl.reshape(dq, [4, 2, 8, 8, 4, 2])
+    return gl.reshape(gl.permute(dq, (3, 0, 2, 4, 1, 5)), [16, 256])
+
+
+@triton.jit
+def _from_unit(unit):
+    unit = tl.permute(tl.reshape(unit, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+    return tl.reshape(unit, [64, 64])
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["M", "padded_m", "H"])
+def _rows_kernel(
+    out_ptr, stride_ob, stride_om, stride_oh,
+    do_ptr, stride_dob, stride_dom, stride_doh,
+    lse_ptr,  # [B, H, M], contiguous
+    dlse_ptr,  # the same, with HAS_DLSE
+    lse_log2_ptr, delta_ptr, dq_sum_ptr,
+    M, padded_m, H,
+    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    blocks = padded_m // BLOCK_M
+    pid = tl.program_id(0)
+    start_m = pid % blocks * BLOCK_M
+    pid_bh = (pid // blocks).to(tl.int64)
+    b = pid_bh // H
+    h = pid_bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+    row = offs_m.to(tl.int64)[:, None]
+    out_ptrs = out_ptr + b * stride_ob + h * stride_oh + row * stride_om + offs_d[None, :]
+    out = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    do_ptrs = do_ptr + b * stride_dob + h * stride_doh + row * stride_dom + offs_d[None, :]
+    do = tl.load(do_ptrs, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(out * do, 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + pid_bh * M + offs_m, mask=mask_m, other=0.0)
+    lse = tl.load(lse_ptr + pid_bh * M + offs_m, mask=mask_m, other=-float("inf"))
+    # Rows without keys and rows of padding: +inf makes their probabilities 0 instead of NaN.
+    lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+    tl.store(delta_ptr + pid_bh * padded_m + offs_m, delta)
+    tl.store(lse_log2_ptr + pid_bh * padded_m + offs_m, lse_log2)
+    sum_ptr = dq_sum_ptr + (pid_bh * padded_m + start_m) * BLOCK_D
+    tl.store(sum_ptr + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["M", "padded_m", "H"])
+def _finish_kernel(
+    dq_sum_ptr,
+    dq_ptr, stride_dqb, stride_dqm, stride_dqh,
+    M, padded_m, H, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    UNITS: tl.constexpr = BLOCK_D // 64  # side by side
+    units = padded_m // 64 * UNITS
+    pid = tl.program_id(0)
+    unit = pid % units
+    pid_bh = (pid // units).to(tl.int64)
+    sum_ptr = dq_sum_ptr + pid_bh * padded_m * BLOCK_D + unit * _UNIT_SIZE
+    dq = _from_unit(tl.load(sum_ptr + tl.arange(0, _UNIT_SIZE))) * scale
+    offs_m = unit // UNITS * 64 + tl.arange(0, 64)
+    offs_d = unit % UNITS * 64 + tl.arange(0, 64)
+    mask = (offs_m < M)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    dq_ptr += pid_bh // H * stride_dqb + pid_bh % H * stride_dqh
+    dq_ptrs = dq_ptr + offs_m.to(tl.int64)[:, None] * stride_dqm + offs_d[None, :]
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+def rows(dout, dlse, out, lse, block_d):
+    """Return lse in units of log2 and delta, (2, B * H, padded M), and a cleared sum of dq."""
+    B, M, H, D = out.shape
+    padded_m = -(-M // PADDING) * PADDING
+    stats = out.new_empty((2, B * H, padded_m), dtype=torch.float32)
+    dq_sum = out.new_empty((B * H * padded_m * block_d // UNIT[1], UNIT[1]), dtype=torch.float32)
+    block_m = 4096 // block_d
+    _rows_kernel[(padded_m // block_m * B * H,)](
+        out, *out.stride()[:3],
+        dout, *dout.stride()[:3],
+        lse, dlse,
+        stats[0], stats[1], dq_sum,
+        M, padded_m, H,
+        HAS_DLSE=dlse is not None, HEAD_DIM=D, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    return stats, dq_sum
+
+
+def finish(dq_sum, dq, scale, block_d):
+    """Write dq (B, M, H, D): the scaled sum."""
+    B, M, H, D = dq.shape
+    padded_m = -(-M // PADDING) * PADDING
+    units = padded_m // 64 * (block_d // 64)
+    _finish_kernel[(units * B * H,)](
+        dq_sum, dq, *dq.stride()[:3], M, padded_m, H, scale,
+        HEAD_DIM=D, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip

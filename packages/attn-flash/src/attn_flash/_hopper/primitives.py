@@ -1,0 +1,115 @@
+"""What the kernels need of Hopper and Gluon does not name: barriers of threads, bulk reductions."""
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.core import _aggregate as aggregate
+
+
+def record(cls):
+    """Make a class of annotated fields an aggregate whose constructor takes them in order."""
+    names = tuple(cls.__annotations__)
+    constants = tuple(cls.__annotations__[name] is gl.constexpr for name in names)
+
+    @gluon.constexpr_function
+    def __init__(self, *values):
+        for name, is_constant, value in zip(names, constants, values, strict=True):
+            setattr(self, name, gl.constexpr(value) if is_constant else value)
+
+    cls.__init__ = __init__
+    return aggregate(cls)
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """Layout of 64 rows of results in the registers of a warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def _barrier_ptx(action, barrier, threads):
+    return f"bar.{action} {barrier}, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def meet_at(BARRIER: gl.constexpr, THREADS: gl.constexpr):
+    """Wait until THREADS threads, this partition's among them, are at a named barrier."""
+    PTX: gl.constexpr = _barrier_ptx("sync", BARRIER, THREADS)
+    gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive_at(BARRIER: gl.constexpr, THREADS: gl.constexpr):
+    """Be counted at a named barrier without waiting for the others."""
+    PTX: gl.constexpr = _barrier_ptx("arrive", BARRIER, THREADS)
+    gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def keep_branch():
+    """Stop the compiler from turning the branch around this into selects on both sides."""
+    gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def exp2(x):
+    """2**x by the hardware's instruction alone; subnormal numbers are 0."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def load_rows(desc, b, h, row, barrier, tile):
+    """Start to copy rows of (B, H, S, D) to a tile; rows past the end arrive as zeros."""
+    tma.async_copy_global_to_shared(
+        desc, [b, h, row, 0], barrier, tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    )
+
+
+@gluon.jit
+def store_rows(desc, b, h, row, tile):
+    """Start to copy a tile to rows of (B, H, S, D); rows past the end are dropped."""
+    tma.async_copy_shared_to_global(
+        desc, [b, h, row, 0], tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    )
+
+
+@gluon.jit
+def load_row(tile, LENGTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Read a tile [1, LENGTH] of float32 as a vector."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return tile._reinterpret(gl.float32, [LENGTH], FLAT).load(LAYOUT)
+
+
+@gluon.jit
+def columns(tile, i, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Columns [64 i, 64 i + 64) of a tile of 16-bit numbers.
+
+    Its 128-byte swizzle stores them one after another.
+    """
+    if COLUMNS == 64:
+        return tile
+    else:  # noqa: RET505 - decided while compiling
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+        return tile._reinterpret(tile.dtype, [COLUMNS // 64, ROWS, 64], LAYOUT).index(i)
+
+
+@builtin
+def reduce_add(desc, coord, tile, _semantic=None):
+    """Start to add a tile of float32 to global memory, as a bulk copy does a store."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, tile.handle
+    )
+
+
+@gluon.jit
+def wait_for_bulk_writes():
+    """Wait until this thread's bulk stores and reductions are visible, not only read."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;",
+        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
