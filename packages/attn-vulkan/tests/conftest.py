@@ -78,6 +78,7 @@ class FakeLoader:
             "vkGetPhysicalDeviceProperties2": (None, 2, self._properties2),
             "vkGetPhysicalDeviceFeatures2": (None, 2, self._features2),
             "vkGetPhysicalDeviceMemoryProperties": (None, 2, self._memory),
+            "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR": (c_int32, 3, self._matrices),
         }
 
     def _instance_version(self, answer: int) -> int:
@@ -122,12 +123,19 @@ class FakeLoader:
             PROPERTIES_DRIVER: struct.pack("<I256s256s4x", 0, b"fakevk", b"1.2.3"),
         }
         stype, answer = _following(head)
-        ctypes.memmove(answer + 16, answers[stype], len(answers[stype]))
+        packed = answers.get(stype, b"")
+        ctypes.memmove(answer + 16, packed, len(packed))
 
     def _features2(self, device: int, head: int) -> None:
         stype, answer = _following(head)
+        if answer is None:
+            return
         flags = self.devices[device - 1].features.get(stype, ())
         ctypes.memmove(answer + 16, struct.pack(f"<{len(flags)}I", *flags), 4 * len(flags))
+
+    def _matrices(self, device: int, count: int, items: int | None) -> int:
+        shape = struct.pack("<IxxxxQ3I4iIi4x", 0, 0, 16, 16, 16, 0, 0, 1, 1, 0, 3)
+        return _write_list(count, items, len(shape), [shape])
 
     def _memory(self, device: int, answer: int) -> None:
         heaps = self.devices[device - 1].heaps
@@ -143,10 +151,9 @@ _GLOBAL = {
 }
 
 
-def _following(head: int) -> tuple[int, int]:
+def _following(head: int) -> tuple[int, int | None]:
     following = c_void_p.from_address(head + 8).value
-    assert following is not None
-    return c_uint32.from_address(following).value, following
+    return (c_uint32.from_address(following).value if following else 0), following
 
 
 def _write_extensions(names: tuple[str, ...], count: int, items: int | None) -> int:
@@ -162,6 +169,13 @@ def _write_list(count: int, items: int | None, size: int, packed: list[bytes]) -
         for i, item in enumerate(packed[:written]):
             ctypes.memmove(items + size * i, item, size)
     return 0 if written == len(packed) else 5
+
+
+@pytest.fixture(autouse=True)
+def cache_elsewhere(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def has_device() -> bool:
@@ -203,3 +217,14 @@ def use_loader(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLoader]:
 @pytest.fixture
 def no_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(loader.LOADER_VARIABLE, "/nowhere/libvulkan.so.1")
+
+
+@pytest.fixture
+def real_device() -> None:
+    """Skip where no driver finds a device, with the reason."""
+    try:
+        found = device.devices()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    if not found:
+        pytest.skip(device.NO_DEVICE)

@@ -9,14 +9,16 @@ import torch
 
 from attn_core import BackendUnavailableError, UnsupportedProblemError, backends
 from attn_vulkan import _backend
-from attn_vulkan._version import __version__
 
 OPERATORS = ["attn_flash::attention", "attn_paged::attention"]
 
 
 class Problem(NamedTuple):
     device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 64
     needs_grad: bool = False
+    tricks: bool = False
 
 
 @pytest.fixture
@@ -67,19 +69,31 @@ def test_refusal_without_a_device(registered, use_loader, fake_device):
         backends.resolve(OPERATORS[0], Problem(), "vulkan")
 
 
-def test_refusal_with_a_device(registered, use_loader, fake_device):
+@pytest.mark.parametrize(
+    "problem,reason",
+    [
+        (Problem(dtype=torch.float64), "it computes in float32, float16, bfloat16, not float64"),
+        (Problem(device=torch.device("meta")), "it takes tensors on the CPU, not on meta"),
+        (Problem(head_dim=257), "head dimensions must be 256 at most, got 257"),
+        (Problem(tricks=True), "it does not support tricks = True"),
+        (Problem(), "Fake GPU lacks pointers to buffers (bufferDeviceAddress)"),
+    ],
+    ids=["dtype", "device", "head-dim", "unknown-feature", "old-gpu"],
+)
+def test_refusals_of_problems(registered, use_loader, fake_device, problem, reason):
     use_loader(fake_device("Fake GPU"))
-    reason = f"attn-vulkan {__version__} finds devices (Fake GPU) but has no kernels yet"
-    (verdict,) = backends.explain(OPERATORS[0], Problem())
+    (verdict,) = backends.explain(OPERATORS[0], problem)
     assert verdict == backends.Verdict("vulkan", reason, chosen=False)
 
 
 def test_refusal_of_a_broken_driver(use_loader):
     use_loader(create=-3)
-    assert _backend.supports(OPERATORS[0], Problem()) == "vkCreateInstance failed with VkResult -3"
+    reason = "vkCreateInstance failed: VK_ERROR_INITIALIZATION_FAILED (-3)"
+    assert _backend.supports(OPERATORS[0], Problem()) == reason
 
 
 def test_a_compiled_graph_that_names_it_gets_the_reason(registered, no_loader):
     run = backends.implementation(OPERATORS[0], "vulkan")
-    with pytest.raises(BackendUnavailableError, match="'vulkan' cannot run: no Vulkan loader"):
-        run(torch.ones(1), 1.0)
+    q = torch.ones(1, 2, 1, 8)
+    with pytest.raises(BackendUnavailableError, match="no Vulkan loader found"):
+        run(q, q, q, 1.0, (-1, -1))

@@ -6,7 +6,6 @@ import time
 import pytest
 
 from attn_vulkan import Features, LoaderNotFound, VulkanError, devices
-from attn_vulkan._vk.structs import VK_ERROR_INCOMPATIBLE_DRIVER
 
 FEATURES_16BIT_STORAGE = 1000083000
 FEATURES_FLOAT16 = 1000082000
@@ -14,14 +13,22 @@ FEATURES_BUFFER_ADDRESS = 1000257000
 FEATURES_BFLOAT16 = 1000141000
 FEATURES_MATRIX = 1000506000
 FEATURES_MATRIX2 = 1000593000
+ERROR_INCOMPATIBLE_DRIVER = -9
 EXTENSIONS = ("VK_KHR_shader_bfloat16", "VK_KHR_cooperative_matrix", "VK_NV_cooperative_matrix2")
+FEATURE_NAMES = (
+    "float16",
+    "bfloat16",
+    "cooperative_matrix",
+    "cooperative_matrix2",
+    "buffer_device_address",
+)
 EVERY_FEATURE = {
     FEATURES_16BIT_STORAGE: (1, 1, 0, 0),
     FEATURES_FLOAT16: (1, 0),
     FEATURES_BUFFER_ADDRESS: (1, 0, 0),
     FEATURES_BFLOAT16: (1, 0, 0),
     FEATURES_MATRIX: (1, 0),
-    FEATURES_MATRIX2: (1, 0, 0, 0, 0, 1, 0),
+    FEATURES_MATRIX2: (1, 0, 1, 1, 1, 1, 0),
 }
 
 
@@ -54,13 +61,13 @@ def test_order_and_index_are_the_loaders(use_loader, fake_device):
 
 def test_every_feature(use_loader, fake_device):
     use_loader(fake_device(extensions=EXTENSIONS, features=EVERY_FEATURE))
-    assert devices()[0].features == Features(True, True, True, True, True)
+    features = devices()[0].features
+    assert all(getattr(features, name) for name in FEATURE_NAMES)
 
 
 @pytest.mark.parametrize(
     "stype,flags,feature",
     [
-        (FEATURES_16BIT_STORAGE, (0, 1, 1, 1), "float16"),
         (FEATURES_FLOAT16, (0, 1), "float16"),
         (FEATURES_BUFFER_ADDRESS, (0, 1, 1), "buffer_device_address"),
         (FEATURES_BFLOAT16, (0, 1, 1), "bfloat16"),
@@ -71,13 +78,27 @@ def test_every_feature(use_loader, fake_device):
 )
 def test_a_feature_needs_its_own_flag(use_loader, fake_device, stype, flags, feature):
     use_loader(fake_device(extensions=EXTENSIONS, features={**EVERY_FEATURE, stype: flags}))
-    features = vars(devices()[0].features)
-    assert [name for name, has in features.items() if not has] == [feature]
+    features = devices()[0].features
+    assert [name for name in FEATURE_NAMES if not getattr(features, name)] == [feature]
+
+
+def test_half_precision_needs_its_storage_too(use_loader, fake_device):
+    use_loader(fake_device(features={**EVERY_FEATURE, FEATURES_16BIT_STORAGE: (0, 1, 1, 1)}))
+    features = devices()[0].features
+    assert not features.float16
+    assert not features.storage16
+
+
+def test_shapes_of_matrices(use_loader, fake_device):
+    use_loader(fake_device(extensions=EXTENSIONS, features=EVERY_FEATURE))
+    assert devices()[0].matrix_shapes == ("float16 16x16x16",)
 
 
 def test_a_flag_without_its_extension_is_not_asked_for(use_loader, fake_device):
     use_loader(fake_device(features=EVERY_FEATURE))
-    assert devices()[0].features == Features(float16=True, buffer_device_address=True)
+    assert devices()[0].features == Features(
+        float16=True, buffer_device_address=True, storage16=True
+    )
 
 
 def test_a_vulkan_1_0_device_is_listed_without_newer_facts(use_loader, fake_device):
@@ -99,21 +120,26 @@ def test_no_device(use_loader):
 
 
 def test_no_driver(use_loader):
-    fake = use_loader(create=VK_ERROR_INCOMPATIBLE_DRIVER)
+    fake = use_loader(create=ERROR_INCOMPATIBLE_DRIVER)
     assert devices() == []
     assert fake.destroyed == 0
 
 
 def test_an_instance_that_cannot_be_created(use_loader):
     use_loader(create=-3)
-    with pytest.raises(VulkanError, match="vkCreateInstance failed with VkResult -3"):
+    with pytest.raises(
+        VulkanError, match=r"vkCreateInstance failed: VK_ERROR_INITIALIZATION_FAILED \(-3\)"
+    ):
         devices()
 
 
 def test_a_failing_driver_leaves_no_instance(use_loader, fake_device):
     fake = use_loader(fake_device())
     fake.enumerate_result = -3
-    with pytest.raises(VulkanError, match="vkEnumeratePhysicalDevices failed with VkResult -3"):
+    with pytest.raises(
+        VulkanError,
+        match=r"vkEnumeratePhysicalDevices failed: VK_ERROR_INITIALIZATION_FAILED \(-3\)",
+    ):
         devices()
     assert fake.created == fake.destroyed == 1
 

@@ -6,42 +6,61 @@ package has to be installed.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from attn_core.backends import Backend
-from attn_core.errors import BackendUnavailableError
-from attn_vulkan._version import __version__
+from attn_vulkan import variants
 from attn_vulkan._vk.errors import VulkanError
-from attn_vulkan.device import NO_DEVICE, devices
+from attn_vulkan.problem import ITEM_BYTES, MAX_HEAD_DIM
+from attn_vulkan.runtime.context import choose_device
 
-OPERATORS = ("attn_flash::attention", "attn_flash::attention_backward", "attn_paged::attention")
+FLASH = "attn_flash::attention"
+PAGED = "attn_paged::attention"
+OPERATORS = {
+    FLASH: "attn_vulkan._torch:flash_attention",
+    f"{FLASH}_backward": "attn_vulkan._torch:flash_attention_backward",
+    PAGED: "attn_vulkan._torch:paged_attention",
+}
+# Facts that the kernels take into account, or that change nothing for them.
+_KNOWN = frozenset(
+    (
+        *("device", "dtype", "cache_dtype", "needs_grad", "window", "softcap", "shared_prefix"),
+        *("batch", "len_q", "len_k", "heads", "heads_kv", "head_dim", "head_dim_v", "tokens"),
+        *("sequences", "block_size", "max_blocks", "is_ragged", "has_alibi", "has_sinks"),
+    )
+)
 # Below "torch": tensors have to be copied to the device, so a caller must ask for it.
 PRIORITY = -10
 
 
 def backends() -> list[Backend]:
     """The backend this distribution adds; the entry point of its name."""
-    return [
-        Backend(
-            name="vulkan",
-            ops=dict.fromkeys(OPERATORS, f"{__name__}:refuse"),
-            priority=PRIORITY,
-            supports=supports,
-        )
-    ]
+    return [Backend(name="vulkan", ops=OPERATORS, priority=PRIORITY, supports=supports)]
 
 
 def supports(op: str, problem: Any) -> str | None:
-    """Say why no problem can run: no loader, no device, or no kernels in this version."""
+    """Say why a problem cannot run: no loader, no device, or a feature that is missing."""
     try:
-        found = devices()
-    except VulkanError as error:
+        device = choose_device()
+    except (VulkanError, ValueError) as error:
         return str(error)
-    if not found:
-        return NO_DEVICE
-    return f"attn-vulkan {__version__} finds devices ({found[0].name}) but has no kernels yet"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    if dtype not in ITEM_BYTES:
+        return f"it computes in {', '.join(ITEM_BYTES)}, not {dtype}"
+    if problem.device.type != "cpu":
+        return f"it takes tensors on the CPU, not on {problem.device.type}"
+    dims = problem.head_dim, getattr(problem, "head_dim_v", problem.head_dim)
+    if max(dims) > MAX_HEAD_DIM:
+        return f"head dimensions must be {MAX_HEAD_DIM} at most, got {max(dims)}"
+    if getattr(problem, "cache_dtype", problem.dtype) != problem.dtype:
+        return f"it reads caches of q's dtype, not of {problem.cache_dtype}"
+    return _unknown(problem) or variants.refusal(device, dtype)
 
 
-def refuse(*_: Any) -> NoReturn:
-    """Stand in for the kernels where a compiled graph names the backend without asking first."""
-    raise BackendUnavailableError(f"backend 'vulkan' cannot run: {supports('', None)}")
+def _unknown(problem: Any) -> str | None:
+    """Say which feature is asked for that the kernels do not have."""
+    defaults = problem._field_defaults
+    for name in problem._fields:
+        if name not in _KNOWN and getattr(problem, name) != defaults.get(name):
+            return f"it does not support {name} = {getattr(problem, name)!r}"
+    return None

@@ -7,12 +7,22 @@ import threading
 from dataclasses import dataclass
 from typing import TypeVar
 
-from attn_vulkan._vk import structs as vk
-from attn_vulkan._vk.instance import Instance, open_instance
+from attn_vulkan._vk import registry as vk
+from attn_vulkan._vk.instance import (
+    API_VERSION_1_1,
+    API_VERSION_1_2,
+    API_VERSION_1_3,
+    Instance,
+    open_instance,
+)
 
 NO_DEVICE = "no Vulkan device: no installed driver finds one"
 
 _TYPES = {1: "integrated", 2: "discrete", 3: "virtual", 4: "cpu"}
+_MATRIX_TYPES = {
+    vk.VK_COMPONENT_TYPE_FLOAT16_KHR: "float16",
+    vk.VK_COMPONENT_TYPE_BFLOAT16_KHR: "bfloat16",
+}
 
 _Answer = TypeVar("_Answer", bound=vk.Tagged)
 
@@ -36,6 +46,22 @@ class Features:
         ``VK_NV_cooperative_matrix2``.
     buffer_device_address : bool
         Pointers to buffers in shaders.
+    storage16 : bool
+        Buffers of 16-bit numbers, which float16 and bfloat16 tensors are.
+    int64 : bool
+        64-bit integers in shaders, for offsets into large tensors.
+    subgroup_shuffle : bool
+        Invocations of a subgroup read one another's registers.
+    subgroup_size_control : bool
+        A pipeline may fix the size of its subgroups.
+    memory_model : bool
+        The Vulkan memory model, which cooperative matrices need.
+    external_memory_host : bool
+        Host memory that the device reads in place, ``VK_EXT_external_memory_host``.
+    external_memory_fd : bool
+        Memory of other APIs through POSIX file descriptors, ``VK_KHR_external_memory_fd``.
+    external_semaphore_fd : bool
+        Semaphores shared in the same way, ``VK_KHR_external_semaphore_fd``.
     """
 
     float16: bool = False
@@ -43,6 +69,14 @@ class Features:
     cooperative_matrix: bool = False
     cooperative_matrix2: bool = False
     buffer_device_address: bool = False
+    storage16: bool = False
+    int64: bool = False
+    subgroup_shuffle: bool = False
+    subgroup_size_control: bool = False
+    memory_model: bool = False
+    external_memory_host: bool = False
+    external_memory_fd: bool = False
+    external_semaphore_fd: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +101,14 @@ class Device:
         Bytes of its largest device-local heap.
     features : Features
         What it can do beyond float32 arithmetic.
+    shared_memory : int
+        Bytes that one workgroup may share; 0 where unknown.
+    workgroup_size : int
+        Invocations that one workgroup may have; 0 where unknown.
+    uuid : str
+        What tells this device from others, as CUDA has it too; empty where unknown.
+    matrix_shapes : tuple of str
+        Cooperative matrices with float32 sums, such as ``"float16 16x16x16"``.
     """
 
     index: int
@@ -77,6 +119,10 @@ class Device:
     subgroup_size: int
     memory: int
     features: Features
+    shared_memory: int = 0
+    workgroup_size: int = 0
+    uuid: str = ""
+    matrix_shapes: tuple[str, ...] = ()
 
 
 def devices() -> list[Device]:
@@ -121,15 +167,20 @@ def _probe() -> tuple[Device, ...]:
 def _describe(instance: Instance, handle: int, index: int) -> Device:
     properties = instance.properties(handle)
     version = properties.apiVersion
+    features = _features(instance, handle, version)
     return Device(
         index=index,
         name=properties.deviceName.decode(errors="replace"),
         type=_TYPES.get(properties.deviceType, "other"),
         api_version=_version_text(version),
         driver=_driver(instance, handle, properties),
-        subgroup_size=_subgroup_size(instance, handle, version),
+        subgroup_size=_subgroup(instance, handle, version).subgroupSize,
         memory=_memory(instance, handle),
-        features=_features(instance, handle, version),
+        features=features,
+        shared_memory=properties.limits.maxComputeSharedMemorySize,
+        workgroup_size=properties.limits.maxComputeWorkGroupInvocations,
+        uuid=_uuid(instance, handle, version),
+        matrix_shapes=_matrix_shapes(instance, handle) if features.cooperative_matrix else (),
     )
 
 
@@ -138,19 +189,28 @@ def _version_text(version: int) -> str:
 
 
 def _driver(instance: Instance, handle: int, properties: vk.VkPhysicalDeviceProperties) -> str:
-    if properties.apiVersion < vk.VK_API_VERSION_1_2:
+    if properties.apiVersion < API_VERSION_1_2:
         return f"version {properties.driverVersion}"
     driver = vk.VkPhysicalDeviceDriverProperties()
     instance.fill_properties(handle, driver)
     return f"{driver.driverName.decode()} {driver.driverInfo.decode()}".strip()
 
 
-def _subgroup_size(instance: Instance, handle: int, version: int) -> int:
-    if version < vk.VK_API_VERSION_1_1:
-        return 0
+def _subgroup(
+    instance: Instance, handle: int, version: int
+) -> vk.VkPhysicalDeviceSubgroupProperties:
     subgroup = vk.VkPhysicalDeviceSubgroupProperties()
-    instance.fill_properties(handle, subgroup)
-    return int(subgroup.subgroupSize)
+    if version >= API_VERSION_1_1:
+        instance.fill_properties(handle, subgroup)
+    return subgroup
+
+
+def _uuid(instance: Instance, handle: int, version: int) -> str:
+    identity = vk.VkPhysicalDeviceIDProperties()
+    if version < API_VERSION_1_1:
+        return ""
+    instance.fill_properties(handle, identity)
+    return bytes(identity.deviceUUID).hex()
 
 
 def _memory(instance: Instance, handle: int) -> int:
@@ -160,8 +220,20 @@ def _memory(instance: Instance, handle: int) -> int:
     return max(local, default=0)
 
 
+def _matrix_shapes(instance: Instance, handle: int) -> tuple[str, ...]:
+    shapes = {
+        f"{_MATRIX_TYPES[found.AType]} {found.MSize}x{found.NSize}x{found.KSize}"
+        for found in instance.cooperative_matrices(handle)
+        if found.AType == found.BType
+        and found.AType in _MATRIX_TYPES
+        and found.CType == found.ResultType == vk.VK_COMPONENT_TYPE_FLOAT32_KHR
+        and found.scope == vk.VK_SCOPE_SUBGROUP_KHR
+    }
+    return tuple(sorted(shapes))
+
+
 def _features(instance: Instance, handle: int, version: int) -> Features:
-    if version < vk.VK_API_VERSION_1_2:
+    if version < API_VERSION_1_2:
         return Features()
     extensions = instance.extensions(handle)
 
@@ -173,15 +245,34 @@ def _features(instance: Instance, handle: int, version: int) -> Features:
     storage = ask(vk.VkPhysicalDevice16BitStorageFeatures())
     arithmetic = ask(vk.VkPhysicalDeviceShaderFloat16Int8Features())
     address = ask(vk.VkPhysicalDeviceBufferDeviceAddressFeatures())
+    memory_model = ask(vk.VkPhysicalDeviceVulkanMemoryModelFeatures())
     bfloat16 = ask(vk.VkPhysicalDeviceShaderBfloat16FeaturesKHR(), "VK_KHR_shader_bfloat16")
     matrix = ask(vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(), "VK_KHR_cooperative_matrix")
     matrix2 = ask(vk.VkPhysicalDeviceCooperativeMatrix2FeaturesNV(), "VK_NV_cooperative_matrix2")
+    sizes = vk.VkPhysicalDeviceSubgroupSizeControlFeatures()
+    if version >= API_VERSION_1_3:
+        instance.fill_features(handle, sizes)
+    operations = _subgroup(instance, handle, version).supportedOperations
     return Features(
         float16=bool(arithmetic.shaderFloat16 and storage.storageBuffer16BitAccess),
         bfloat16=bool(bfloat16.shaderBFloat16Type),
         cooperative_matrix=bool(matrix.cooperativeMatrix),
-        cooperative_matrix2=bool(
-            matrix2.cooperativeMatrixWorkgroupScope and matrix2.cooperativeMatrixTensorAddressing
+        cooperative_matrix2=all(
+            (
+                matrix2.cooperativeMatrixWorkgroupScope,
+                matrix2.cooperativeMatrixTensorAddressing,
+                matrix2.cooperativeMatrixReductions,
+                matrix2.cooperativeMatrixConversions,
+                matrix2.cooperativeMatrixPerElementOperations,
+            )
         ),
         buffer_device_address=bool(address.bufferDeviceAddress),
+        storage16=bool(storage.storageBuffer16BitAccess),
+        int64=bool(instance.fill_features(handle, None).shaderInt64),
+        subgroup_shuffle=bool(operations & vk.VK_SUBGROUP_FEATURE_SHUFFLE_BIT),
+        subgroup_size_control=bool(sizes.subgroupSizeControl and sizes.computeFullSubgroups),
+        memory_model=bool(memory_model.vulkanMemoryModel),
+        external_memory_host="VK_EXT_external_memory_host" in extensions,
+        external_memory_fd="VK_KHR_external_memory_fd" in extensions,
+        external_semaphore_fd="VK_KHR_external_semaphore_fd" in extensions,
     )

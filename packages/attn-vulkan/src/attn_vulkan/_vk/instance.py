@@ -3,90 +3,88 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_int32, c_uint32, c_void_p
+from ctypes import c_char_p, c_uint32, c_void_p
 from typing import Any
 
-from attn_vulkan._vk import structs as vk
+from attn_vulkan._vk import registry as vk
 from attn_vulkan._vk.errors import VulkanError
+from attn_vulkan._vk.functions import Functions, read_list
 from attn_vulkan._vk.loader import open_loader
 
+API_VERSION_1_0 = 1 << 22
+API_VERSION_1_1 = API_VERSION_1_0 | 1 << 12
+API_VERSION_1_2 = API_VERSION_1_0 | 2 << 12
+API_VERSION_1_3 = API_VERSION_1_0 | 3 << 12
+
 _PORTABILITY = b"VK_KHR_portability_enumeration"
-# What each function returns, and how many pointers it takes: nothing else is passed.
-_SIGNATURES: dict[str, tuple[Any, int]] = {
-    "vkEnumerateInstanceVersion": (c_int32, 1),
-    "vkEnumerateInstanceExtensionProperties": (c_int32, 3),
-    "vkCreateInstance": (c_int32, 3),
-    "vkDestroyInstance": (None, 2),
-    "vkEnumeratePhysicalDevices": (c_int32, 3),
-    "vkEnumerateDeviceExtensionProperties": (c_int32, 4),
-    "vkGetPhysicalDeviceProperties": (None, 2),
-    "vkGetPhysicalDeviceProperties2": (None, 2),
-    "vkGetPhysicalDeviceFeatures2": (None, 2),
-    "vkGetPhysicalDeviceMemoryProperties": (None, 2),
-}
 
 
 class Instance:
-    """The instance-level functions of one VkInstance; `open_instance` makes and destroys it."""
+    """The instance-level functions of one VkInstance."""
 
-    def __init__(self, library: Any, handle: c_void_p) -> None:
-        self._library = library
-        self._handle = handle
+    def __init__(self, library: Any, handle: int) -> None:
+        self.handle = handle
+        self.functions = _functions(library, handle)
 
     def physical_devices(self) -> list[int]:
         """Handles of the devices, in the loader's order."""
-        enumerate_devices = self._function("vkEnumeratePhysicalDevices")
-        return _read_list("vkEnumeratePhysicalDevices", c_void_p, enumerate_devices, self._handle)
+        return read_list(c_void_p, self.functions.vkEnumeratePhysicalDevices, self.handle)
 
     def extensions(self, device: int) -> set[str]:
         """Names of the extensions `device` offers."""
-        name = "vkEnumerateDeviceExtensionProperties"
-        found = _read_list(
-            name, vk.VkExtensionProperties, self._function(name), c_void_p(device), None
+        found = read_list(
+            vk.VkExtensionProperties,
+            self.functions.vkEnumerateDeviceExtensionProperties,
+            device,
+            None,
         )
         return {extension.extensionName.decode() for extension in found}
 
     def properties(self, device: int) -> vk.VkPhysicalDeviceProperties:
-        """Name, type and version of `device`."""
+        """Name, type, version and limits of `device`."""
         properties = vk.VkPhysicalDeviceProperties()
-        self._query("vkGetPhysicalDeviceProperties", device, properties)
+        self.functions.vkGetPhysicalDeviceProperties(device, ctypes.addressof(properties))
         return properties
 
     def memory_properties(self, device: int) -> vk.VkPhysicalDeviceMemoryProperties:
-        """Memory heaps of `device`."""
+        """Memory heaps and types of `device`."""
         memory = vk.VkPhysicalDeviceMemoryProperties()
-        self._query("vkGetPhysicalDeviceMemoryProperties", device, memory)
+        self.functions.vkGetPhysicalDeviceMemoryProperties(device, ctypes.addressof(memory))
         return memory
+
+    def queue_families(self, device: int) -> list[vk.VkQueueFamilyProperties]:
+        """Families of queues of `device`."""
+        function = self.functions.vkGetPhysicalDeviceQueueFamilyProperties
+        return read_list(vk.VkQueueFamilyProperties, function, device)
+
+    def cooperative_matrices(self, device: int) -> list[vk.VkCooperativeMatrixPropertiesKHR]:
+        """Shapes and types of matrices; `device` must offer VK_KHR_cooperative_matrix."""
+        function = self.functions.vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR
+        return read_list(vk.VkCooperativeMatrixPropertiesKHR, function, device)
 
     def fill_properties(self, device: int, answer: vk.Tagged) -> None:
         """Fill one structure of properties; `device` must be of Vulkan 1.1 or newer."""
-        head = vk.VkPhysicalDeviceProperties2(ctypes.addressof(answer))
-        self._query("vkGetPhysicalDeviceProperties2", device, head)
+        head = vk.VkPhysicalDeviceProperties2(pNext=ctypes.addressof(answer))
+        self.functions.vkGetPhysicalDeviceProperties2(device, ctypes.addressof(head))
 
-    def fill_features(self, device: int, answer: vk.Tagged) -> None:
+    def fill_features(self, device: int, answer: vk.Tagged | None) -> vk.VkPhysicalDeviceFeatures:
         """Fill one structure of features; `device` must be of Vulkan 1.1 or newer."""
-        head = vk.VkPhysicalDeviceFeatures2(ctypes.addressof(answer))
-        self._query("vkGetPhysicalDeviceFeatures2", device, head)
+        head = vk.VkPhysicalDeviceFeatures2(pNext=ctypes.addressof(answer) if answer else None)
+        self.functions.vkGetPhysicalDeviceFeatures2(device, ctypes.addressof(head))
+        return head.features  # type: ignore[no-any-return]
 
     def destroy(self) -> None:
         """Destroy the instance; nothing may be asked of it afterwards."""
-        self._function("vkDestroyInstance")(self._handle, None)
-
-    def _query(self, name: str, device: int, answer: ctypes.Structure) -> None:
-        self._function(name)(c_void_p(device), ctypes.byref(answer))
-
-    def _function(self, name: str) -> Callable[..., Any]:
-        return _function(self._library, self._handle, name)
+        self.functions.vkDestroyInstance(self.handle, None)
 
 
-@contextmanager
-def open_instance() -> Iterator[Instance | None]:
-    """Create an instance and destroy it on leaving.
+def create_instance() -> Instance | None:
+    """Create an instance, which the caller destroys.
 
-    Yields
-    ------
+    Returns
+    -------
     Instance or None
         None where the loader finds no driver, and so no device.
 
@@ -101,74 +99,57 @@ def open_instance() -> Iterator[Instance | None]:
     library.vkGetInstanceProcAddr.restype = c_void_p
     library.vkGetInstanceProcAddr.argtypes = [c_void_p, c_char_p]
     handle = _create(library)
-    if handle is None:
-        yield None
-        return
-    instance = Instance(library, handle)
+    return None if handle is None else Instance(library, handle)
+
+
+@contextmanager
+def open_instance() -> Iterator[Instance | None]:
+    """Create an instance and destroy it on leaving; errors as in `create_instance`."""
+    instance = create_instance()
     try:
         yield instance
     finally:
-        instance.destroy()
+        if instance is not None:
+            instance.destroy()
 
 
-def _create(library: Any) -> c_void_p | None:
-    version = _loader_version(library)
-    if version < vk.VK_API_VERSION_1_1:
+def _create(library: Any) -> int | None:
+    functions = _functions(library, None)
+    version = _loader_version(library, functions)
+    if version < API_VERSION_1_1:
         raise VulkanError("the Vulkan loader must be of version 1.1 or newer, got 1.0")
-    application = vk.VkApplicationInfo(
-        sType=0, pApplicationName=b"attn-vulkan", apiVersion=vk.VK_API_VERSION_1_3
-    )
-    info = vk.VkInstanceCreateInfo(sType=1, pApplicationInfo=ctypes.pointer(application))
-    if _PORTABILITY in _instance_extensions(library):  # MoltenVK's devices are hidden without it
+    application = vk.VkApplicationInfo(pApplicationName=b"attn-vulkan", apiVersion=API_VERSION_1_3)
+    info = vk.VkInstanceCreateInfo(pApplicationInfo=ctypes.addressof(application))
+    names = (c_char_p * 1)(_PORTABILITY)
+    if _PORTABILITY in _instance_extensions(functions):  # MoltenVK's devices are hidden without it
         info.flags = vk.VK_INSTANCE_CREATE_ENUMERATE_PORTABILITY_BIT_KHR
         info.enabledExtensionCount = 1
-        info.ppEnabledExtensionNames = (c_char_p * 1)(_PORTABILITY)
+        info.ppEnabledExtensionNames = ctypes.addressof(names)
     handle = c_void_p()
-    create = _function(library, None, "vkCreateInstance")
-    result = create(ctypes.byref(info), None, ctypes.byref(handle))
-    if result == vk.VK_ERROR_INCOMPATIBLE_DRIVER:
-        return None
-    _check("vkCreateInstance", result)
-    return handle
+    try:
+        functions.vkCreateInstance(ctypes.addressof(info), None, ctypes.addressof(handle))
+    except VulkanError as error:
+        if error.result == vk.VK_ERROR_INCOMPATIBLE_DRIVER:
+            return None
+        raise
+    return handle.value
 
 
-def _loader_version(library: Any) -> int:
+def _loader_version(library: Any, functions: Functions) -> int:
     if not library.vkGetInstanceProcAddr(None, b"vkEnumerateInstanceVersion"):
-        return vk.VK_API_VERSION_1_0
+        return API_VERSION_1_0
     version = c_uint32()
-    enumerate_version = _function(library, None, "vkEnumerateInstanceVersion")
-    _check("vkEnumerateInstanceVersion", enumerate_version(ctypes.byref(version)))
+    functions.vkEnumerateInstanceVersion(ctypes.addressof(version))
     return version.value
 
 
-def _instance_extensions(library: Any) -> set[bytes]:
-    name = "vkEnumerateInstanceExtensionProperties"
-    function = _function(library, None, name)
-    found = _read_list(name, vk.VkExtensionProperties, function, None)
-    return {extension.extensionName for extension in found}
+def _instance_extensions(functions: Functions) -> set[bytes]:
+    function = functions.vkEnumerateInstanceExtensionProperties
+    return {e.extensionName for e in read_list(vk.VkExtensionProperties, function, None)}
 
 
-def _function(library: Any, handle: c_void_p | None, name: str) -> Callable[..., Any]:
-    address = library.vkGetInstanceProcAddr(handle, name.encode())
-    if not address:
-        raise VulkanError(f"the Vulkan loader has no {name}")
-    returns, pointers = _SIGNATURES[name]
-    prototype = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)
-    return prototype(returns, *[c_void_p] * pointers)(address)
+def _functions(library: Any, handle: int | None) -> Functions:
+    def address_of(name: str) -> int | None:
+        return library.vkGetInstanceProcAddr(handle, name.encode())  # type: ignore[no-any-return]
 
-
-def _read_list(name: str, item: Any, function: Callable[..., Any], *first: Any) -> list[Any]:
-    """Call a function of Vulkan's count-then-fill kind until the list of `item` is whole."""
-    count = c_uint32()
-    while True:
-        _check(name, function(*first, ctypes.byref(count), None))
-        items = (item * count.value)()
-        result = function(*first, ctypes.byref(count), items)
-        if result != vk.VK_INCOMPLETE:  # the list grew between the two calls
-            _check(name, result)
-            return list(items[: count.value])
-
-
-def _check(name: str, result: int) -> None:
-    if result != vk.VK_SUCCESS:
-        raise VulkanError(f"{name} failed with VkResult {result}")
+    return Functions(address_of)

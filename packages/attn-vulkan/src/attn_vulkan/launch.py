@@ -1,0 +1,188 @@
+"""From a problem and its arrays in host memory to kernels on an open device, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attn_vulkan import variants
+from attn_vulkan.parameters import Parameters, Tensors, View, parameters
+from attn_vulkan.placement import Placement, Span
+from attn_vulkan.problem import Problem
+from attn_vulkan.runtime.commands import Commands
+from attn_vulkan.runtime.context import Context
+from attn_vulkan.variants import Plan
+
+_FLOAT_BYTES = 4
+_COMBINE_THREADS = 64
+_DELTA_THREADS = 64
+_OUTPUTS = ("out", "lse", "dq", "dk", "dv")
+_VECTOR_BYTES = 16
+# Tensors whose first dimension packed sequences share.
+_PACKED_Q = ("q", "out", "lse", "dout", "dq", "delta")
+_PACKED_K = ("k", "v", "dk", "dv")
+# The dimensions of an array that are (batch, row, head, element) of its View; None for absent ones.
+_ROWS_FIRST = (0, 1, 2, 3)
+_HEADS_FIRST = (0, 2, 1, 3)
+_ORDERS: dict[str, tuple[int | None, ...]] = {
+    **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), _ROWS_FIRST),
+    "bias": _HEADS_FIRST,
+    "lse": (0, 2, 1, None),
+    "delta": (0, 2, 1, None),
+    "slopes": (0, None, 1, None),
+}
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor: its first element's address, its shape and strides in elements, bytes of one."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item_bytes: int
+
+    def span(self, is_output: bool) -> Span:
+        """Bytes from the first to the last element; strides are not negative."""
+        if 0 in self.shape:
+            return Span(self.pointer, 0, is_output)
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        return Span(self.pointer, (last + 1) * self.item_bytes, is_output)
+
+    def is_aligned(self) -> bool:
+        """Whether rows are dense and start at multiples of 16 bytes."""
+        step = _VECTOR_BYTES // self.item_bytes
+        outer = [s for n, s in zip(self.shape[:-1], self.strides[:-1], strict=True) if n > 1]
+        return (
+            self.pointer % _VECTOR_BYTES == 0
+            and self.strides[-1] == 1
+            and self.shape[-1] % step == 0
+            and all(stride % step == 0 for stride in outer)
+        )
+
+
+Arrays = Mapping[str, Array]
+
+
+def are_aligned(arrays: Arrays) -> bool:
+    """Whether shaders may load the rows of every tensor of heads in vectors."""
+    return all(arrays[name].is_aligned() for name in arrays if _ORDERS.get(name) == _ROWS_FIRST)
+
+
+def forward(context: Context, problem: Problem, arrays: Arrays, softmax_scale: float) -> None:
+    """Fill ``out`` and ``lse`` among `arrays`, which are named as the fields of `Tensors`."""
+    if not problem.batches * problem.heads * problem.len_q:
+        return
+    with context.commands() as commands:
+        placement = Placement(context, commands, _spans(arrays))
+        tensors = _tensors(arrays, placement)
+        record_forward(context, commands, problem, tensors, softmax_scale)
+        placement.fetch()
+    placement.finish()
+
+
+def backward(context: Context, problem: Problem, arrays: Arrays, softmax_scale: float) -> None:
+    """Fill ``dq``, ``dk`` and ``dv``; ``delta``, if there, holds the gradient of lse on entry."""
+    with context.commands() as commands:
+        placement = Placement(context, commands, _spans(arrays))
+        tensors = _tensors(arrays, placement)
+        record_backward(context, commands, problem, tensors, softmax_scale)
+        placement.fetch()
+    placement.finish()
+
+
+def record_forward(
+    context: Context, commands: Commands, problem: Problem, tensors: Tensors, softmax_scale: float
+) -> Plan:
+    """Record the forward pass on tensors of the device."""
+    variant = variants.choose(
+        variants.available(context.device, problem.dtype),
+        lambda name: context.trusts(name, problem.dtype) and variants.fits_forward(name, problem),
+    )
+    plan = variants.forward(context.device, variant, problem, softmax_scale)
+    block = parameters(problem, tensors, softmax_scale)
+    if plan.splits > 1:
+        _allocate_parts(context, commands, problem, plan, block)
+    pipeline = context.pipelines.get(plan.shader, plan.constants)
+    commands.dispatch(pipeline, bytes(block), plan.groups(problem))
+    if plan.splits > 1:
+        combine = context.pipelines.get(f"combine_{problem.dtype}", (_COMBINE_THREADS,))
+        groups = problem.len_q, problem.heads, problem.batches
+        commands.dispatch(combine, bytes(block), groups)
+    return plan
+
+
+def record_backward(
+    context: Context, commands: Commands, problem: Problem, tensors: Tensors, softmax_scale: float
+) -> tuple[Plan, Plan]:
+    """Record the backward pass on tensors of the device."""
+    variant = variants.choose(
+        variants.available(context.device, problem.dtype),
+        lambda name: context.trusts(name, problem.dtype) and variants.fits_backward(name, problem),
+    )
+    plans = variants.backward(context.device, variant, problem)
+    block = parameters(problem, tensors, softmax_scale)
+    has_dlse = tensors.delta is not None
+    if not has_dlse:
+        _allocate_delta(context, commands, problem, block)
+    blocks_of_rows = -(-problem.len_q // _DELTA_THREADS)
+    delta = context.pipelines.get(
+        f"delta_{problem.dtype}", (_DELTA_THREADS, int(problem.is_aligned), int(has_dlse))
+    )
+    commands.dispatch(delta, bytes(block), (blocks_of_rows, problem.heads, problem.batches))
+    for plan, length, heads in (
+        (plans[0], problem.len_q, problem.heads),
+        (plans[1], problem.len_k, problem.heads_kv),
+    ):
+        pipeline = context.pipelines.get(plan.shader, plan.constants)
+        groups = -(-length // plan.rows), heads, problem.batches
+        commands.dispatch(pipeline, bytes(block), groups, barrier=plan is plans[0])
+    return plans
+
+
+def _spans(arrays: Arrays) -> list[Span]:
+    return [array.span(name in _OUTPUTS) for name, array in arrays.items()]
+
+
+def _tensors(arrays: Arrays, placement: Placement) -> Tensors:
+    fields: dict[str, Any] = {}
+    for name, array in arrays.items():
+        address = placement.address(array.span(name in _OUTPUTS))
+        order = _ORDERS.get(name)
+        fields[name] = address if order is None else _view(address, array, order)
+    for bounds, names in (("cu_q", _PACKED_Q), ("cu_k", _PACKED_K)):
+        for name in names if bounds in arrays else ():
+            if name in fields:
+                fields[name] = fields[name].without_batch()
+    if "blocks" in arrays:
+        fields["blocks_stride"] = arrays["blocks"].strides[0]
+    return Tensors(**fields)
+
+
+def _view(address: int, array: Array, order: tuple[int | None, ...]) -> View:
+    batch, row, head, element = (0 if dim is None else array.strides[dim] for dim in order)
+    return View(address, (batch, row, head, element))
+
+
+def _allocate_parts(
+    context: Context, commands: Commands, problem: Problem, plan: Plan, block: Parameters
+) -> None:
+    """Make room for what each split computes."""
+    rows = plan.splits * problem.batches * problem.heads * problem.len_q
+    out, lse = (
+        commands.keep(context.memory.allocate(rows * width * _FLOAT_BYTES))
+        for width in (problem.head_dim_v, 1)
+    )
+    block.splits, block.part_out, block.part_lse = plan.splits, out.address, lse.address
+
+
+def _allocate_delta(
+    context: Context, commands: Commands, problem: Problem, block: Parameters
+) -> None:
+    rows = problem.batches * problem.heads * problem.len_q
+    delta = commands.keep(context.memory.allocate(rows * _FLOAT_BYTES))
+    block.delta.address = delta.address
+    # Contiguous (batch, head, query); packed sequences are one batch of all their queries.
+    batch = 0 if block.cu_q else problem.heads * problem.len_q
+    block.delta.strides[:] = [batch, 1, problem.len_q, 0]

@@ -1,0 +1,128 @@
+"""The block of parameters that a shader's push constant points at."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_vulkan.problem import Problem
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a tensor is on the device: its address and the strides of (batch, row, head, element).
+
+    Strides count elements; a stride of 0 repeats.
+    """
+
+    address: int
+    strides: tuple[int, int, int, int]
+
+    def without_batch(self) -> View:
+        """Return the view of packed sequences, whose rows are those of one batch."""
+        return View(self.address, (0, *self.strides[1:]))
+
+
+class _View(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("address", c_uint64),
+        ("strides", c_int64 * 4),
+    ]
+
+
+_VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "bias", "lse", "delta", "slopes")
+_ADDRESSES = ("sinks", "cu_q", "cu_k", "lens_k", "blocks")
+
+
+class Parameters(ctypes.Structure):
+    """The C side of ``Parameters`` in attention.glsl, in the same order."""
+
+    _fields_: ClassVar = [
+        *[(name, _View) for name in _VIEWS],
+        *[(name, c_uint64) for name in _ADDRESSES],
+        ("blocks_stride", c_int64),
+        ("part_out", c_uint64),
+        ("part_lse", c_uint64),
+        ("batches", c_uint32),
+        ("heads", c_uint32),
+        ("group", c_uint32),
+        ("len_q", c_uint32),
+        ("len_k", c_uint32),
+        ("head_dim", c_uint32),
+        ("head_dim_v", c_uint32),
+        ("block_size", c_uint32),
+        ("splits", c_uint32),
+        ("left", c_int32),
+        ("right", c_int32),
+        ("scale", c_float),
+        ("cap", c_float),
+        ("softmax_scale", c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of one call on the device; None for those it has not.
+
+    `cu_q` and `cu_k` (batch + 1) bound packed sequences, `lens_k` (batch) counts the keys of each
+    sequence, `blocks` (batch, max_blocks) is the block table of a paged cache, whose k and v have
+    the strides of (block, slot, head, element).
+    """
+
+    q: View
+    k: View
+    v: View
+    out: View
+    lse: View
+    dout: View | None = None
+    dq: View | None = None
+    dk: View | None = None
+    dv: View | None = None
+    delta: View | None = None
+    bias: View | None = None
+    slopes: View | None = None
+    sinks: int = 0
+    cu_q: int = 0
+    cu_k: int = 0
+    lens_k: int = 0
+    blocks: int = 0
+    blocks_stride: int = 0
+
+
+def parameters(problem: Problem, tensors: Tensors, softmax_scale: float) -> Parameters:
+    """Fill the block for one problem; `splits` is 1 and there are no parts."""
+    left, right = problem.bounds
+    cap = problem.softcap
+    block = Parameters(
+        blocks_stride=tensors.blocks_stride,
+        batches=problem.batches,
+        heads=problem.heads,
+        group=problem.group,
+        len_q=problem.len_q,
+        len_k=problem.len_k,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        block_size=problem.block_size,
+        splits=1,
+        left=left,
+        right=right,
+        scale=softmax_scale / cap if cap else softmax_scale * LOG2_E,
+        cap=cap * LOG2_E,
+        softmax_scale=softmax_scale,
+    )
+    for name in _VIEWS:
+        view = getattr(tensors, name)
+        if view is not None:
+            setattr(block, name, _View(view.address, _strides(view.strides)))
+    for name in _ADDRESSES:
+        setattr(block, name, getattr(tensors, name))
+    return block
+
+
+def _strides(values: Sequence[int]) -> ctypes.Array[c_int64]:
+    return (c_int64 * 4)(*values)

@@ -1,0 +1,1 @@
+"""An open device: its memory, pipelines and command buffers. `context.open_context` makes one."""

@@ -1,0 +1,363 @@
+"""A device opened for computing: one per device and process, shared by all threads."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_float, c_uint64, c_void_p
+
+from attn_vulkan._vk import registry as vk
+from attn_vulkan._vk.errors import DeviceLostError, VulkanError
+from attn_vulkan._vk.functions import Functions
+from attn_vulkan._vk.instance import Instance, create_instance
+from attn_vulkan.device import NO_DEVICE, Device, devices
+from attn_vulkan.parameters import Parameters
+from attn_vulkan.quirks import usable
+from attn_vulkan.runtime.commands import Commands
+from attn_vulkan.runtime.memory import Memory
+from attn_vulkan.runtime.pipelines import Pipelines
+
+DEVICE_VARIABLE = "ATTN_VULKAN_DEVICE"
+
+_PREFERRED_TYPES = ("discrete", "integrated", "virtual", "other", "cpu")
+_WAIT_NANOSECONDS = 2**63
+# Polling a semaphore sees a short kernel end sooner than the driver's wait, which sleeps.
+_POLLS = 200
+_LANES = 32
+_EXTENSIONS = {
+    "VK_KHR_cooperative_matrix": "cooperative_matrix",
+    "VK_NV_cooperative_matrix2": "cooperative_matrix2",
+    "VK_KHR_shader_bfloat16": "bfloat16",
+    "VK_EXT_external_memory_host": "external_memory_host",
+    "VK_KHR_external_memory_fd": "external_memory_fd",
+    "VK_KHR_external_semaphore_fd": "external_semaphore_fd",
+}
+
+_contexts: dict[int, Context] = {}
+_open_lock = threading.Lock()
+
+
+class Context:
+    """An open device. `open_context` makes it; `close` destroys everything it made.
+
+    Attributes
+    ----------
+    device : Device
+        What it can do, less what the quirks table rules out.
+    memory : Memory
+        Allocates and imports buffers.
+    pipelines : Pipelines
+        Makes and keeps compiled shaders.
+    """
+
+    def __init__(self, instance: Instance, device: Device) -> None:
+        self.device = usable(device)
+        self._instance = instance
+        self._physical = instance.physical_devices()[device.index]
+        properties = instance.properties(self._physical)
+        self.timestamp_nanoseconds: float = properties.limits.timestampPeriod
+        family = self._compute_family()
+        self.handle = self._create_device(family)
+        self.functions = self._functions()
+        self.family = family
+        queue = c_void_p()
+        self.functions.vkGetDeviceQueue(self.handle, family, 0, ctypes.addressof(queue))
+        self._queue = queue.value
+        self._queue_lock = threading.Lock()
+        self._semaphore = self.create_semaphore()
+        self._submitted = 0
+        self._idle: list[Commands] = []
+        self.host_alignment = self._host_alignment()
+        self.memory = Memory(self, instance.memory_properties(self._physical))
+        self.pipelines = Pipelines(self, properties)
+
+    @contextmanager
+    def commands(self) -> Iterator[Commands]:
+        """Record commands; leaving the block submits them and waits for their end.
+
+        An error while recording submits nothing. Either way the buffers that were handed to
+        `Commands.keep` are released.
+        """
+        commands = self._acquire()
+        try:
+            commands.begin()
+            yield commands
+            self.wait(self.submit(commands))
+        finally:
+            commands.release()
+            self._idle.append(commands)
+
+    def trusts(self, variant: str, dtype: str) -> bool:
+        """Whether what a variant assumes of the driver holds, as a shader has found out."""
+        return variant != "matrix" or self._knows_layout(dtype)
+
+    def submit(
+        self,
+        commands: Commands,
+        wait: tuple[int, int] | None = None,
+        signal: tuple[int, int] | None = None,
+    ) -> int:
+        """Submit what was recorded; return the value the context's semaphore will reach.
+
+        `wait` and `signal` are (semaphore, value) pairs of timeline semaphores.
+        """
+        commands.end()
+        with self._queue_lock:
+            value = self._submitted + 1
+            waits = [wait] if wait else []
+            signals = [(self._semaphore, value), *([signal] if signal else [])]
+            self._submit(commands, waits, signals)
+            self._submitted = value
+        return value
+
+    def wait(self, value: int) -> None:
+        """Wait until the context's semaphore has reached `value`."""
+        reached = c_uint64()
+        address = ctypes.addressof(reached)
+        counter = self.functions.vkGetSemaphoreCounterValue
+        try:
+            for _ in range(_POLLS):
+                counter(self.handle, self._semaphore, address)
+                if reached.value >= value:
+                    return
+            self._sleep_until(value)
+        except DeviceLostError:
+            self._forget()
+            raise
+
+    def create_semaphore(self, exported: bool = False) -> int:
+        """Make a timeline semaphore that starts at 0, `exported` as a file descriptor."""
+        kind = vk.VkSemaphoreTypeCreateInfo(semaphoreType=vk.VK_SEMAPHORE_TYPE_TIMELINE)
+        export = vk.VkExportSemaphoreCreateInfo(
+            pNext=ctypes.addressof(kind),
+            handleTypes=vk.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_OPAQUE_FD_BIT,
+        )
+        info = vk.VkSemaphoreCreateInfo(pNext=ctypes.addressof(export if exported else kind))
+        semaphore = c_uint64()
+        self.functions.vkCreateSemaphore(
+            self.handle, ctypes.addressof(info), None, ctypes.addressof(semaphore)
+        )
+        return semaphore.value
+
+    def close(self) -> None:
+        """Wait for the device and destroy everything; the context cannot be used afterwards."""
+        self._forget()
+        self.functions.vkDeviceWaitIdle(self.handle)
+        for commands in self._idle:
+            commands.destroy()
+        self._idle.clear()
+        self.pipelines.destroy()
+        self.memory.destroy()
+        self.functions.vkDestroySemaphore(self.handle, self._semaphore, None)
+        self.functions.vkDestroyDevice(self.handle, None)
+        self._instance.destroy()
+
+    @functools.cache  # noqa: B019  (a context lives as long as its process)
+    def _knows_layout(self, dtype: str) -> bool:
+        """Whether matrices are laid out as the matrix shaders take for granted."""
+        found = self.memory.allocate(_LANES * 4, "staging")
+        ctypes.memset(found.pointer, 0, _LANES * 4)
+        pipeline = self.pipelines.get(f"layout_{dtype}", ())
+        with self.commands() as commands:
+            commands.keep(found)
+            commands.dispatch(pipeline, bytes(Parameters(part_lse=found.address)), (1, 1, 1))
+        answers = (c_float * _LANES).from_address(found.pointer)
+        return all(answer == 1.0 for answer in answers)
+
+    def _host_alignment(self) -> int:
+        properties = vk.VkPhysicalDeviceExternalMemoryHostPropertiesEXT()
+        if not self.device.features.external_memory_host:
+            return 1
+        self._instance.fill_properties(self._physical, properties)
+        return int(properties.minImportedHostPointerAlignment)
+
+    def _acquire(self) -> Commands:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Commands(self)
+
+    def _submit(
+        self, commands: Commands, waits: list[tuple[int, int]], signals: list[tuple[int, int]]
+    ) -> None:
+        wait_handles = (c_uint64 * len(waits))(*[handle for handle, _ in waits])
+        wait_values = (c_uint64 * len(waits))(*[value for _, value in waits])
+        stages = (ctypes.c_uint32 * len(waits))(
+            *[vk.VK_PIPELINE_STAGE_ALL_COMMANDS_BIT] * len(waits)
+        )
+        signal_handles = (c_uint64 * len(signals))(*[handle for handle, _ in signals])
+        signal_values = (c_uint64 * len(signals))(*[value for _, value in signals])
+        buffers = (c_void_p * 1)(commands.handle)
+        values = vk.VkTimelineSemaphoreSubmitInfo(
+            waitSemaphoreValueCount=len(waits),
+            pWaitSemaphoreValues=ctypes.addressof(wait_values),
+            signalSemaphoreValueCount=len(signals),
+            pSignalSemaphoreValues=ctypes.addressof(signal_values),
+        )
+        info = vk.VkSubmitInfo(
+            pNext=ctypes.addressof(values),
+            waitSemaphoreCount=len(waits),
+            pWaitSemaphores=ctypes.addressof(wait_handles),
+            pWaitDstStageMask=ctypes.addressof(stages),
+            commandBufferCount=1,
+            pCommandBuffers=ctypes.addressof(buffers),
+            signalSemaphoreCount=len(signals),
+            pSignalSemaphores=ctypes.addressof(signal_handles),
+        )
+        self.functions.vkQueueSubmit(self._queue, 1, ctypes.addressof(info), 0)
+
+    def _sleep_until(self, value: int) -> None:
+        semaphores, values = (c_uint64 * 1)(self._semaphore), (c_uint64 * 1)(value)
+        info = vk.VkSemaphoreWaitInfo(
+            semaphoreCount=1,
+            pSemaphores=ctypes.addressof(semaphores),
+            pValues=ctypes.addressof(values),
+        )
+        self.functions.vkWaitSemaphores(self.handle, ctypes.addressof(info), _WAIT_NANOSECONDS)
+
+    def _forget(self) -> None:
+        for index, context in list(_contexts.items()):
+            if context is self:
+                del _contexts[index]
+
+    def _compute_family(self) -> int:
+        families = self._instance.queue_families(self._physical)
+        for index, family in enumerate(families):
+            if family.queueFlags & vk.VK_QUEUE_COMPUTE_BIT:
+                return index
+        raise VulkanError(f"{self.device.name} has no queue for compute")
+
+    def _create_device(self, family: int) -> int:
+        priority = c_float(1.0)
+        queue = vk.VkDeviceQueueCreateInfo(
+            queueFamilyIndex=family, queueCount=1, pQueuePriorities=ctypes.addressof(priority)
+        )
+        offered = self._instance.extensions(self._physical)
+        names = [
+            name.encode()
+            for name, feature in _EXTENSIONS.items()
+            if name in offered and getattr(self.device.features, feature)
+        ]
+        if "VK_KHR_portability_subset" in offered:  # must be enabled where it is offered
+            names.append(b"VK_KHR_portability_subset")
+        pointers = (c_char_p * len(names))(*names)
+        features = _enabled_features(self.device)
+        info = vk.VkDeviceCreateInfo(
+            pNext=ctypes.addressof(features[0]),
+            queueCreateInfoCount=1,
+            pQueueCreateInfos=ctypes.addressof(queue),
+            enabledExtensionCount=len(names),
+            ppEnabledExtensionNames=ctypes.addressof(pointers),
+        )
+        handle = c_void_p()
+        self._instance.functions.vkCreateDevice(
+            self._physical, ctypes.addressof(info), None, ctypes.addressof(handle)
+        )
+        assert handle.value is not None
+        return handle.value
+
+    def _functions(self) -> Functions:
+        lookup = self._instance.functions.vkGetDeviceProcAddr
+
+        def address_of(name: str) -> int | None:
+            return lookup(self.handle, name.encode())  # type: ignore[no-any-return]
+
+        return Functions(address_of)
+
+
+def open_context(index: int | None = None) -> Context:
+    """Open a device, or return it where it is open already.
+
+    Parameters
+    ----------
+    index : int, optional
+        Position in `devices()`. By default what ``ATTN_VULKAN_DEVICE`` says, or else the first
+        discrete GPU, integrated GPU, virtual GPU or CPU, in this order.
+
+    Raises
+    ------
+    VulkanError
+        There is no such device, or it cannot be opened.
+    """
+    with _open_lock:
+        device = choose_device(index)
+        if device.index not in _contexts:
+            instance = create_instance()
+            if instance is None:
+                raise VulkanError(NO_DEVICE)
+            _contexts[device.index] = Context(instance, device)
+        return _contexts[device.index]
+
+
+def choose_device(index: int | None = None) -> Device:
+    """Return the device that `open_context` opens; errors as there."""
+    found = devices()
+    if not found:
+        raise VulkanError(NO_DEVICE)
+    if index is None and os.environ.get(DEVICE_VARIABLE):
+        index = int(os.environ[DEVICE_VARIABLE])
+    if index is None:
+        return min(found, key=lambda device: _PREFERRED_TYPES.index(device.type))
+    if not 0 <= index < len(found):
+        raise VulkanError(f"the device must be between 0 and {len(found) - 1}, got {index}")
+    return found[index]
+
+
+@atexit.register
+def close_all() -> None:
+    """Close every context, as the interpreter does when it ends."""
+    for context in list(_contexts.values()):
+        context.close()
+
+
+def _enabled_features(device: Device) -> list[vk.Tagged]:
+    """The chain of features to switch on, each structure pointing at the next."""
+    features = device.features
+    chain: list[vk.Tagged] = [
+        vk.VkPhysicalDeviceFeatures2(),
+        vk.VkPhysicalDeviceVulkan12Features(
+            shaderFloat16=features.float16,
+            scalarBlockLayout=True,
+            timelineSemaphore=True,
+            bufferDeviceAddress=True,
+            vulkanMemoryModel=features.memory_model,
+        ),
+        vk.VkPhysicalDevice16BitStorageFeatures(storageBuffer16BitAccess=features.storage16),
+    ]
+    chain[0].features.shaderInt64 = True
+    if features.subgroup_size_control:
+        chain.append(
+            vk.VkPhysicalDeviceSubgroupSizeControlFeatures(
+                subgroupSizeControl=True, computeFullSubgroups=True
+            )
+        )
+    if features.bfloat16:
+        chain.append(
+            vk.VkPhysicalDeviceShaderBfloat16FeaturesKHR(
+                shaderBFloat16Type=True,
+                shaderBFloat16CooperativeMatrix=features.cooperative_matrix,
+            )
+        )
+    if features.cooperative_matrix:
+        chain.append(vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True))
+    if features.cooperative_matrix2:
+        chain.append(
+            vk.VkPhysicalDeviceCooperativeMatrix2FeaturesNV(
+                cooperativeMatrixWorkgroupScope=True,
+                cooperativeMatrixFlexibleDimensions=True,
+                cooperativeMatrixReductions=True,
+                cooperativeMatrixConversions=True,
+                cooperativeMatrixPerElementOperations=True,
+                cooperativeMatrixTensorAddressing=True,
+                cooperativeMatrixBlockLoads=True,
+            )
+        )
+    for structure, following in itertools.pairwise(chain):
+        structure.pNext = ctypes.addressof(following)
+    return chain

@@ -1,0 +1,136 @@
+"""Small problems compared with numpy, and a few timed ones, for ``python -m attn_vulkan``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from attn_vulkan import launch, variants
+from attn_vulkan.api import attention, attention_backward
+from attn_vulkan.device import Device
+from attn_vulkan.parameters import Tensors, View
+from attn_vulkan.problem import ITEM_BYTES, Problem
+from attn_vulkan.runtime.context import Context, open_context
+
+_DTYPES = ("float32", "float16")
+_TOLERANCES = {"float32": 2e-5, "float16": 5e-3}
+_SIZES = (2, 33, 65, 4, 2, 40)  # B M N H H_KV D
+# Long enough to fill a GPU; a CPU would take minutes.
+_TIMED_LENGTH = {"cpu": 256}
+_LONG = 4096
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one comparison with numpy found."""
+
+    dtype: str
+    causal: bool
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the largest error is what rounding explains."""
+        return self.error < _TOLERANCES[self.dtype]
+
+    def __str__(self) -> str:
+        word = "ok" if self.passed else "WRONG"
+        return f"{self.dtype}, causal={self.causal}: {word}, largest error {self.error:.1e}"
+
+
+def check(device: Device) -> Iterator[Outcome]:
+    """Compare outputs and gradients of a small problem with numpy's in float64."""
+    import numpy as np
+
+    batch, len_q, len_k, heads, heads_kv, dim = _SIZES
+    random = np.random.default_rng(0)
+    for dtype in _DTYPES:
+        if variants.refusal(open_context(device.index).device, dtype):
+            continue
+        q, dout = (random.standard_normal((batch, len_q, heads, dim)).astype(dtype) for _ in "qo")
+        k, v = (random.standard_normal((batch, len_k, heads_kv, dim)).astype(dtype) for _ in "kv")
+        for causal in (False, True):
+            out, lse = attention(q, k, v, causal=causal, return_lse=True, device=device.index)
+            grads = attention_backward(dout, q, k, v, out, lse, causal=causal, device=device.index)
+            expected = _reference(*(x.astype(np.float64) for x in (q, k, v, dout)), causal)
+            errors = [abs(a - b).max() for a, b in zip((out, lse, *grads), expected, strict=True)]
+            yield Outcome(dtype, causal, float(max(errors)))
+
+
+def benchmark(device: Device) -> Iterator[str]:
+    """Time the forward and backward pass of one problem in each dtype."""
+    context = open_context(device.index)
+    length = _TIMED_LENGTH.get(device.type, _LONG)
+    for dtype in ITEM_BYTES:
+        if variants.refusal(context.device, dtype):
+            continue
+        for dim in (64, 128):
+            problem = Problem(dtype, 1, length, length, 16, 16, dim, dim, is_aligned=True)
+            seconds = time_passes(context, problem)
+            products = 4 * problem.heads * length**2 * dim * 1e-12
+            rates = [
+                f"{name} {products * work / seconds[name]:.3g} TFLOP/s" for name, work in _WORK
+            ]
+            yield f"{dtype} n {length} d {dim}: {', '.join(rates)}"
+
+
+_WORK = (("forward", 1.0), ("backward", 2.5))
+
+
+def time_passes(context: Context, problem: Problem) -> dict[str, float]:
+    """Seconds of the forward and backward pass by the device's own clock, on zeros."""
+    itemsize = ITEM_BYTES[problem.dtype]
+    heads, dim = problem.heads, problem.head_dim
+    size = problem.batches * max(problem.len_q, problem.len_k) * heads * dim * itemsize
+    strides = (problem.len_q * heads * dim, heads * dim, dim, 1)
+    seconds = {}
+    with context.commands() as commands:
+        names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+        fields: dict[str, Any] = {
+            name: View(commands.keep(context.memory.allocate(size)).address, strides)
+            for name in names
+        }
+        lse = commands.keep(context.memory.allocate(size))
+        fields["lse"] = View(lse.address, (heads * problem.len_q, 1, problem.len_q, 0))
+        for _ in range(1 + 2 * _REPEATS):
+            commands.timestamp()
+            launch.record_forward(context, commands, problem, Tensors(**fields), dim**-0.5)
+        commands.timestamp()
+        for _ in range(_REPEATS):
+            launch.record_backward(context, commands, problem, Tensors(**fields), dim**-0.5)
+            commands.timestamp()
+        recorded = commands
+    times = recorded.seconds()
+    steps = [end - start for start, end in itertools.pairwise(times)]
+    seconds["forward"] = sorted(steps[1 : 1 + 2 * _REPEATS])[_REPEATS]
+    seconds["backward"] = sorted(steps[1 + 2 * _REPEATS :])[_REPEATS // 2]
+    return seconds
+
+
+def _reference(q: Any, k: Any, v: Any, dout: Any, causal: bool) -> tuple[Any, ...]:
+    """out, lse, dq, dk, dv by the formulas."""
+    import numpy as np
+
+    group = q.shape[2] // k.shape[2]
+    wide_k, wide_v = (x.repeat(group, axis=2) for x in (k, v))
+    scale = q.shape[3] ** -0.5
+    scores = np.einsum("bihd,bjhd->bhij", q, wide_k) * scale
+    if causal:
+        visible = np.tri(*scores.shape[2:], scores.shape[3] - scores.shape[2], dtype=bool)
+        scores = np.where(visible, scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
+    weights = np.exp(scores - lse)
+    out = np.einsum("bhij,bjhd->bihd", weights, wide_v)
+    dweights = np.einsum("bihd,bjhd->bhij", dout, wide_v)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * scale
+    dq = np.einsum("bhij,bjhd->bihd", dscores, wide_k)
+    shape = (*k.shape[:3], group, k.shape[3])
+    dk, dv = (
+        np.einsum("bhij,bihd->bjhd", x, y).reshape(shape).sum(3)
+        for x, y in ((dscores, q), (weights, dout))
+    )
+    return out, lse[..., 0], dq, dk, dv

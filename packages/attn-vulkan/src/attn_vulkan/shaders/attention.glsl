@@ -1,0 +1,240 @@
+// What every attention shader shares: the problem, its tensors and the meaning of a score.
+
+#extension GL_EXT_buffer_reference : require
+#extension GL_EXT_scalar_block_layout : require
+#extension GL_EXT_control_flow_attributes : require
+#extension GL_EXT_shader_16bit_storage : require
+#extension GL_EXT_shader_explicit_arithmetic_types_int16 : require
+#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
+
+// A tensor of (batch, row, head, element); strides count elements.
+struct View {
+    uint64_t address;
+    int64_t batch;
+    int64_t row;
+    int64_t head;
+    int64_t element;
+};
+
+// The order and types are those of `attn_vulkan.launch.Parameters`.
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Parameters {
+    View q;
+    View k;
+    View v;
+    View out_;
+    View dout;
+    View dq;
+    View dk;
+    View dv;
+    View bias;     // (batch, query, head, key)
+    View lse;      // (batch, query, head), float32
+    View delta;    // (batch, query, head), float32
+    View slopes;   // (batch, -, head), float32
+    uint64_t sinks;        // (head), float32; 0 for none
+    uint64_t cu_q;         // (batch + 1), int32; 0 where sequences are not packed
+    uint64_t cu_k;
+    uint64_t lens_k;       // (batch), int32; 0 where cu_k or len_k says it
+    uint64_t blocks;       // (batch, max_blocks), int32: the block table of a paged cache
+    int64_t blocks_stride;
+    uint64_t part_out;     // (split, batch, head, query, head_dim_v), float32
+    uint64_t part_lse;     // (split, batch, head, query), float32
+    uint batches;
+    uint heads;
+    uint group;            // query heads of one key head
+    uint len_q;
+    uint len_k;
+    uint head_dim;
+    uint head_dim_v;
+    uint block_size;
+    uint splits;
+    int left;              // the window; as large as need be where a side is open
+    int right;
+    float scale;           // of q k: to base 2, or to units of the cap
+    float cap;             // softcap log2(e)
+    float softmax_scale;
+};
+layout(push_constant, scalar) uniform Push { Parameters p; };
+
+layout(buffer_reference, scalar, buffer_reference_align = 4) buffer Float { float value; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Int { int value; };
+
+const float LOG2_E = 1.4426950408889634;
+const float LN_2 = 0.6931471805599453;
+// Below every score. A finite number: not every driver computes with infinities.
+const float LOWEST = -1.0e30;
+const float MINUS_INFINITY = uintBitsToFloat(0xff800000u);
+
+#if DTYPE == 32
+#define T float
+#define T_BYTES 4
+layout(buffer_reference, scalar, buffer_reference_align = 4) buffer Element { float value; };
+layout(buffer_reference, scalar, buffer_reference_align = 16) buffer Element4 { vec4 value; };
+float widen(float x) { return x; }
+float narrow(float x) { return x; }
+vec4 widen4(vec4 x) { return x; }
+vec4 narrow4(vec4 x) { return x; }
+#else
+#define T_BYTES 2
+layout(buffer_reference, scalar, buffer_reference_align = 2) buffer Element { uint16_t value; };
+layout(buffer_reference, scalar, buffer_reference_align = 8) buffer Element4 { uvec2 value; };
+#if DTYPE == 16
+float widen(uint16_t x) { return unpackHalf2x16(uint(x)).x; }
+uint16_t narrow(float x) { return uint16_t(packHalf2x16(vec2(x, 0.0))); }
+vec4 widen4(uvec2 x) { return vec4(unpackHalf2x16(x.x), unpackHalf2x16(x.y)); }
+uvec2 narrow4(vec4 x) { return uvec2(packHalf2x16(x.xy), packHalf2x16(x.zw)); }
+#else
+float widen(uint16_t x) { return uintBitsToFloat(uint(x) << 16); }
+// Round to the nearest, ties to even; attention has no NaN to keep.
+uint rounded(float x) {
+    uint bits = floatBitsToUint(x);
+    return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+uint16_t narrow(float x) { return uint16_t(rounded(x) >> 16); }
+vec4 widen4(uvec2 x) {
+    return uintBitsToFloat(uvec4(x.x << 16, x.x & 0xffff0000u, x.y << 16, x.y & 0xffff0000u));
+}
+uvec2 narrow4(vec4 x) {
+    return uvec2(
+        rounded(x.x) >> 16 | (rounded(x.y) & 0xffff0000u),
+        rounded(x.z) >> 16 | (rounded(x.w) & 0xffff0000u)
+    );
+}
+#endif
+#endif
+
+// One sequence of the batch: its lengths and where its rows start.
+struct Sequence {
+    uint batch;
+    uint len_q;
+    uint len_k;
+    uint row_q;
+    uint row_k;
+};
+
+int read_int(uint64_t address, uint index) {
+    return Int(address + uint64_t(index) * 4).value;
+}
+
+Sequence sequence(uint batch) {
+    Sequence s = Sequence(batch, p.len_q, p.len_k, 0, 0);
+    if (p.cu_q != 0) {
+        s.row_q = read_int(p.cu_q, batch);
+        s.len_q = read_int(p.cu_q, batch + 1) - s.row_q;
+    }
+    if (p.cu_k != 0) {
+        s.row_k = read_int(p.cu_k, batch);
+        s.len_k = read_int(p.cu_k, batch + 1) - s.row_k;
+    }
+    if (p.lens_k != 0)
+        s.len_k = read_int(p.lens_k, batch);
+    return s;
+}
+
+uint64_t row_address(View t, Sequence s, uint head, uint row) {
+    int64_t element = t.batch * s.batch + t.row * row + t.head * head;
+    return t.address + element * T_BYTES;
+}
+
+uint64_t query_address(View t, Sequence s, uint head, uint i) {
+    return row_address(t, s, head, s.row_q + i);
+}
+
+uint64_t key_address(View t, Sequence s, uint head, uint j, bool paged) {
+    if (!paged)
+        return row_address(t, s, head, s.row_k + j);
+    uint64_t table = p.blocks + p.blocks_stride * s.batch * 4;
+    int64_t block = read_int(table, j / p.block_size);
+    int64_t element = t.batch * block + t.row * (j % p.block_size) + t.head * head;
+    return t.address + element * T_BYTES;
+}
+
+uint64_t statistic_address(View t, Sequence s, uint head, uint i) {
+    return t.address + (t.batch * s.batch + t.row * (s.row_q + i) + t.head * head) * 4;
+}
+
+float read_float(uint64_t address) {
+    return Float(address).value;
+}
+
+void write_float(uint64_t address, float value) {
+    Float(address).value = value;
+}
+
+// Elements d to d + 3 of a row, 0 past its end.
+vec4 load4(uint64_t row, int64_t stride, uint d, uint size, bool aligned) {
+    if (aligned)
+        return d < size ? widen4(Element4(row + d * T_BYTES).value) : vec4(0.0);
+    vec4 x = vec4(0.0);
+    [[unroll]] for (uint i = 0; i < 4; ++i)
+        if (d + i < size)
+            x[i] = widen(Element(row + (d + i) * stride * T_BYTES).value);
+    return x;
+}
+
+void store4(uint64_t row, int64_t stride, uint d, uint size, bool aligned, vec4 x) {
+    if (aligned) {
+        if (d < size)
+            Element4(row + d * T_BYTES).value = narrow4(x);
+        return;
+    }
+    [[unroll]] for (uint i = 0; i < 4; ++i)
+        if (d + i < size)
+            Element(row + (d + i) * stride * T_BYTES).value = narrow(x[i]);
+}
+
+// Keys that queries i_first to i_last see, as a half-open range.
+uvec2 visible_keys(Sequence s, uint i_first, uint i_last) {
+    int shift = int(s.len_k) - int(s.len_q);
+    int first = max(int(i_first) + shift - p.left, 0);
+    int end = min(int(i_last) + shift + p.right + 1, int(s.len_k));
+    return uvec2(first, max(end, first));
+}
+
+// Queries that see one of keys j_first to j_last.
+uvec2 seeing_queries(Sequence s, uint j_first, uint j_last) {
+    int shift = int(s.len_k) - int(s.len_q);
+    int first = max(int(j_first) - shift - p.right, 0);
+    int end = min(int(j_last) - shift + p.left + 1, int(s.len_q));
+    return uvec2(first, max(end, first));
+}
+
+bool is_visible(Sequence s, uint i, uint j) {
+    int distance = int(j) - int(i) - (int(s.len_k) - int(s.len_q));
+    return j < s.len_k && i < s.len_q && distance >= -p.left && distance <= p.right;
+}
+
+// Whether a block of scores needs no mask.
+bool all_visible(Sequence s, uint i_first, uint i_last, uint j_first, uint j_last) {
+    int shift = int(s.len_k) - int(s.len_q);
+    return j_last < s.len_k && i_last < s.len_q
+        && int(j_first) - int(i_last) - shift >= -p.left
+        && int(j_last) - int(i_first) - shift <= p.right;
+}
+
+// tanh by its series near 0, where the quotient would cancel.
+float capped(float x) {
+    float y = x * x;
+    if (y < 0.0625)
+        return x * (1.0 - y * (1.0 / 3.0 - y * (2.0 / 15.0 - y * (17.0 / 315.0 - y * 62.0 / 2835.0))));
+    return 1.0 - 2.0 / (exp2(min(x, 20.0) * (2.0 * LOG2_E)) + 1.0);
+}
+
+// What is added to a score: ALiBi and the bias.
+float added(Sequence s, uint head, uint i, uint j, float slope, bool has_slopes, bool has_bias) {
+    float x = 0.0;
+    if (has_slopes) {
+        int distance = int(j) - int(i) - (int(s.len_k) - int(s.len_q));
+        x -= slope * float(abs(distance));
+    }
+    if (has_bias && is_visible(s, i, j)) {
+        int64_t element = p.bias.batch * s.batch + p.bias.row * i + p.bias.head * head + p.bias.element * j;
+        x += widen(Element(p.bias.address + element * T_BYTES).value);
+    }
+    return x;
+}
+
+float slope_of(Sequence s, uint head, bool has_slopes) {
+    if (!has_slopes)
+        return 0.0;
+    return read_float(p.slopes.address + (p.slopes.batch * s.batch + p.slopes.head * head) * 4);
+}

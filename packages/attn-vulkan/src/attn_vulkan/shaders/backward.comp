@@ -1,0 +1,156 @@
+// Gradients of attention in float32 arithmetic, on any device and without atomics.
+//
+// With P = exp(S - lse) and dS = P (dO V^T - delta), where S are the scores:
+//     dV = P^T dO,    dK = scale dS^T Q,    dQ = scale dS K    (Dao, FlashAttention-2, 2023)
+// Compiled with DQ a workgroup owns BR queries and walks over keys; without, it owns BR keys and
+// walks over the queries of every head that shares them. Both recompute the scores.
+#version 460
+#include "attention.glsl"
+#ifdef SUBGROUP
+#extension GL_KHR_shader_subgroup_basic : require
+#endif
+
+layout(local_size_x_id = 0) in;
+layout(constant_id = 0) const uint WG = 128;
+layout(constant_id = 1) const uint D = 64;       // head_dim, padded to a multiple of 4 CG
+layout(constant_id = 2) const uint BR = 32;
+layout(constant_id = 3) const uint BC = 32;
+layout(constant_id = 4) const uint CG = 8;
+layout(constant_id = 5) const bool ALIGNED = false;
+layout(constant_id = 6) const bool HAS_CAP = false;
+layout(constant_id = 7) const bool HAS_BIAS = false;
+layout(constant_id = 8) const bool HAS_SLOPES = false;
+
+const uint DT = D / (4 * CG);
+const uint STRIDE = D / 4 + 1;
+
+shared vec4 s_first[BR * STRIDE];   // Q or K
+shared vec4 s_second[BR * STRIDE];  // dO or V
+shared vec4 s_tile[BC * STRIDE];
+#include "tiles.glsl"
+
+#define STORE(acc, address, view, size, in_range) \
+    [[unroll]] for (uint r = 0; r < TR; ++r) { \
+        uint row = rg + r * RG; \
+        if (in_range) \
+            [[unroll]] for (uint d = 0; d < DT; ++d) \
+                store4(address, view.element, (d * CG + cg) * 4, size, ALIGNED, acc[r][d]); \
+    }
+
+// From q k of query i and key j: the weight, and what a gradient of the score is multiplied by.
+vec2 weight(Sequence s, uint head, uint i, uint j, float product, float lse, float slope) {
+    if (!is_visible(s, i, j) || !(lse > LOWEST))
+        return vec2(0.0);
+    float derivative = p.softmax_scale;
+    float x;  // score - lse, rounded as late as can be: its error becomes the weight's relative one
+    if (HAS_CAP) {
+        float y = capped(product * p.scale);
+        derivative *= 1.0 - y * y;
+        x = fma(p.cap * LN_2, y, -lse);
+    } else {
+        x = fma(product, p.softmax_scale, -lse);
+    }
+    if (HAS_BIAS || HAS_SLOPES)
+        x += added(s, head, i, j, slope, HAS_SLOPES, HAS_BIAS);
+    return vec2(exp2(x * LOG2_E), derivative);
+}
+
+#ifdef DQ
+void main() {
+    uint t = THREAD, rg = t / CG, cg = t % CG;
+    Sequence s = sequence(gl_WorkGroupID.z);
+    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;
+    if (row0 >= s.len_q)
+        return;
+    uint head = gl_WorkGroupID.y, head_kv = head / p.group;
+    float slope = slope_of(s, head, HAS_SLOPES);
+    LOAD(s_first, BR, STRIDE, D, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
+    LOAD(s_second, BR, STRIDE, D, query_address(p.dout, s, head, row0 + row), p.dout, p.head_dim_v, row0 + row < s.len_q)
+    float lse[TR], delta[TR];
+    vec4 dq[TR][DT];
+    [[unroll]] for (uint r = 0; r < TR; ++r) {
+        uint i = min(row0 + rg + r * RG, s.len_q - 1);
+        lse[r] = read_float(statistic_address(p.lse, s, head, i));
+        delta[r] = read_float(statistic_address(p.delta, s, head, i));
+        [[unroll]] for (uint d = 0; d < DT; ++d)
+            dq[r][d] = vec4(0.0);
+    }
+    uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
+    for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
+        float products[TR][TC], grads[TR][TC];
+        barrier();
+        LOAD(s_tile, BC, STRIDE, D, key_address(p.v, s, head_kv, j0 + row, false), p.v, p.head_dim_v, j0 + row < s.len_k)
+        barrier();
+        MULTIPLY(grads, s_second, STRIDE, D)
+        barrier();
+        LOAD(s_tile, BC, STRIDE, D, key_address(p.k, s, head_kv, j0 + row, false), p.k, p.head_dim, j0 + row < s.len_k)
+        barrier();
+        MULTIPLY(products, s_first, STRIDE, D)
+        [[unroll]] for (uint r = 0; r < TR; ++r)
+            [[unroll]] for (uint c = 0; c < TC; ++c) {
+                vec2 w = weight(s, head, row0 + rg + r * RG, j0 + cg + c * CG, products[r][c], lse[r], slope);
+                grads[r][c] = w.x * (grads[r][c] - delta[r]) * w.y;
+            }
+        SHARE(grads)
+        barrier();
+        ACCUMULATE(dq, STRIDE)
+    }
+    STORE(dq, query_address(p.dq, s, head, row0 + row), p.dq, p.head_dim, row0 + row < s.len_q)
+}
+#else
+void main() {
+    uint t = THREAD, rg = t / CG, cg = t % CG;
+    Sequence s = sequence(gl_WorkGroupID.z);
+    uint row0 = gl_WorkGroupID.x * BR;  // causal: the first keys are seen by the most queries
+    if (row0 >= s.len_k)
+        return;
+    uint head_kv = gl_WorkGroupID.y;
+    LOAD(s_first, BR, STRIDE, D, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
+    LOAD(s_second, BR, STRIDE, D, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
+    vec4 dk[TR][DT], dv[TR][DT];
+    [[unroll]] for (uint r = 0; r < TR; ++r)
+        [[unroll]] for (uint d = 0; d < DT; ++d)
+            dk[r][d] = dv[r][d] = vec4(0.0);
+    uvec2 queries = seeing_queries(s, row0, min(row0 + BR, s.len_k) - 1);
+    for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
+        float slope = slope_of(s, head, HAS_SLOPES);
+        for (uint i0 = queries.x / BC * BC; i0 < queries.y; i0 += BC) {
+            float weights[TR][TC], grads[TR][TC], derivatives[TR][TC], delta[TC];
+            barrier();
+            LOAD(s_tile, BC, STRIDE, D, query_address(p.q, s, head, i0 + row), p.q, p.head_dim, i0 + row < s.len_q)
+            barrier();
+            MULTIPLY(weights, s_first, STRIDE, D)
+            [[unroll]] for (uint c = 0; c < TC; ++c) {
+                uint i = i0 + cg + c * CG;
+                float lse = LOWEST;
+                delta[c] = 0.0;
+                if (i < s.len_q) {
+                    lse = read_float(statistic_address(p.lse, s, head, i));
+                    delta[c] = read_float(statistic_address(p.delta, s, head, i));
+                }
+                [[unroll]] for (uint r = 0; r < TR; ++r) {
+                    vec2 w = weight(s, head, i, row0 + rg + r * RG, weights[r][c], lse, slope);
+                    weights[r][c] = w.x;
+                    derivatives[r][c] = w.y;
+                }
+            }
+            SHARE(weights)
+            barrier();
+            LOAD(s_tile, BC, STRIDE, D, query_address(p.dout, s, head, i0 + row), p.dout, p.head_dim_v, i0 + row < s.len_q)
+            barrier();
+            MULTIPLY(grads, s_second, STRIDE, D)
+            ACCUMULATE(dv, STRIDE)
+            [[unroll]] for (uint r = 0; r < TR; ++r)
+                [[unroll]] for (uint c = 0; c < TC; ++c)
+                    grads[r][c] = weights[r][c] * (grads[r][c] - delta[c]) * derivatives[r][c];
+            barrier();
+            SHARE(grads)
+            LOAD(s_tile, BC, STRIDE, D, query_address(p.q, s, head, i0 + row), p.q, p.head_dim, i0 + row < s.len_q)
+            barrier();
+            ACCUMULATE(dk, STRIDE)
+        }
+    }
+    STORE(dk, key_address(p.dk, s, head_kv, row0 + row, false), p.dk, p.head_dim, row0 + row < s.len_k)
+    STORE(dv, key_address(p.dv, s, head_kv, row0 + row, false), p.dv, p.head_dim_v, row0 + row < s.len_k)
+}
+#endif

@@ -1,0 +1,40 @@
+// Merge attention over parts of the keys: out = sum_s exp(lse_s - lse) out_s. One workgroup a row.
+#version 460
+#include "attention.glsl"
+
+layout(local_size_x_id = 0) in;
+layout(constant_id = 0) const uint WG = 64;
+
+void main() {
+    uint i = gl_WorkGroupID.x, head = gl_WorkGroupID.y;
+    Sequence s = sequence(gl_WorkGroupID.z);
+    if (i >= s.len_q)
+        return;
+    uint64_t row = (uint64_t(s.batch) * p.heads + head) * p.len_q + i;
+    uint64_t rows = uint64_t(p.batches) * p.heads * p.len_q;
+    float sink = p.sinks != 0 ? read_float(p.sinks + head * 4) : LOWEST;
+    float top = sink;
+    for (uint split = 0; split < p.splits; ++split)
+        top = max(top, read_float(p.part_lse + (split * rows + row) * 4));
+    float total = sink > LOWEST ? exp2((sink - top) * LOG2_E) : 0.0;
+    for (uint split = 0; split < p.splits; ++split) {
+        float lse = read_float(p.part_lse + (split * rows + row) * 4);
+        total += lse > LOWEST ? exp2((lse - top) * LOG2_E) : 0.0;
+    }
+    float norm = total > 0.0 ? 1.0 / total : 0.0;
+    if (gl_LocalInvocationIndex == 0)
+        write_float(
+            statistic_address(p.lse, s, head, i), total > 0.0 ? top + log(total) : MINUS_INFINITY
+        );
+    uint64_t out_row = query_address(p.out_, s, head, i);
+    for (uint d = gl_LocalInvocationIndex; d < p.head_dim_v; d += WG) {
+        float x = 0.0;
+        for (uint split = 0; split < p.splits; ++split) {
+            float lse = read_float(p.part_lse + (split * rows + row) * 4);
+            if (lse > LOWEST)
+                x += exp2((lse - top) * LOG2_E)
+                    * read_float(p.part_out + ((split * rows + row) * p.head_dim_v + d) * 4);
+        }
+        Element(out_row + d * p.out_.element * T_BYTES).value = narrow(x * norm);
+    }
+}

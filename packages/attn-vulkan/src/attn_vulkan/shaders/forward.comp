@@ -1,0 +1,180 @@
+// Attention, forward, in float32 arithmetic on any device.
+//
+// A workgroup owns BR rows of queries and walks over blocks of BC keys, FlashAttention-2's loop.
+// Invocations form RG x CG: each computes TR x TC scores, and TR rows x DT columns of the output.
+// Row r of a workgroup is query r / PACK of head r % PACK: with PACK > 1 the query heads that share
+// a key head share its loads.
+#version 460
+#include "attention.glsl"
+#ifdef SUBGROUP
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_shuffle : require
+#endif
+
+layout(local_size_x_id = 0) in;
+layout(constant_id = 0) const uint WG = 128;
+layout(constant_id = 1) const uint D = 64;       // head_dim, padded to a multiple of 4
+layout(constant_id = 2) const uint DV = 64;      // head_dim_v, padded to a multiple of 4 CG
+layout(constant_id = 3) const uint BR = 64;
+layout(constant_id = 4) const uint BC = 32;
+layout(constant_id = 5) const uint CG = 8;
+layout(constant_id = 6) const bool ALIGNED = false;
+layout(constant_id = 7) const bool HAS_CAP = false;
+layout(constant_id = 8) const bool HAS_BIAS = false;
+layout(constant_id = 9) const bool HAS_SLOPES = false;
+layout(constant_id = 10) const bool PAGED = false;
+layout(constant_id = 11) const bool SPLIT = false;
+layout(constant_id = 12) const uint PACK = 1;
+
+const uint DT = DV / (4 * CG);
+const uint Q_STRIDE = D / 4 + 1;
+const uint V_STRIDE = DV / 4 + 1;
+const uint KV_SIZE = BC * (Q_STRIDE > V_STRIDE ? Q_STRIDE : V_STRIDE);
+
+shared vec4 s_q[BR * Q_STRIDE];
+shared vec4 s_tile[KV_SIZE];
+#ifndef SUBGROUP
+shared float s_rows[BR * CG];
+#endif
+
+#include "tiles.glsl"
+
+// Each row's maximum over its CG invocations.
+void reduce_max(inout float x[TR], uint rg, uint cg) {
+#ifdef SUBGROUP
+    [[unroll]] for (uint r = 0; r < TR; ++r)
+        [[unroll]] for (uint k = 1; k < CG; k *= 2)
+            x[r] = max(x[r], subgroupShuffleXor(x[r], k));
+#else
+    barrier();
+    [[unroll]] for (uint r = 0; r < TR; ++r)
+        s_rows[(rg + r * RG) * CG + cg] = x[r];
+    barrier();
+    [[unroll]] for (uint r = 0; r < TR; ++r)
+        for (uint k = 0; k < CG; ++k)
+            x[r] = max(x[r], s_rows[(rg + r * RG) * CG + k]);
+#endif
+}
+
+void reduce_sum(inout float x[TR], uint rg, uint cg) {
+#ifdef SUBGROUP
+    [[unroll]] for (uint r = 0; r < TR; ++r)
+        [[unroll]] for (uint k = 1; k < CG; k *= 2)
+            x[r] += subgroupShuffleXor(x[r], k);
+#else
+    barrier();
+    [[unroll]] for (uint r = 0; r < TR; ++r)
+        s_rows[(rg + r * RG) * CG + cg] = x[r];
+    barrier();
+    [[unroll]] for (uint r = 0; r < TR; ++r) {
+        x[r] = 0.0;
+        for (uint k = 0; k < CG; ++k)
+            x[r] += s_rows[(rg + r * RG) * CG + k];
+    }
+#endif
+}
+
+void main() {
+    uint t = THREAD, rg = t / CG, cg = t % CG;
+    uint split = gl_WorkGroupID.z / p.batches;
+    Sequence s = sequence(gl_WorkGroupID.z % p.batches);
+    uint rows = s.len_q * PACK;
+    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;  // the longest causal rows first
+    if (row0 >= rows)
+        return;
+    uint head0 = gl_WorkGroupID.y * PACK;
+    uint head_kv = head0 / p.group;
+
+    LOAD(s_q, BR, Q_STRIDE, D, query_address(p.q, s, head0 + (row0 + row) % PACK, (row0 + row) / PACK), p.q, p.head_dim, row0 + row < rows)
+
+    float m[TR], l[TR], slope[TR];
+    vec4 acc[TR][DT];
+    [[unroll]] for (uint r = 0; r < TR; ++r) {
+        m[r] = LOWEST;
+        l[r] = 0.0;
+        slope[r] = slope_of(s, head0 + (row0 + rg + r * RG) % PACK, HAS_SLOPES);
+        [[unroll]] for (uint d = 0; d < DT; ++d)
+            acc[r][d] = vec4(0.0);
+    }
+
+    uint i_first = row0 / PACK, i_last = min((row0 + BR - 1) / PACK, s.len_q - 1);
+    uvec2 keys = visible_keys(s, i_first, i_last);
+    if (SPLIT) {
+        uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
+        keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
+    }
+    for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
+        barrier();
+        LOAD(s_tile, BC, Q_STRIDE, D, key_address(p.k, s, head_kv, j0 + row, PAGED), p.k, p.head_dim, j0 + row < s.len_k)
+        barrier();
+        float scores[TR][TC];
+        MULTIPLY(scores, s_q, Q_STRIDE, D)
+
+        bool masked = !all_visible(s, i_first, i_last, j0, j0 + BC - 1);
+        float m_new[TR];
+        [[unroll]] for (uint r = 0; r < TR; ++r) {
+            uint row = row0 + rg + r * RG, i = row / PACK;
+            m_new[r] = m[r];
+            [[unroll]] for (uint c = 0; c < TC; ++c) {
+                uint j = j0 + cg + c * CG;
+                scores[r][c] *= p.scale;
+                if (HAS_CAP)
+                    scores[r][c] = p.cap * capped(scores[r][c]);
+                if (HAS_BIAS || HAS_SLOPES)
+                    scores[r][c] += added(s, head0 + row % PACK, i, j, slope[r], HAS_SLOPES, HAS_BIAS) * LOG2_E;
+                if (masked && !is_visible(s, i, j))
+                    scores[r][c] = LOWEST;
+                m_new[r] = max(m_new[r], scores[r][c]);
+            }
+        }
+        reduce_max(m_new, rg, cg);
+        [[unroll]] for (uint r = 0; r < TR; ++r) {
+            float factor = exp2(m[r] - m_new[r]);
+            m[r] = m_new[r];
+            l[r] *= factor;
+            [[unroll]] for (uint d = 0; d < DT; ++d)
+                acc[r][d] *= factor;
+            [[unroll]] for (uint c = 0; c < TC; ++c) {
+                scores[r][c] = scores[r][c] > LOWEST ? exp2(scores[r][c] - m[r]) : 0.0;
+                l[r] += scores[r][c];
+            }
+        }
+        SHARE(scores)
+        barrier();
+        LOAD(s_tile, BC, V_STRIDE, DV, key_address(p.v, s, head_kv, j0 + row, PAGED), p.v, p.head_dim_v, j0 + row < s.len_k)
+        barrier();
+        ACCUMULATE(acc, V_STRIDE)
+    }
+
+    reduce_sum(l, rg, cg);
+    [[unroll]] for (uint r = 0; r < TR; ++r) {
+        uint row = row0 + rg + r * RG, i = row / PACK, head = head0 + row % PACK;
+        if (row >= rows)
+            continue;
+        float keep = 1.0;
+        if (!SPLIT && p.sinks != 0) {
+            float sink = read_float(p.sinks + head * 4) * LOG2_E;
+            float top = max(m[r], sink);
+            keep = exp2(m[r] - top);
+            l[r] = l[r] * keep + exp2(sink - top);
+            m[r] = top;
+        }
+        float norm = l[r] > 0.0 ? keep / l[r] : 0.0;
+        float lse = l[r] > 0.0 ? m[r] * LN_2 + log(l[r]) : MINUS_INFINITY;
+        if (SPLIT) {
+            uint64_t part = ((uint64_t(split) * p.batches + s.batch) * p.heads + head) * p.len_q + i;
+            if (cg == 0)
+                write_float(p.part_lse + part * 4, lse);
+            [[unroll]] for (uint d = 0; d < DT; ++d)
+                [[unroll]] for (uint e = 0; e < 4; ++e)
+                    if ((d * CG + cg) * 4 + e < p.head_dim_v)
+                        write_float(p.part_out + (part * p.head_dim_v + (d * CG + cg) * 4 + e) * 4, acc[r][d][e] * norm);
+            continue;
+        }
+        if (cg == 0)
+            write_float(statistic_address(p.lse, s, head, i), lse);
+        uint64_t out_row = query_address(p.out_, s, head, i);
+        [[unroll]] for (uint d = 0; d < DT; ++d)
+            store4(out_row, p.out_.element, (d * CG + cg) * 4, p.head_dim_v, ALIGNED, acc[r][d] * norm);
+    }
+}

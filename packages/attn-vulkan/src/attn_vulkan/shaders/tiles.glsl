@@ -1,0 +1,75 @@
+// Products of tiles in shared memory by a grid of RG x CG invocations: each has TR rows and TC columns
+// of a block of scores, and TR rows and DT vectors of an accumulator. Column cg TC + c of s_weights
+// holds column cg + c CG of a block, so that its writes are vectors.
+
+#ifdef SUBGROUP
+#define THREAD (gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID)
+#else
+#define THREAD gl_LocalInvocationIndex
+#endif
+
+const uint RG = WG / CG;
+const uint TR = BR / RG;
+const uint TC = BC / CG;
+const uint P_STRIDE = BC / 4 + 1;
+
+shared vec4 s_weights[BR * P_STRIDE];
+
+#define LOAD(shared_tile, count, stride, dim, address, view, size, in_range) \
+    for (uint x = t; x < (count) * (dim / 4); x += WG) { \
+        uint row = x / (dim / 4), d = x % (dim / 4) * 4; \
+        vec4 value = vec4(0.0); \
+        if (in_range) \
+            value = load4(address, view.element, d, size, ALIGNED); \
+        shared_tile[row * stride + d / 4] = value; \
+    }
+
+// block[r][c] = row rg + r RG of `rows` times row cg + c CG of s_tile. Summed in two levels: one
+// long chain of roundings would show in float32. The backward pass has to round as the forward pass
+// did, or the weight of a large score is wrong by the difference.
+#define MULTIPLY(block, rows, stride, dim) \
+    [[unroll]] for (uint r = 0; r < TR; ++r) \
+        [[unroll]] for (uint c = 0; c < TC; ++c) \
+            block[r][c] = 0.0; \
+    for (uint d0 = 0; d0 < dim / 4; d0 += 8) { \
+        float part[TR][TC]; \
+        [[unroll]] for (uint r = 0; r < TR; ++r) \
+            [[unroll]] for (uint c = 0; c < TC; ++c) \
+                part[r][c] = 0.0; \
+        for (uint d = d0; d < min(d0 + 8, dim / 4); ++d) { \
+            vec4 y[TC]; \
+            [[unroll]] for (uint c = 0; c < TC; ++c) \
+                y[c] = s_tile[(cg + c * CG) * stride + d]; \
+            [[unroll]] for (uint r = 0; r < TR; ++r) { \
+                vec4 x = rows[(rg + r * RG) * stride + d]; \
+                [[unroll]] for (uint c = 0; c < TC; ++c) \
+                    [[unroll]] for (uint e = 0; e < 4; ++e) \
+                        part[r][c] = fma(x[e], y[c][e], part[r][c]); \
+            } \
+        } \
+        [[unroll]] for (uint r = 0; r < TR; ++r) \
+            [[unroll]] for (uint c = 0; c < TC; ++c) \
+                block[r][c] += part[r][c]; \
+    }
+
+#define SHARE(block) \
+    [[unroll]] for (uint r = 0; r < TR; ++r) \
+        [[unroll]] for (uint c = 0; c < TC; c += 4) \
+            s_weights[(rg + r * RG) * P_STRIDE + (cg * TC + c) / 4] = \
+                vec4(block[r][c], block[r][c + 1], block[r][c + 2], block[r][c + 3]);
+
+// acc += s_weights s_tile
+#define ACCUMULATE(acc, stride) \
+    for (uint g = 0; g < CG; ++g) \
+        [[unroll]] for (uint c = 0; c < TC; c += 4) { \
+            vec4 weights[TR]; \
+            [[unroll]] for (uint r = 0; r < TR; ++r) \
+                weights[r] = s_weights[(rg + r * RG) * P_STRIDE + (g * TC + c) / 4]; \
+            [[unroll]] for (uint e = 0; e < 4; ++e) \
+                [[unroll]] for (uint d = 0; d < DT; ++d) { \
+                    vec4 y = s_tile[(g + (c + e) * CG) * stride + d * CG + cg]; \
+                    [[unroll]] for (uint r = 0; r < TR; ++r) \
+                        acc[r][d] = fma(vec4(weights[r][e]), y, acc[r][d]); \
+                } \
+        }
+

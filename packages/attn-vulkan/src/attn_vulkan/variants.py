@@ -1,0 +1,284 @@
+"""Which shader computes a problem on a device, and in which tiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from attn_vulkan.device import Device
+from attn_vulkan.problem import Problem
+
+_AnyTile = TypeVar("_AnyTile")
+
+VARIABLE = "ATTN_VULKAN_VARIANT"
+VARIANTS = ("matrix2", "matrix", "subgroup", "scalar")
+SHAPE = "16x16x16"
+
+_FLOAT = 4
+_HALF = 2
+_SUBGROUP = 32
+# More workgroups than this do not make a device busier; decoding splits its keys to get there.
+_BUSY_WORKGROUPS = {"discrete": 1024, "integrated": 128, "virtual": 1024, "other": 128, "cpu": 8}
+_MIN_SPLIT_KEYS = 256
+_PACKED_ROWS = 64
+
+
+class Tile(NamedTuple):
+    """How a scalar or subgroup shader cuts a problem: see forward.comp.
+
+    `threads` invocations own `rows` rows and walk over `columns` at a time; `column_threads` of
+    them share a row.
+    """
+
+    threads: int
+    rows: int
+    columns: int
+    column_threads: int
+
+
+class MatrixTile(NamedTuple):
+    """How forward_matrix.comp cuts one: `blocks` x 16 rows a subgroup, `columns` keys at a time."""
+
+    threads: int
+    blocks: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a workgroup."""
+        return self.threads // _SUBGROUP * self.blocks * 16
+
+
+class Matrix2Tile(NamedTuple):
+    """How forward_matrix2.comp cuts one."""
+
+    threads: int
+    rows: int
+    columns: int
+
+
+_FORWARD_TILES = (
+    Tile(128, 64, 64, 8),
+    Tile(128, 64, 32, 8),
+    Tile(64, 32, 32, 8),
+    Tile(64, 16, 32, 8),
+    Tile(64, 8, 32, 8),
+    Tile(32, 8, 16, 4),
+)
+_BACKWARD_TILES = (
+    Tile(128, 32, 32, 8),
+    Tile(64, 16, 32, 8),
+    Tile(64, 8, 32, 8),
+    Tile(32, 8, 16, 4),
+    Tile(16, 8, 8, 2),
+)
+# By the largest padded head dimension they serve.
+_MATRIX_TILES = {
+    64: MatrixTile(128, 1, 64),
+    128: MatrixTile(128, 1, 64),
+    256: MatrixTile(128, 1, 32),
+}
+_MATRIX2_TILES = {64: Matrix2Tile(128, 64, 64), 128: Matrix2Tile(256, 128, 64)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A shader with its specialisation constants, and how it covers a problem.
+
+    Attributes
+    ----------
+    shader : str
+        Name of its SPIR-V.
+    constants : tuple of int
+        Specialisation constants 0, 1, 2...
+    rows : int
+        Rows that a workgroup owns.
+    pack : int
+        Query heads whose queries are rows of one workgroup.
+    splits : int
+        Parts of the keys that are attended to on their own and merged.
+    """
+
+    shader: str
+    constants: tuple[int, ...]
+    rows: int
+    pack: int = 1
+    splits: int = 1
+
+    def groups(self, problem: Problem) -> tuple[int, int, int]:
+        """Workgroups to dispatch."""
+        tiles = -(-problem.len_q * self.pack // self.rows)
+        return tiles, problem.heads // self.pack, problem.batches * self.splits
+
+
+def refusal(device: Device, dtype: str) -> str | None:
+    """Say why `device` cannot compute in a dtype; None where it can."""
+    features = device.features
+    for name, words in (
+        ("buffer_device_address", "pointers to buffers (bufferDeviceAddress)"),
+        ("int64", "64-bit integers in shaders (shaderInt64)"),
+    ):
+        if not getattr(features, name):
+            return f"{device.name} lacks {words}"
+    if dtype != "float32" and not features.storage16:
+        return f"{device.name} lacks buffers of 16-bit numbers (storageBuffer16BitAccess)"
+    return None
+
+
+def available(device: Device, dtype: str) -> list[str]:
+    """Variants that run on a device without quirks, the fastest first."""
+    features = device.features
+    has_matrices = f"{dtype} {SHAPE}" in device.matrix_shapes and device.subgroup_size == _SUBGROUP
+    runs = {
+        "matrix2": has_matrices and features.cooperative_matrix2,
+        "matrix": has_matrices and features.cooperative_matrix,
+        "subgroup": features.subgroup_shuffle
+        and features.subgroup_size_control
+        and device.subgroup_size >= 8,
+        "scalar": True,
+    }
+    return [name for name in VARIANTS if runs[name]]
+
+
+def choose(runnable: Sequence[str], usable: Callable[[str], bool]) -> str:
+    """Return the first variant that is `usable`, or the one that ``ATTN_VULKAN_VARIANT`` names.
+
+    Raises
+    ------
+    ValueError
+        The variable names a variant that the device or the problem does not allow.
+    """
+    allowed = [name for name in runnable if usable(name)]
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return allowed[0]
+    if wanted not in allowed:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(allowed)}, got {wanted!r}")
+    return wanted
+
+
+def fits_forward(name: str, problem: Problem) -> bool:
+    """Whether the forward shader of a variant computes this problem at all."""
+    dims = problem.head_dim, problem.head_dim_v
+    if name == "matrix2":
+        is_dense = problem.is_aligned and not problem.block_size
+        return is_dense and max(dims) <= 128 and not _packs(problem)
+    return name != "matrix" or max(dims) <= 256
+
+
+def fits_backward(name: str, problem: Problem) -> bool:
+    """Whether the backward shaders of a variant compute this problem at all."""
+    return name not in ("matrix", "matrix2")
+
+
+def forward(device: Device, variant: str, problem: Problem, scale: float) -> Plan:
+    """Plan the forward pass."""
+    if variant == "matrix2":
+        return _forward_matrix2(problem, scale)
+    pack = problem.group if _packs(problem) else 1
+    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
+    if variant == "matrix":
+        tile = _of_dim(_MATRIX_TILES, padded(max(problem.head_dim, problem.head_dim_v), 16))
+        splits = _splits(device, problem, tile.rows, pack)
+        dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
+        constants = (tile.threads, *dims, tile.blocks, tile.columns, *flags)
+        constants += (problem.block_size > 0, splits > 1, pack, scale <= 0)
+        shader = f"forward_matrix_{problem.dtype}"
+        return Plan(shader, _numbers(constants), tile.rows, pack, splits)
+    rows = problem.len_q * pack
+    simple = _first_fitting(_FORWARD_TILES, device, rows, problem, _forward_bytes)
+    splits = _splits(device, problem, simple.rows, pack)
+    dims = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * simple.column_threads)
+    constants = (simple.threads, *dims, *simple[1:], *flags, problem.block_size > 0)
+    constants += (splits > 1, pack)
+    shader = f"forward_{_filled(variant, device, simple)}_{problem.dtype}"
+    return Plan(shader, _numbers(constants), simple.rows, pack, splits)
+
+
+def backward(device: Device, variant: str, problem: Problem) -> tuple[Plan, Plan]:
+    """Plan the two shaders of the backward pass: dq, then dk and dv."""
+    length = max(problem.len_q, problem.len_k)
+    tile = _first_fitting(_BACKWARD_TILES, device, length, problem, _backward_bytes)
+    dim = padded(max(problem.head_dim, problem.head_dim_v), 4 * tile.column_threads)
+    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
+    constants = _numbers((tile.threads, dim, *tile[1:], *flags))
+    shader = _filled(variant, device, tile)
+    dq, dkv = (
+        Plan(f"backward_{name}_{shader}_{problem.dtype}", constants, tile.rows)
+        for name in ("dq", "dkv")
+    )
+    return dq, dkv
+
+
+def padded(size: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def _forward_matrix2(problem: Problem, scale: float) -> Plan:
+    tile = _of_dim(_MATRIX2_TILES, padded(max(problem.head_dim, problem.head_dim_v), 16))
+    dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, tile.columns)
+    flags = (problem.softcap > 0, problem.has_bias, problem.has_slopes, scale <= 0)
+    constants = (tile.threads, *dims, tile.rows, tile.columns, *flags)
+    return Plan(f"forward_matrix2_{problem.dtype}", _numbers(constants), tile.rows)
+
+
+def _packs(problem: Problem) -> bool:
+    """Whether the query heads of a key head are so few rows that they share a workgroup."""
+    return problem.group > 1 and problem.len_q * problem.group <= _PACKED_ROWS
+
+
+def _splits(device: Device, problem: Problem, rows: int, pack: int) -> int:
+    groups = -(-problem.len_q * pack // rows) * (problem.heads // pack) * problem.batches
+    wanted = _BUSY_WORKGROUPS[device.type] // max(groups, 1)
+    return max(1, min(wanted, problem.len_k // _MIN_SPLIT_KEYS))
+
+
+def _of_dim(tiles: Mapping[int, _AnyTile], dim: int) -> _AnyTile:
+    return next(tile for limit, tile in tiles.items() if dim <= limit)
+
+
+def _first_fitting(
+    tiles: Sequence[Tile],
+    device: Device,
+    rows: int,
+    problem: Problem,
+    size: Callable[[Tile, Problem], int],
+) -> Tile:
+    """The largest tile that shared memory holds and that `rows` rows fill."""
+    fitting = [
+        tile
+        for tile in tiles
+        if size(tile, problem) <= device.shared_memory
+        and tile.column_threads <= max(device.subgroup_size, 4)
+    ]
+    filled = [tile for tile in fitting if tile.rows <= rows]
+    return filled[0] if filled else fitting[-1]
+
+
+def _filled(variant: str, device: Device, tile: Tile) -> str:
+    """The variant, but scalar where a workgroup is not made of full subgroups."""
+    return variant if tile.threads % device.subgroup_size == 0 else "scalar"
+
+
+def _forward_bytes(tile: Tile, problem: Problem) -> int:
+    dim, dim_v = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * tile.column_threads)
+    floats = (
+        tile.rows * (dim + 4)
+        + tile.columns * (max(dim, dim_v) + 4)
+        + tile.rows * (tile.columns + 4)
+        + tile.rows * tile.column_threads
+    )
+    return floats * _FLOAT
+
+
+def _backward_bytes(tile: Tile, problem: Problem) -> int:
+    dim = padded(max(problem.head_dim, problem.head_dim_v), 4 * tile.column_threads)
+    floats = (2 * tile.rows + tile.columns) * (dim + 4) + tile.rows * (tile.columns + 4)
+    return floats * _FLOAT
+
+
+def _numbers(constants: Sequence[int | bool]) -> tuple[int, ...]:
+    return tuple(map(int, constants))
