@@ -1,4 +1,4 @@
-"""What is measured: one module for each package, or part of one, with its providers, reference and counts."""
+"""What is measured: one module for each package or part of one, with all there is to know."""
 
 from __future__ import annotations
 

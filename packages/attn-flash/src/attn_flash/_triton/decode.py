@@ -304,10 +304,8 @@ def attention(
         span = capacity
         if left >= 0 and right >= 0:
             span = min(span, left + right + block_q + config.block_n)
-        num_splits = decode_configs.num_splits(
-            q.device, config, B * num_query_tiles * head_tiles,
-            problem.ceil_div(span, config.block_n),
-        )  # fmt: skip
+        num_programs = B * num_query_tiles * head_tiles
+        num_splits = decode_configs.num_splits(q, v_cache, config, num_programs, span)
     parts, parts_lse = out, lse
     if num_splits > 1:
         parts = q.new_empty((num_splits, B, M, H, D_v), dtype=torch.float32)

@@ -14,9 +14,10 @@ from attn_core.tuning import Table, TileConfig, pick
 from attn_flash._triton.problem import padded_head_dim
 
 FEW, SOME = 16, 64  # rows
-_PROGRAMS_PER_SM = 2
 _WAVES = 4  # of programs that keep all processors busy though sequences are unequal
+_LONGEST = 1 << 15  # keys that one program may be left alone with
 _MAX_SPLITS = 256
+_SHARED_HALF = 100 << 10  # bytes of keys and values that let two programs share a processor
 _KEY_TILE_BYTES = 1 << 15  # of keys and values that one stage of the pipeline holds
 
 
@@ -40,13 +41,13 @@ DECODE = Table(
         ("sm", 64, 2, "few"): TileConfig(16, 64, 4, 3),
         ("sm", 128, 2, "few"): TileConfig(16, 64, 4, 3),
         ("sm", 256, 2, "few"): TileConfig(16, 32, 4, 3),
-        ("sm_90", 64, 2, "few"): TileConfig(16, 64, 4, 4),
+        ("sm_90", 64, 2, "few"): TileConfig(16, 128, 4, 3),
         ("sm_90", 64, 2, "some"): TileConfig(64, 64, 4, 3),
         ("sm_90", 64, 2, "many"): TileConfig(128, 64, 8, 3),
-        ("sm_90", 128, 2, "few"): TileConfig(16, 64, 4, 4),
+        ("sm_90", 128, 2, "few"): TileConfig(16, 128, 4, 3),
         ("sm_90", 128, 2, "some"): TileConfig(64, 64, 4, 3),
         ("sm_90", 128, 2, "many"): TileConfig(128, 64, 8, 3),
-        ("sm_90", 256, 2, "few"): TileConfig(16, 32, 4, 4),
+        ("sm_90", 256, 2, "few"): TileConfig(16, 32, 4, 3),
         ("sm_90", 256, 2, "some"): TileConfig(64, 32, 4, 2),
         ("sm_90", 256, 2, "many"): TileConfig(128, 64, 8, 2),
     },
@@ -72,14 +73,23 @@ def tiles(q: torch.Tensor, v_cache: torch.Tensor) -> TileConfig:
 
 
 def num_splits(
-    device: torch.device, config: TileConfig, num_programs: int, num_key_tiles: int
+    q: torch.Tensor, v_cache: torch.Tensor, config: TileConfig, num_programs: int, span: int
 ) -> int:
     """Into how many parts the keys of each tile are cut, from shapes alone.
 
     One wave of programs is enough where all of them run at once. Where they do not, decoded
     sequences of different lengths finish at different times unless the parts are small; larger
-    tiles have too many rows for that, and their parts would cost more than they gain.
+    tiles have too many rows for that, and their parts would cost more than they gain. `span` is the
+    number of keys that a tile may see.
     """
-    slots = _PROGRAMS_PER_SM * device_info(device).num_sms
+    slots = _programs_per_sm(q, v_cache, config) * device_info(q.device).num_sms
     waves = _WAVES if config.block_m <= FEW and num_programs >= slots else 1
-    return max(1, min(waves * slots // num_programs, num_key_tiles, _MAX_SPLITS))
+    wanted = max(waves * slots // num_programs, -(-span // _LONGEST))
+    return max(1, min(wanted, -(-span // config.block_n), _MAX_SPLITS))
+
+
+def _programs_per_sm(q: torch.Tensor, v_cache: torch.Tensor, config: TileConfig) -> int:
+    """How many programs one processor has room for, as far as it pays."""
+    width = padded_head_dim(q.shape[3]) + padded_head_dim(v_cache.shape[3])
+    held = (config.num_stages - 1) * config.block_n * width * q.element_size()
+    return 2 if held <= _SHARED_HALF else 1
