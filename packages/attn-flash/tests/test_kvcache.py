@@ -8,6 +8,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attn_core.testing import assert_within_budget
 from attn_flash import UnsupportedProblemError, flash_attn_with_kvcache, kvcache_ops
@@ -268,3 +270,52 @@ def test_a_step_exports():
     args = (torch.randn(2, 1, 4, 16), *torch.randn(2, 2, 9, 2, 16).unbind(0), int32(4, 9))
     program = torch.export.export(Step(), args)
     torch.testing.assert_close(program.module()(*args), Step()(*args))
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw):
+    """Any sizes and options; lengths may be more than fits."""
+    page = draw(st.sampled_from((0, 1, 3, 16)))
+    new = draw(st.integers(0, 4))
+    D = draw(st.integers(1, 24))
+    heads_kv = draw(st.integers(1, 3))
+    window = st.integers(-1, 40)
+    return KVCacheCase(
+        tuple(draw(st.lists(st.integers(0, 34), min_size=1, max_size=3))),
+        M=draw(st.integers(1, 6)),
+        new=new,
+        H=heads_kv * draw(st.integers(1, 3)),
+        H_KV=heads_kv,
+        D=D,
+        D_v=draw(st.integers(1, 24)),
+        capacity=-(-32 // max(page, 1)) * max(page, 1),
+        page=page,
+        rotary=2 * draw(st.integers(0, D // 2)) if new else 0,
+        interleaved=draw(st.booleans()),
+        causal=draw(st.booleans()),
+        window=(draw(window), draw(window)),
+        softcap=draw(st.sampled_from((0.0, 2.0))),
+        alibi=draw(st.booleans()),
+        batch_idx=draw(st.booleans()),
+        leftpad=draw(st.booleans()),
+        splits=draw(st.integers(0, 5)),
+        scale=draw(st.sampled_from((None, 0.7, -0.3, 0.0))),
+    )
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(problems())
+def test_any_call_is_right_or_refused(case):
+    too_long = max(case.lens) + case.new > case.capacity
+    rotated_to = max(case.lens) + case.M if case.rotary else 0
+    if too_long:
+        case = case._replace(leftpad=False)
+        inputs = case._replace(lens=(0,) * len(case.lens)).inputs(torch.float32, CPU)
+        inputs["cache_seqlens"] = int32(*case.lens)
+        with pytest.raises(ValueError, match="cache_seqlens must hold values from 0 to"):
+            flash_attn_with_kvcache(**inputs, **case.options())
+    elif rotated_to <= case.capacity:
+        check(case)

@@ -230,6 +230,42 @@ def apply_rotary_emb_kv_(
     return _rotate_parts(kv, "kv", ((0, 1),), (cos, sin), interleaved, seqlen_offsets, backend)
 
 
+def rotate_heads_first(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q (B, H, M, D) and k (B, H_KV, N, D), the last of both to the same position."""
+    require_rank("q", q, "(B, H, M, D)")
+    require_rank("k", k, "(B, H_KV, N, D)")
+    cos, sin = (_two_dimensional(name, table) for name, table in (("cos", cos), ("sin", sin)))
+    offset = k.shape[2] - q.shape[2]
+    if offset < 0:
+        raise ValueError(
+            f"q must have at most as many tokens as k where both are rotated, {k.shape[2]}, got "
+            f"{q.shape[2]}"
+        )
+    q, k = (
+        apply_rotary_emb(
+            x.transpose(1, 2), cos, sin, interleaved, False, start, backend=backend
+        ).transpose(1, 2)
+        for x, start in ((q, offset), (k, 0))
+    )
+    return q, k
+
+
+def _two_dimensional(name: str, table: torch.Tensor) -> torch.Tensor:
+    """Drop leading dimensions of length 1, as models carry them to broadcast against heads."""
+    while isinstance(table, torch.Tensor) and table.dim() > 2 and table.shape[0] == 1:
+        table = table[0]
+    require_rank(name, table, "(S_rotary, D_rotary / 2)")
+    return table
+
+
 class RotaryEmbedding(torch.nn.Module):
     """Rotary embedding whose tables grow with the sequences it meets.
 
