@@ -47,6 +47,27 @@ def arrive_at(BARRIER: gl.constexpr, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.constexpr_function
+def _stage_ptx(action, threads):
+    return f"bar.{action} $1, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def meet_at_stage(FIRST: gl.constexpr, stage, THREADS: gl.constexpr):
+    """Wait at the named barrier of a stage of a ring; stage 0 has barrier FIRST."""
+    PTX: gl.constexpr = _stage_ptx("sync", THREADS)
+    barrier = gl.to_tensor(FIRST + stage)
+    gl.inline_asm_elementwise(PTX, "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive_at_stage(FIRST: gl.constexpr, stage, THREADS: gl.constexpr):
+    """Be counted at the named barrier of a stage of a ring without waiting for the others."""
+    PTX: gl.constexpr = _stage_ptx("arrive", THREADS)
+    barrier = gl.to_tensor(FIRST + stage)
+    gl.inline_asm_elementwise(PTX, "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.jit
 def keep_branch():
     """Stop the compiler from turning the branch around this into selects on both sides."""

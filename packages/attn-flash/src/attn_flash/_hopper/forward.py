@@ -1,0 +1,591 @@
+"""Forward pass for sm_90a: one warp copies, two or three warpgroups compute 64 queries each.
+
+Scores, softmax and output follow FlashAttention's recurrence over blocks of keys, from the last
+block that a tile of queries sees to the first:
+
+    S = Q K^T,   m' = max(m, rowmax S),   P = exp(scale (S - m')),
+    l = exp(scale (m - m')) l + rowsum P,   O = exp(scale (m - m')) O + P V.
+
+A warpgroup keeps S, P and O in registers. It starts S of a block together with P V of the block
+before, and does its softmax while another warpgroup's products run. The first S of the next tile
+starts with the last P V of this one, so nothing drains between tiles. docs/attn-flash-hopper.md
+draws the protocol of the barriers.
+
+Shah et al., "FlashAttention-3", 2024.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_flash._hopper import configs, problem
+from attn_flash._hopper.descriptors import rows_descriptor
+from attn_flash._hopper.primitives import (
+    accumulator_layout,
+    arrive_at,
+    arrive_at_stage,
+    exp2,
+    load_rows,
+    meet_at,
+    meet_at_stage,
+    record,
+    store_rows,
+)
+
+_ROWS = gl.constexpr(64)  # queries of one consumer
+_LN_2 = gl.constexpr(0.6931471805599453)
+
+# Named barriers; those below 6 are the compiler's.
+_K_EMPTY = gl.constexpr(6)  # and the next two
+_V_EMPTY = gl.constexpr(9)  # and the next two
+_TURN = gl.constexpr(12)  # one for each consumer
+
+
+@record
+class _Tensors:
+    """What the copy engine reads and writes, as [B, H or H_KV, M or N, D]."""
+
+    q: tma.tensor_descriptor  # in tiles of _ROWS, as out
+    k: tma.tensor_descriptor  # in tiles of BLOCK_N, as v
+    v: tma.tensor_descriptor
+    out: tma.tensor_descriptor
+    out_ptr: gl.tensor  # [B, M, H, HEAD_DIM], contiguous
+
+
+@record
+class _Shared:
+    """Shared memory of a program, and the barriers that say what is in it."""
+
+    q: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, _ROWS, BLOCK_D]
+    k: gl.shared_memory_descriptor  # [K_STAGES, BLOCK_N, BLOCK_D]
+    v: gl.shared_memory_descriptor  # [V_STAGES, BLOCK_N, BLOCK_D]
+    out: gl.shared_memory_descriptor  # [CONSUMERS, _ROWS, BLOCK_D], with STAGES_OUT
+    tile: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, 1]: the number of q's tile
+    q_full: gl.shared_memory_descriptor  # of each buffer of q, as q_empty
+    q_empty: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+
+
+@record
+class _Problem:
+    """Sizes and window of the call, and the order of its tiles."""
+
+    M: gl.tensor
+    N: gl.tensor
+    H: gl.tensor
+    group: gl.tensor  # query heads of a key head
+    num_tiles: gl.tensor  # of a head
+    num_heads: gl.tensor  # of all batch entries
+    heads_per_group: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    scale_log2: gl.tensor
+    next_ptr: gl.tensor  # counts the tiles that programs have taken beyond their first
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    HAS_LEFT: gl.constexpr
+    HAS_RIGHT: gl.constexpr
+    EVEN_N: gl.constexpr
+    NEGATE: gl.constexpr
+    DYNAMIC: gl.constexpr
+    TAKES_TURNS: gl.constexpr
+    STAGES_OUT: gl.constexpr
+    HEAD_DIM: gl.constexpr
+
+
+@record
+class _Tile:
+    """Queries of one head, and the key blocks [first, last) that they see."""
+
+    m: gl.tensor
+    b: gl.tensor
+    h: gl.tensor
+    first: gl.tensor
+    last: gl.tensor
+
+
+@gluon.jit
+def _tile(problem, number):
+    """Return tile `number`: with a closed window by groups of heads, the longest first."""
+    if problem.HAS_RIGHT:
+        tiles_per_group = problem.num_tiles * problem.heads_per_group
+        group = number // tiles_per_group
+        first_head = group * problem.heads_per_group
+        width = gl.minimum(problem.heads_per_group, problem.num_heads - first_head)
+        rank = number - group * tiles_per_group
+        head = first_head + rank % width
+        m = problem.num_tiles - 1 - rank // width
+    else:
+        head = number // problem.num_tiles
+        m = number - head * problem.num_tiles
+    start = m * problem.BLOCK_M + problem.N - problem.M  # position of the first query
+    first = gl.to_tensor(0)
+    last = gl.cdiv(problem.N, problem.BLOCK_N)
+    if problem.HAS_RIGHT:
+        end_key = gl.maximum(start + problem.BLOCK_M + problem.right, 1)
+        last = gl.minimum(last, gl.cdiv(end_key, problem.BLOCK_N))
+    if problem.HAS_LEFT:
+        first_key = gl.maximum(start - problem.left, 0)
+        first = gl.minimum(first_key // problem.BLOCK_N, last - 1)
+    b = head // problem.H
+    return _Tile(m, b, head - b * problem.H, first, last)
+
+
+@gluon.jit
+def _next_number(problem, number):
+    """Return the number of the program's next tile; past the last one there is none."""
+    if problem.DYNAMIC:
+        taken = gl.atomic_add(problem.next_ptr, 1, sem="relaxed")
+        total = problem.num_tiles * problem.num_heads
+        if taken == total - 1:  # the last of all programs leaves the counter as it was
+            gl.store(problem.next_ptr, 0)
+        return taken + gl.num_programs(0)
+    else:
+        return number + gl.num_programs(0)
+
+
+@gluon.jit
+def _load_queries(tensors, shared, problem, tile, number, round):
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+    STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for w in gl.static_range(CONSUMERS):
+        i = round % STAGES * CONSUMERS + w
+        full = shared.q_full.index(i)
+        mbarrier.wait(shared.q_empty.index(i), (round // STAGES + 1) & 1)
+        if problem.DYNAMIC:
+            shared.tile.index(i).store(gl.full([1], number, gl.int32, LAYOUT))
+        if number < problem.num_tiles * problem.num_heads:
+            row = tile.m * problem.BLOCK_M + w * _ROWS
+            mbarrier.expect(full, tensors.q.block_type.nbytes)
+            load_rows(tensors.q, tile.b, tile.h, row, full, shared.q.index(i))
+        else:
+            mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def _load_block(desc, buffers, fulls, EMPTY: gl.constexpr, problem, tile, block, count):
+    """Copy a block of keys or values of the tile, the program's number `count`."""
+    STAGES: gl.constexpr = buffers.shape[0]
+    THREADS: gl.constexpr = problem.BLOCK_M * 2 + 32
+    i = count % STAGES
+    if count >= STAGES:
+        meet_at_stage(EMPTY, i, THREADS)
+    mbarrier.expect(fulls.index(i), desc.block_type.nbytes)
+    load_rows(
+        desc, tile.b, tile.h // problem.group, block * problem.BLOCK_N,
+        fulls.index(i), buffers.index(i),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _absorb(buffers, EMPTY: gl.constexpr, problem, count):
+    """Meet the consumers' last arrivals, which must not outlive the program."""
+    STAGES: gl.constexpr = buffers.shape[0]
+    THREADS: gl.constexpr = problem.BLOCK_M * 2 + 32
+    for j in range(gl.maximum(count - STAGES, 0), count):
+        meet_at_stage(EMPTY, j % STAGES, THREADS)
+
+
+@gluon.jit
+def _load(tensors, shared, problem):
+    """Copy queries, keys and values in the order in which the consumers use them."""
+    total = problem.num_tiles * problem.num_heads
+    number = gl.program_id(0)
+    tile = _tile(problem, number)
+    round = 0
+    count = 0  # blocks of values so far
+    _load_queries(tensors, shared, problem, tile, number, round)
+    _load_block(
+        tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, tile.last - 1, count
+    )
+    while number < total:
+        for block in range(tile.last - 1, tile.first, -1):
+            _load_block(
+                tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, block - 1, count + 1
+            )
+            _load_block(
+                tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, block, count
+            )
+            count += 1
+        number = _next_number(problem, number)
+        following = _tile(problem, number)
+        round += 1
+        if problem.DYNAMIC or number < total:
+            _load_queries(tensors, shared, problem, following, number, round)
+        if number < total:
+            _load_block(
+                tensors.k, shared.k, shared.k_full, _K_EMPTY,
+                problem, following, following.last - 1, count + 1,
+            )  # fmt: skip
+        _load_block(
+            tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, tile.first, count
+        )
+        count += 1
+        tile = following
+    _absorb(shared.k, _K_EMPTY, problem, count)
+    _absorb(shared.v, _V_EMPTY, problem, count)
+
+
+@gluon.jit
+def _mask(s, problem, row, key):
+    """Hide what the window and the end of the keys hide of scores that start at (row, key)."""
+    LAYOUT: gl.constexpr = s.type.layout
+    rows = gl.expand_dims(gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
+    keys = gl.expand_dims(gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # Bits 1 and 2 of a column come from the lane. On the other side of the comparison they leave an
+    # immediate on this one; otherwise every column's number takes a register through the loop.
+    fixed = keys & (s.shape[1] - 7)
+    lane = keys & 6
+    ahead = rows - lane + (row + problem.N - problem.M - key)
+    if problem.HAS_RIGHT:
+        s = gl.where(fixed <= ahead + problem.right, s, float("-inf"))
+    if problem.HAS_LEFT:
+        s = gl.where(fixed >= ahead - problem.left, s, float("-inf"))
+    if not problem.EVEN_N:
+        s = gl.where(fixed < problem.N - key - lane, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _crosses_edge(problem, row, key):
+    """Whether the window hides any of BLOCK_N keys from `key` for _ROWS queries from `row`."""
+    position = row + problem.N - problem.M
+    crosses = key < 0
+    if problem.HAS_RIGHT:
+        crosses = key + problem.BLOCK_N - 1 > position + problem.right
+    if problem.HAS_LEFT:
+        crosses = crosses | (key < position + _ROWS - 1 - problem.left)
+    return crosses
+
+
+@gluon.jit
+def _row_max(s):
+    """Maximum of each row, in two levels: in-thread chains are half as long."""
+    parts = gl.max(gl.reshape(s, [s.shape[0], s.shape[1] // 8, 8]), axis=1)
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    return gl.convert_layout(gl.max(parts, axis=1), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _thread_sums(p):
+    """Sum of each thread's columns, [_ROWS, 8]: threads add theirs up once a tile."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), axis=1)
+
+
+@gluon.jit
+def _softmax(s, m_i, problem):
+    """Return P, the new running maximum and the factor of sums that used the old one."""
+    if problem.NEGATE:  # a running maximum needs a scale that is not negative
+        s = -s
+    m_new = gl.maximum(m_i, _row_max(s))
+    pivot = m_new * problem.scale_log2
+    if problem.HAS_LEFT or problem.HAS_RIGHT:
+        pivot = gl.where(m_new == float("-inf"), 0.0, pivot)
+    alpha = exp2(m_i * problem.scale_log2 - pivot)
+    p = exp2(s * problem.scale_log2 - gl.expand_dims(pivot, 1))
+    return p, m_new, alpha
+
+
+@gluon.jit
+def _scale_rows(x, factor):
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    return x * gl.expand_dims(gl.convert_layout(factor, LAYOUT, assert_trivial=True), 1)
+
+
+@gluon.jit
+def _store_registers(tensors, problem, tile, row, out):
+    """Write rows of out straight from registers."""
+    LAYOUT: gl.constexpr = out.type.layout
+    offs_m = row + gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    head = (tile.b * problem.M).to(gl.int64) * problem.H + tile.h
+    offs = gl.expand_dims(offs_m * (problem.H * problem.HEAD_DIM), 1) + gl.expand_dims(offs_d, 0)
+    mask = gl.expand_dims(offs_m < problem.M, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM, 0)
+    gl.store(tensors.out_ptr + head * problem.HEAD_DIM + offs, out, mask=mask)
+
+
+@gluon.jit
+def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.constexpr):
+    """Normalise a tile's output, and write it and lse."""
+    l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
+    row = tile.m * problem.BLOCK_M + W * _ROWS
+    offs_m = row + gl.arange(0, _ROWS, layout=m_i.type.layout)
+    lse = gl.where(l_i > 0.0, (m_i * problem.scale_log2 + gl.log2(l_i)) * _LN_2, float("-inf"))
+    lse_row = (tile.b * problem.H + tile.h).to(gl.int64) * problem.M
+    gl.store(lse_ptr + lse_row + offs_m, lse, mask=offs_m < problem.M)
+    out = _scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
+    if problem.STAGES_OUT:
+        tma.store_wait(0)  # the last tile has left the buffer
+        shared.out.index(W).store(out)
+        fence_async_shared()
+        store_rows(tensors.out, tile.b, tile.h, row, shared.out.index(W))
+    else:
+        _store_registers(tensors, problem, tile, row, out)
+
+
+@gluon.jit
+def _start_scores(shared, problem, q, count, W: gl.constexpr):
+    """Start S of the program's block `count`, in this consumer's turn."""
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+    STAGES: gl.constexpr = shared.k.shape[0]
+    LAYOUT: gl.constexpr = accumulator_layout(problem.BLOCK_N)
+    i = count % STAGES
+    mbarrier.wait(shared.k_full.index(i), (count // STAGES) & 1)
+    if problem.TAKES_TURNS:
+        meet_at(_TURN + W, 256)
+    zeros = gl.zeros([_ROWS, problem.BLOCK_N], gl.float32, LAYOUT)
+    return warpgroup_mma(q, shared.k.index(i).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _pass_turn(problem, W: gl.constexpr):
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+    if problem.TAKES_TURNS:
+        arrive_at(_TURN + (W + 1) % CONSUMERS, 256)
+
+
+@gluon.jit
+def _start_output(shared, p, acc, count):
+    """Start O + P V of the program's block `count`."""
+    STAGES: gl.constexpr = shared.v.shape[0]
+    i = count % STAGES
+    mbarrier.wait(shared.v_full.index(i), (count // STAGES) & 1)
+    return warpgroup_mma(p, shared.v.index(i), acc, is_async=True)
+
+
+@gluon.jit
+def _release(buffers, EMPTY: gl.constexpr, problem, count):
+    arrive_at_stage(EMPTY, count % buffers.shape[0], problem.BLOCK_M * 2 + 32)
+
+
+@gluon.jit
+def _tile_at(shared, problem, number, i):
+    """The tile whose queries are in buffer i."""
+    if problem.DYNAMIC:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        number = gl.max(shared.tile.index(i).load(LAYOUT), axis=0)
+    return number, _tile(problem, number)
+
+
+@gluon.jit
+def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
+    """Compute rows [64 W, 64 W + 64) of each of the program's tiles."""
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+    Q_STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
+    BLOCK_N: gl.constexpr = problem.BLOCK_N
+    BLOCK_D: gl.constexpr = shared.q.shape[2]
+    DTYPE: gl.constexpr = tensors.q.dtype
+    O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=2)
+    IS_MASKED: gl.constexpr = problem.HAS_LEFT or problem.HAS_RIGHT or not problem.EVEN_N
+    NO_MAX: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
+    total = problem.num_tiles * problem.num_heads
+    if problem.TAKES_TURNS:
+        if W == CONSUMERS - 1:
+            arrive_at(_TURN, 256)
+
+    number = gl.program_id(0)
+    tile = _tile(problem, number)
+    round = 0
+    count = 0  # blocks of keys so far
+    q = shared.q.index(W)
+    mbarrier.wait(shared.q_full.index(W), 0)
+    s = _start_scores(shared, problem, q, count, W)
+    _pass_turn(problem, W)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    _release(shared.k, _K_EMPTY, problem, count)
+    row = tile.m * problem.BLOCK_M + W * _ROWS
+    if IS_MASKED:
+        s = _mask(s, problem, row, (tile.last - 1) * BLOCK_N)
+    none = gl.full([_ROWS], float("-inf"), gl.float32, NO_MAX)
+    p, m_i, _ = _softmax(s, none, problem)
+    sums = _thread_sums(p)
+    p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
+    acc = gl.zeros([_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+    while number < total:
+        for block in range(tile.last - 2, tile.first - 1, -1):
+            s = _start_scores(shared, problem, q, count + 1, W)
+            acc = _start_output(shared, p_operand, acc, count)
+            _pass_turn(problem, W)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            _release(shared.k, _K_EMPTY, problem, count + 1)
+            if problem.HAS_LEFT or problem.HAS_RIGHT:
+                if _crosses_edge(problem, row, block * BLOCK_N):
+                    s = _mask(s, problem, row, block * BLOCK_N)
+            p, m_i, alpha = _softmax(s, m_i, problem)
+            sums = _scale_rows(sums, alpha) + _thread_sums(p)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            _release(shared.v, _V_EMPTY, problem, count)
+            acc = _scale_rows(acc, alpha)
+            p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
+            count += 1
+        # Between two tiles: the last output of this one under the first scores of the next.
+        mbarrier.arrive(shared.q_empty.index(round % Q_STAGES * CONSUMERS + W), count=1)
+        round += 1
+        i = round % Q_STAGES * CONSUMERS + W
+        if problem.DYNAMIC:
+            mbarrier.wait(shared.q_full.index(i), (round // Q_STAGES) & 1)
+            number, following = _tile_at(shared, problem, number, i)
+        else:
+            number += gl.num_programs(0)
+            following = _tile(problem, number)
+        if number < total:
+            if not problem.DYNAMIC:
+                mbarrier.wait(shared.q_full.index(i), (round // Q_STAGES) & 1)
+            q = shared.q.index(i)
+            s = _start_scores(shared, problem, q, count + 1, W)
+            acc = _start_output(shared, p_operand, acc, count)
+            _pass_turn(problem, W)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            _release(shared.k, _K_EMPTY, problem, count + 1)
+            row = following.m * problem.BLOCK_M + W * _ROWS
+            if IS_MASKED:
+                s = _mask(s, problem, row, (following.last - 1) * BLOCK_N)
+            p, m_new, _ = _softmax(s, none, problem)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            _release(shared.v, _V_EMPTY, problem, count)
+            _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W)
+            m_i = m_new
+            sums = _thread_sums(p)
+            acc = gl.zeros([_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+            p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
+            count += 1
+            tile = following
+    acc = _start_output(shared, p_operand, acc, count)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    _release(shared.v, _V_EMPTY, problem, count)
+    _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W)
+    tma.store_wait(0)
+    if problem.TAKES_TURNS:
+        if W == 0:  # the turn that the last consumer passed on
+            meet_at(_TURN, 256)
+
+
+@gluon.jit
+def _attend_first(tensors, shared, problem, lse_ptr):
+    _attend(tensors, shared, problem, lse_ptr, 0)
+
+
+@gluon.jit
+def _attend_second(tensors, shared, problem, lse_ptr):
+    _attend(tensors, shared, problem, lse_ptr, 1)
+
+
+@gluon.jit
+def _attend_third(tensors, shared, problem, lse_ptr):
+    _attend(tensors, shared, problem, lse_ptr, 2)
+
+
+# fmt: off
+@gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_forward_kernel(
+    q_desc, k_desc, v_desc, out_desc,  # [B, H or H_KV, M or N, D]
+    out_ptr,  # [B, M, H, HEAD_DIM], contiguous
+    lse_ptr,  # [B, H, M], contiguous
+    next_ptr,
+    M, N, H, group, num_tiles, num_heads, heads_per_group,
+    scale_log2, left, right,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    DYNAMIC: gl.constexpr, TAKES_TURNS: gl.constexpr, STAGES_OUT: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):
+    # fmt: on
+    CONSUMERS: gl.constexpr = BLOCK_M // _ROWS
+    DTYPE: gl.constexpr = q_desc.dtype
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shared = _Shared(
+        gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, _ROWS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [K_STAGES, BLOCK_N, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [V_STAGES, BLOCK_N, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(
+            DTYPE, [CONSUMERS if STAGES_OUT else 1, _ROWS, BLOCK_D if STAGES_OUT else 64], SWIZZLED
+        ),
+        gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS, 1], FLAT),
+        gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER),
+    )
+    for i in gl.static_range(Q_STAGES * CONSUMERS):
+        mbarrier.init(shared.q_full.index(i), count=1)
+        mbarrier.init(shared.q_empty.index(i), count=1)
+    for i in gl.static_range(K_STAGES):
+        mbarrier.init(shared.k_full.index(i), count=1)
+    for i in gl.static_range(V_STAGES):
+        mbarrier.init(shared.v_full.index(i), count=1)
+    tensors = _Tensors(q_desc, k_desc, v_desc, out_desc, out_ptr)
+    problem = _Problem(
+        M, N, H, group, num_tiles, num_heads, heads_per_group, left, right, scale_log2, next_ptr,
+        BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, EVEN_N, NEGATE, DYNAMIC, TAKES_TURNS,
+        STAGES_OUT, HEAD_DIM,
+    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_attend_first, (tensors, shared, problem, lse_ptr)),
+                (_attend_second, (tensors, shared, problem, lse_ptr)),
+                (_load, (tensors, shared, problem)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend_first, (tensors, shared, problem, lse_ptr)),
+                (_attend_second, (tensors, shared, problem, lse_ptr)),
+                (_attend_third, (tensors, shared, problem, lse_ptr)),
+                (_load, (tensors, shared, problem)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: tuple[int, int],
+    schedule=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
+    B, M, H, D = q.shape
+    _, N, H_KV, _ = k.shape
+    out = q.new_empty((B, M, H, D))
+    lse = q.new_empty((B, H, M), dtype=torch.float32)
+    left, right = window
+    block_d = problem.padded_head_dim(D)
+    sch = schedule or configs.Schedule()
+    block_m = 64 * sch.consumers
+    num_tiles = -(-M // block_m)
+    total = num_tiles * B * H
+    grid = min(total, problem.num_sms(q.device)) if sch.is_persistent else total
+    k_rows = sch.block_n
+    kernel = _attention_forward_kernel[(grid,)](
+        rows_descriptor(q, 64, block_d), rows_descriptor(k, k_rows, block_d),
+        rows_descriptor(v, k_rows, block_d), rows_descriptor(out, 64, block_d),
+        out, lse, problem.counter(q.device),
+        M, N, H, H // H_KV, num_tiles, B * H, problem.heads_per_group(k),
+        max(abs(scale) * problem.LOG2_E, 1e-30), left, right,
+        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, EVEN_N=N % k_rows == 0, NEGATE=scale < 0,
+        DYNAMIC=sch.is_dynamic, TAKES_TURNS=sch.takes_turns, STAGES_OUT=block_d <= 128, HEAD_DIM=D,
+        BLOCK_M=block_m, BLOCK_N=k_rows, BLOCK_D=block_d,
+        Q_STAGES=sch.q_stages, K_STAGES=sch.k_stages, V_STAGES=sch.v_stages,
+        num_warps=4, maxnreg={1: 248, 2: 168, 3: 128}[sch.consumers],
+    )
+    return out, lse
