@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +20,17 @@ class Problem(NamedTuple):
     head_dim: int = 64
     needs_grad: bool = False
     tricks: bool = False
+
+
+# What attn-flash passes beside q, k and v.
+PLAIN = {
+    **dict.fromkeys(("alibi_slopes", "attn_bias", "key_mask", "sinks", "block_table")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
+    "lengths": lambda q, k: (q.shape[1], k.shape[1]),
+    "window": (-1, -1),
+    "softcap": 0.0,
+    "scale": 1.0,
+}
 
 
 @pytest.fixture
@@ -73,7 +85,10 @@ def test_refusal_without_a_device(registered, use_loader, fake_device):
     "problem,reason",
     [
         (Problem(dtype=torch.float64), "it computes in float32, float16, bfloat16, not float64"),
-        (Problem(device=torch.device("meta")), "it takes tensors on the CPU, not on meta"),
+        (
+            Problem(device=torch.device("meta")),
+            "it takes tensors on the CPU or on a CUDA device, not on meta",
+        ),
         (Problem(head_dim=257), "head dimensions must be 256 at most, got 257"),
         (Problem(tricks=True), "it does not support tricks = True"),
         (Problem(), "Fake GPU lacks pointers to buffers (bufferDeviceAddress)"),
@@ -96,4 +111,4 @@ def test_a_compiled_graph_that_names_it_gets_the_reason(registered, no_loader):
     run = backends.implementation(OPERATORS[0], "vulkan")
     q = torch.ones(1, 2, 1, 8)
     with pytest.raises(BackendUnavailableError, match="no Vulkan loader found"):
-        run(q, q, q, 1.0, (-1, -1))
+        run(q, q, q, SimpleNamespace(**PLAIN))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from attn_core.backends import Backend
 from attn_vulkan import variants
 from attn_vulkan._vk.errors import VulkanError
@@ -26,7 +28,21 @@ _KNOWN = frozenset(
     (
         *("device", "dtype", "cache_dtype", "needs_grad", "window", "softcap", "shared_prefix"),
         *("batch", "len_q", "len_k", "heads", "heads_kv", "head_dim", "head_dim_v", "tokens"),
-        *("sequences", "block_size", "max_blocks", "is_ragged", "has_alibi", "has_sinks"),
+        *(
+            "sequences",
+            "block_size",
+            "max_blocks",
+            "is_ragged",
+            "has_alibi",
+            "has_sinks",
+            "features",
+        ),
+    )
+)
+_FEATURES = frozenset(
+    (
+        *("alibi_slopes", "attn_bias", "key_mask", "sinks", "softcap"),
+        *("cu_seqlens_q", "seqused_k", "block_table"),
     )
 )
 # Below "torch": tensors have to be copied to the device, so a caller must ask for it.
@@ -47,14 +63,29 @@ def supports(op: str, problem: Any) -> str | None:
     dtype = str(problem.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         return f"it computes in {', '.join(ITEM_BYTES)}, not {dtype}"
-    if problem.device.type != "cpu":
-        return f"it takes tensors on the CPU, not on {problem.device.type}"
+    reason = _device_refusal(problem.device)
+    if reason is not None:
+        return reason
     dims = problem.head_dim, getattr(problem, "head_dim_v", problem.head_dim)
     if max(dims) > MAX_HEAD_DIM:
         return f"head dimensions must be {MAX_HEAD_DIM} at most, got {max(dims)}"
     if getattr(problem, "cache_dtype", problem.dtype) != problem.dtype:
         return f"it reads caches of q's dtype, not of {problem.cache_dtype}"
+    missing = sorted(getattr(problem, "features", _FEATURES) - _FEATURES)
+    if missing:
+        return f"it does not support {', '.join(missing)}"
     return _unknown(problem) or variants.refusal(device, dtype)
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    """Say why tensors on `device` are out of reach."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"it takes tensors on the CPU or on a CUDA device, not on {device.type}"
+    from attn_vulkan import cuda  # asks CUDA
+
+    return cuda.refusal(device)
 
 
 def _unknown(problem: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,18 +15,16 @@ from attn_vulkan.runtime.context import open_context
 
 
 def flash_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    window: tuple[int, int],
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute ``attn_flash::attention``: q (B, M, H, D) over k, v (B, N, H_KV, D)."""
-    batch, len_q, heads, _ = q.shape
-    out = q.new_empty((batch, len_q, heads, v.shape[3]))
-    lse = q.new_empty((batch, heads, len_q), dtype=torch.float32)
-    arrays = _arrays(q=q, k=k, v=v, out=out, lse=lse)
-    launch.forward(open_context(), _problem(q, k, v, window, arrays), arrays, scale)
+    """Compute ``attn_flash::attention`` with the options of that package."""
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+    if options.cu_seqlens_q is not None:  # tokens may belong to no sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
+    arrays = _flash_arrays(options, q=q, k=k, v=v, out=out, lse=lse)
+    _forward(q.device, _flash_problem(q, k, v, options, arrays), arrays, options.scale)
     return out, lse
 
 
@@ -38,18 +36,19 @@ def flash_attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    window: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute ``attn_flash::attention_backward``."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    needs_dbias: bool,
+    options: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """Compute ``attn_flash::attention_backward``: dq, dk, dv, no dbias, and dsinks."""
+    new = torch.zeros_like if options.cu_seqlens_q is not None else torch.empty_like
+    dq, dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
     tensors |= {"dq": dq, "dk": dk, "dv": dv}
     if dlse is not None:
         tensors["delta"] = dlse.float().clone(memory_format=torch.contiguous_format)
-    arrays = _arrays(**tensors)
-    launch.backward(open_context(), _problem(q, k, v, window, arrays), arrays, scale)
-    return dq, dk, dv
+    arrays = _flash_arrays(options, **tensors)
+    _backward(q.device, _flash_problem(q, k, v, options, arrays), arrays, options.scale)
+    return dq, dk, dv, None, _sink_gradient(dout, dlse, out, lse, options.sinks)
 
 
 def paged_attention(
@@ -107,31 +106,131 @@ def paged_attention(
         block_size=k_cache.shape[1],
         is_aligned=launch.are_aligned(arrays),
     )
-    launch.forward(open_context(), problem, arrays, options.scale)
+    _forward(q.device, problem, arrays, options.scale)
     return out, lse
 
 
-def _problem(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: tuple[int, int],
+def _forward(
+    device: torch.device, problem: Problem, arrays: Mapping[str, Array], scale: float
+) -> None:
+    if device.type == "cpu":
+        launch.forward(open_context(), problem, arrays, scale)
+    elif problem.batches * problem.heads * problem.len_q:
+        _on_cuda(launch.record_forward, device, problem, arrays, scale)
+
+
+def _backward(
+    device: torch.device, problem: Problem, arrays: Mapping[str, Array], scale: float
+) -> None:
+    if device.type == "cpu":
+        launch.backward(open_context(), problem, arrays, scale)
+    else:
+        _on_cuda(launch.record_backward, device, problem, arrays, scale)
+
+
+def _on_cuda(
+    record: Callable[..., Any],
+    device: torch.device,
+    problem: Problem,
     arrays: Mapping[str, Array],
+    scale: float,
+) -> None:
+    """Run on the stream of the caller, who does not wait."""
+    from attn_vulkan import cuda
+
+    with torch.cuda.device(device):
+        bridge = cuda.open_bridge(device)
+        placement = cuda.CudaPlacement(bridge, launch.spans(arrays))
+        commands = bridge.context.acquire()
+        tensors = launch.tensors_of(arrays, placement.address)
+        record(bridge.context, commands, problem, tensors, scale)
+        placement.finish(commands)
+
+
+def _flash_arrays(options: Any, **tensors: torch.Tensor) -> dict[str, Array]:
+    """Add the optional tensors; packed sequences become one batch of rows."""
+    q, k = tensors["q"], tensors["k"]
+    if options.cu_seqlens_q is not None:
+        tensors = {
+            name: x if options.block_table is not None and name in ("k", "v") else x.unsqueeze(0)
+            for name, x in tensors.items()
+        }
+        tensors["cu_q"] = options.cu_seqlens_q.contiguous()
+    batch, heads = _batches(q, options), q.shape[-2]
+    if options.block_table is not None:
+        tensors["blocks"] = options.block_table
+        tensors["lens_k"] = options.seqused_k.contiguous()
+    elif options.cu_seqlens_k is not None:
+        tensors["cu_k"] = options.cu_seqlens_k.contiguous()
+        if options.seqused_k is not None:
+            tensors["lens_k"] = options.seqused_k.contiguous()
+    if options.alibi_slopes is not None:
+        tensors["slopes"] = options.alibi_slopes.expand(batch, heads)
+    if options.sinks is not None:
+        tensors["sinks"] = options.sinks.float().contiguous()
+    bias = _bias(options, q.dtype)
+    if bias is not None:
+        tensors["bias"] = bias.expand(batch, heads, *options.lengths(q, k))
+    return _arrays(**tensors)
+
+
+def _flash_problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Any, arrays: Mapping[str, Array]
 ) -> Problem:
-    batch, len_q, heads, head_dim = q.shape
-    _, len_k, heads_kv, head_dim_v = v.shape
+    len_q, len_k = options.lengths(q, k)
     return Problem(
         dtype=_dtype_name(q),
-        batches=batch,
+        batches=_batches(q, options),
         len_q=len_q,
         len_k=len_k,
-        heads=heads,
-        heads_kv=heads_kv,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        window=window,
+        heads=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        window=options.window,
+        softcap=options.softcap,
+        has_bias="bias" in arrays,
+        has_slopes="slopes" in arrays,
+        has_sinks="sinks" in arrays,
+        block_size=k.shape[1] if "blocks" in arrays else 0,
         is_aligned=launch.are_aligned(arrays),
     )
+
+
+def _batches(q: torch.Tensor, options: Any) -> int:
+    return len(q) if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
+
+
+def _bias(options: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """The bias and the mask of keys as one sum of four dimensions."""
+    mask = options.key_mask
+    parts = [options.attn_bias, None if mask is None else mask[:, None, None, :]]
+    added = [
+        torch.zeros_like(part, dtype=dtype).masked_fill_(~part, -torch.inf)
+        if part.dtype == torch.bool
+        else part.to(dtype)
+        for part in parts
+        if part is not None
+    ]
+    return sum(added[1:], added[0]) if added else None
+
+
+def _sink_gradient(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """A sink takes weight from every key and has no value: -sum_i p_i (dout_i out_i - dlse_i)."""
+    if sinks is None:
+        return None
+    weights = torch.exp(sinks.float()[:, None] - lse)
+    delta = (dout.float() * out.float()).sum(-1).transpose(-1, -2)
+    if dlse is not None:
+        delta = delta - dlse
+    per_query = (weights * delta).masked_fill(lse == -torch.inf, 0.0)
+    return -per_query.transpose(-1, -2).flatten(0, -2).sum(0).to(sinks.dtype)
 
 
 def _arrays(**tensors: torch.Tensor) -> dict[str, Array]:

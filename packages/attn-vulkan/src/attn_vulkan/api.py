@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -236,8 +237,6 @@ def _broadcast(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> Any
 
 
 def _aligned(problem: Problem, arrays: dict[str, Array]) -> Problem:
-    import dataclasses
-
     return dataclasses.replace(problem, is_aligned=launch.are_aligned(arrays))
 
 
@@ -265,7 +264,7 @@ def _window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
 
 def _softmax_scale(value: float | None, q: Any) -> float:
     if value is None:
-        return float(q.shape[-1]) ** -0.5
+        return 1.0 / math.sqrt(q.shape[-1])
     if not math.isfinite(value):
         raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
     return float(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,22 +74,12 @@ def forward(context: Context, problem: Problem, arrays: Arrays, softmax_scale: f
     """Fill ``out`` and ``lse`` among `arrays`, which are named as the fields of `Tensors`."""
     if not problem.batches * problem.heads * problem.len_q:
         return
-    with context.commands() as commands:
-        placement = Placement(context, commands, _spans(arrays))
-        tensors = _tensors(arrays, placement)
-        record_forward(context, commands, problem, tensors, softmax_scale)
-        placement.fetch()
-    placement.finish()
+    _run(record_forward, context, problem, arrays, softmax_scale)
 
 
 def backward(context: Context, problem: Problem, arrays: Arrays, softmax_scale: float) -> None:
     """Fill ``dq``, ``dk`` and ``dv``; ``delta``, if there, holds the gradient of lse on entry."""
-    with context.commands() as commands:
-        placement = Placement(context, commands, _spans(arrays))
-        tensors = _tensors(arrays, placement)
-        record_backward(context, commands, problem, tensors, softmax_scale)
-        placement.fetch()
-    placement.finish()
+    _run(record_backward, context, problem, arrays, softmax_scale)
 
 
 def record_forward(
@@ -141,14 +131,31 @@ def record_backward(
     return plans
 
 
-def _spans(arrays: Arrays) -> list[Span]:
+def _run(
+    record: Callable[..., Any],
+    context: Context,
+    problem: Problem,
+    arrays: Arrays,
+    softmax_scale: float,
+) -> None:
+    """Place the arrays, record, run, and bring the outputs back."""
+    with context.commands() as commands:
+        placement = Placement(context, commands, spans(arrays))
+        record(context, commands, problem, tensors_of(arrays, placement.address), softmax_scale)
+        placement.fetch()
+    placement.finish()
+
+
+def spans(arrays: Arrays) -> list[Span]:
+    """Memory that a call reads and writes."""
     return [array.span(name in _OUTPUTS) for name, array in arrays.items()]
 
 
-def _tensors(arrays: Arrays, placement: Placement) -> Tensors:
+def tensors_of(arrays: Arrays, address_of: Callable[[Span], int]) -> Tensors:
+    """The arrays as shaders see them."""
     fields: dict[str, Any] = {}
     for name, array in arrays.items():
-        address = placement.address(array.span(name in _OUTPUTS))
+        address = address_of(array.span(name in _OUTPUTS))
         order = _ORDERS.get(name)
         fields[name] = address if order is None else _view(address, array, order)
     for bounds, names in (("cu_q", _PACKED_Q), ("cu_k", _PACKED_K)):

@@ -55,7 +55,8 @@ def check(device: Device) -> Iterator[Outcome]:
         for causal in (False, True):
             out, lse = attention(q, k, v, causal=causal, return_lse=True, device=device.index)
             grads = attention_backward(dout, q, k, v, out, lse, causal=causal, device=device.index)
-            expected = _reference(*(x.astype(np.float64) for x in (q, k, v, dout)), causal)
+            wide = [x.astype(np.float64) for x in (q, k, v, dout)]
+            expected = _reference(*wide, causal=causal)
             errors = [abs(a - b).max() for a, b in zip((out, lse, *grads), expected, strict=True)]
             yield Outcome(dtype, causal, float(max(errors)))
 
@@ -110,7 +111,7 @@ def time_passes(context: Context, problem: Problem) -> dict[str, float]:
     return seconds
 
 
-def _reference(q: Any, k: Any, v: Any, dout: Any, causal: bool) -> tuple[Any, ...]:
+def _reference(q: Any, k: Any, v: Any, dout: Any, *, causal: bool) -> tuple[Any, ...]:
     """out, lse, dq, dk, dv by the formulas."""
     import numpy as np
 
@@ -119,7 +120,8 @@ def _reference(q: Any, k: Any, v: Any, dout: Any, causal: bool) -> tuple[Any, ..
     scale = q.shape[3] ** -0.5
     scores = np.einsum("bihd,bjhd->bhij", q, wide_k) * scale
     if causal:
-        visible = np.tri(*scores.shape[2:], scores.shape[3] - scores.shape[2], dtype=bool)
+        len_q, len_k = scores.shape[2:]
+        visible = np.tri(len_q, len_k, len_k - len_q, dtype=bool)
         scores = np.where(visible, scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))

@@ -80,6 +80,10 @@ _MATRIX_TILES = {
     128: MatrixTile(128, 1, 64),
     256: MatrixTile(128, 1, 32),
 }
+_BACKWARD_MATRIX_TILES = {
+    64: (MatrixTile(128, 1, 64), MatrixTile(128, 1, 64)),
+    128: (MatrixTile(128, 1, 32), MatrixTile(128, 1, 32)),
+}
 _MATRIX2_TILES = {64: Matrix2Tile(128, 64, 64), 128: Matrix2Tile(256, 128, 64)}
 
 
@@ -170,7 +174,9 @@ def fits_forward(name: str, problem: Problem) -> bool:
 
 def fits_backward(name: str, problem: Problem) -> bool:
     """Whether the backward shaders of a variant compute this problem at all."""
-    return name not in ("matrix", "matrix2")
+    if name == "matrix":
+        return max(problem.head_dim, problem.head_dim_v) <= max(_BACKWARD_MATRIX_TILES)
+    return name != "matrix2"
 
 
 def forward(device: Device, variant: str, problem: Problem, scale: float) -> Plan:
@@ -183,27 +189,41 @@ def forward(device: Device, variant: str, problem: Problem, scale: float) -> Pla
         tile = _of_dim(_MATRIX_TILES, padded(max(problem.head_dim, problem.head_dim_v), 16))
         splits = _splits(device, problem, tile.rows, pack)
         dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
-        constants = (tile.threads, *dims, tile.blocks, tile.columns, *flags)
-        constants += (problem.block_size > 0, splits > 1, pack, scale <= 0)
-        shader = f"forward_matrix_{problem.dtype}"
-        return Plan(shader, _numbers(constants), tile.rows, pack, splits)
+        return Plan(
+            f"forward_matrix_{problem.dtype}",
+            _numbers(
+                *(tile.threads, *dims, tile.blocks, tile.columns, *flags),
+                *(problem.block_size > 0, splits > 1, pack, scale <= 0),
+            ),
+            tile.rows,
+            pack,
+            splits,
+        )
     rows = problem.len_q * pack
     simple = _first_fitting(_FORWARD_TILES, device, rows, problem, _forward_bytes)
     splits = _splits(device, problem, simple.rows, pack)
     dims = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * simple.column_threads)
-    constants = (simple.threads, *dims, *simple[1:], *flags, problem.block_size > 0)
-    constants += (splits > 1, pack)
-    shader = f"forward_{_filled(variant, device, simple)}_{problem.dtype}"
-    return Plan(shader, _numbers(constants), simple.rows, pack, splits)
+    return Plan(
+        f"forward_{_filled(variant, device, simple)}_{problem.dtype}",
+        _numbers(
+            *(simple.threads, *dims, *simple[1:], *flags),
+            *(problem.block_size > 0, splits > 1, pack),
+        ),
+        simple.rows,
+        pack,
+        splits,
+    )
 
 
 def backward(device: Device, variant: str, problem: Problem) -> tuple[Plan, Plan]:
     """Plan the two shaders of the backward pass: dq, then dk and dv."""
+    if variant == "matrix":
+        return _backward_matrix(problem)
     length = max(problem.len_q, problem.len_k)
     tile = _first_fitting(_BACKWARD_TILES, device, length, problem, _backward_bytes)
     dim = padded(max(problem.head_dim, problem.head_dim_v), 4 * tile.column_threads)
     flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
-    constants = _numbers((tile.threads, dim, *tile[1:], *flags))
+    constants = _numbers(tile.threads, dim, *tile[1:], *flags)
     shader = _filled(variant, device, tile)
     dq, dkv = (
         Plan(f"backward_{name}_{shader}_{problem.dtype}", constants, tile.rows)
@@ -221,8 +241,22 @@ def _forward_matrix2(problem: Problem, scale: float) -> Plan:
     tile = _of_dim(_MATRIX2_TILES, padded(max(problem.head_dim, problem.head_dim_v), 16))
     dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, tile.columns)
     flags = (problem.softcap > 0, problem.has_bias, problem.has_slopes, scale <= 0)
-    constants = (tile.threads, *dims, tile.rows, tile.columns, *flags)
-    return Plan(f"forward_matrix2_{problem.dtype}", _numbers(constants), tile.rows)
+    constants = _numbers(tile.threads, *dims, tile.rows, tile.columns, *flags)
+    return Plan(f"forward_matrix2_{problem.dtype}", constants, tile.rows)
+
+
+def _backward_matrix(problem: Problem) -> tuple[Plan, Plan]:
+    dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
+    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
+    dq, dkv = (
+        Plan(
+            f"backward_{name}_matrix_{problem.dtype}",
+            _numbers(tile.threads, dim, tile.columns, *flags),
+            tile.rows,
+        )
+        for name, tile in zip(("dq", "dkv"), _of_dim(_BACKWARD_MATRIX_TILES, dim), strict=True)
+    )
+    return dq, dkv
 
 
 def _packs(problem: Problem) -> bool:
@@ -280,5 +314,5 @@ def _backward_bytes(tile: Tile, problem: Problem) -> int:
     return floats * _FLOAT
 
 
-def _numbers(constants: Sequence[int | bool]) -> tuple[int, ...]:
+def _numbers(*constants: int | bool) -> tuple[int, ...]:
     return tuple(map(int, constants))

@@ -838,6 +838,16 @@ class VkSemaphoreCreateInfo(Tagged):
     ]
 
 
+class VkSemaphoreGetFdInfoKHR(Tagged):
+    STYPE = 1000079001
+    _fields_: ClassVar = [
+        ("sType", c_int32),
+        ("pNext", c_void_p),
+        ("semaphore", c_uint64),
+        ("handleType", c_uint32),
+    ]
+
+
 class VkSemaphoreTypeCreateInfo(Tagged):
     STYPE = 1000207002
     _fields_: ClassVar = [
@@ -970,6 +980,7 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "vkGetPipelineCacheData": (c_int32, (c_void_p, c_uint64, c_void_p, c_void_p)),
     "vkGetQueryPoolResults": (c_int32, (c_void_p, c_uint64, c_uint32, c_uint32, c_size_t, c_void_p, c_uint64, c_uint32)),
     "vkGetSemaphoreCounterValue": (c_int32, (c_void_p, c_uint64, c_void_p)),
+    "vkGetSemaphoreFdKHR": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "vkMapMemory": (c_int32, (c_void_p, c_uint64, c_uint64, c_uint64, c_uint32, c_void_p)),
     "vkQueueSubmit": (c_int32, (c_void_p, c_uint32, c_void_p, c_uint64)),
     "vkWaitSemaphores": (c_int32, (c_void_p, c_void_p, c_uint64)),

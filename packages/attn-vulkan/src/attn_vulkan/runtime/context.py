@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_uint64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_uint64, c_void_p
 
 from attn_vulkan._vk import registry as vk
 from attn_vulkan._vk.errors import DeviceLostError, VulkanError
@@ -72,7 +72,7 @@ class Context:
         self._queue_lock = threading.Lock()
         self._semaphore = self.create_semaphore()
         self._submitted = 0
-        self._idle: list[Commands] = []
+        self._idle: list[tuple[int, Commands]] = []  # with the value that ends their last use
         self.host_alignment = self._host_alignment()
         self.memory = Memory(self, instance.memory_properties(self._physical))
         self.pipelines = Pipelines(self, properties)
@@ -84,14 +84,39 @@ class Context:
         An error while recording submits nothing. Either way the buffers that were handed to
         `Commands.keep` are released.
         """
-        commands = self._acquire()
+        commands = self.acquire()
         try:
-            commands.begin()
             yield commands
             self.wait(self.submit(commands))
         finally:
+            self.recycle(commands)
+
+    def acquire(self) -> Commands:
+        """Commands to record, which the caller submits and hands to `recycle`."""
+        with self._queue_lock:
+            commands = self._finished()
+        commands = commands or Commands(self)
+        commands.release()
+        commands.begin()
+        return commands
+
+    def recycle(self, commands: Commands, submitted: int = 0) -> None:
+        """Take commands back; they are used again once the semaphore has reached `submitted`."""
+        if not submitted:
             commands.release()
-            self._idle.append(commands)
+        with self._queue_lock:
+            self._idle.append((submitted, commands))
+
+    def export_semaphore(self, semaphore: int) -> int:
+        """POSIX file descriptor of a semaphore that was made to be exported."""
+        info = vk.VkSemaphoreGetFdInfoKHR(
+            semaphore=semaphore, handleType=vk.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_OPAQUE_FD_BIT
+        )
+        descriptor = c_int(-1)
+        self.functions.vkGetSemaphoreFdKHR(
+            self.handle, ctypes.addressof(info), ctypes.addressof(descriptor)
+        )
+        return descriptor.value
 
     def trusts(self, variant: str, dtype: str) -> bool:
         """Whether what a variant assumes of the driver holds, as a shader has found out."""
@@ -118,15 +143,9 @@ class Context:
 
     def wait(self, value: int) -> None:
         """Wait until the context's semaphore has reached `value`."""
-        reached = c_uint64()
-        address = ctypes.addressof(reached)
-        counter = self.functions.vkGetSemaphoreCounterValue
         try:
-            for _ in range(_POLLS):
-                counter(self.handle, self._semaphore, address)
-                if reached.value >= value:
-                    return
-            self._sleep_until(value)
+            if not any(self._reached() >= value for _ in range(_POLLS)):
+                self._sleep_until(value)
         except DeviceLostError:
             self._forget()
             raise
@@ -149,7 +168,8 @@ class Context:
         """Wait for the device and destroy everything; the context cannot be used afterwards."""
         self._forget()
         self.functions.vkDeviceWaitIdle(self.handle)
-        for commands in self._idle:
+        for _, commands in self._idle:
+            commands.release()
             commands.destroy()
         self._idle.clear()
         self.pipelines.destroy()
@@ -176,12 +196,6 @@ class Context:
             return 1
         self._instance.fill_properties(self._physical, properties)
         return int(properties.minImportedHostPointerAlignment)
-
-    def _acquire(self) -> Commands:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return Commands(self)
 
     def _submit(
         self, commands: Commands, waits: list[tuple[int, int]], signals: list[tuple[int, int]]
@@ -211,6 +225,21 @@ class Context:
             pSignalSemaphores=ctypes.addressof(signal_handles),
         )
         self.functions.vkQueueSubmit(self._queue, 1, ctypes.addressof(info), 0)
+
+    def _finished(self) -> Commands | None:
+        """Commands whose last use has ended, taken off the list."""
+        for position, (submitted, commands) in enumerate(self._idle):
+            if not submitted or self._reached() >= submitted:
+                del self._idle[position]
+                return commands
+        return None
+
+    def _reached(self) -> int:
+        value = c_uint64()
+        self.functions.vkGetSemaphoreCounterValue(
+            self.handle, self._semaphore, ctypes.addressof(value)
+        )
+        return value.value
 
     def _sleep_until(self, value: int) -> None:
         semaphores, values = (c_uint64 * 1)(self._semaphore), (c_uint64 * 1)(value)

@@ -72,7 +72,7 @@ class Pipelines:
         code = (SPIRV / f"{shader}.spv").read_bytes()
         values = (c_uint32 * len(constants))(*constants)
         entries = (vk.VkSpecializationMapEntry * len(constants))(
-            *[(index, 4 * index, 4) for index in range(len(constants))]
+            *[vk.VkSpecializationMapEntry(n, 4 * n, 4) for n in range(len(constants))]
         )
         specialization = vk.VkSpecializationInfo(
             mapEntryCount=len(constants),

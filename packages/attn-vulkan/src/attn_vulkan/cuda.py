@@ -1,0 +1,308 @@
+"""CUDA tensors on a Vulkan device, which is the same GPU: shared memory, shared semaphores.
+
+Vulkan reads memory that CUDA's virtual memory management made, through POSIX file descriptors.
+`empty` makes tensors of such memory, and the kernels use those in place. Tensors of other memory
+are copied to an exchange buffer on the device, and outputs back. Kernels wait for the current
+stream and it waits for them, by a timeline semaphore where both drivers have it; the host does not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import math
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from ctypes import c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from typing import Any, ClassVar
+
+import torch
+
+from attn_vulkan._vk.errors import VulkanError
+from attn_vulkan.device import devices
+from attn_vulkan.placement import Span
+from attn_vulkan.runtime.commands import Commands
+from attn_vulkan.runtime.context import Context, open_context
+from attn_vulkan.runtime.memory import Buffer
+
+_PINNED = _POSIX_FD = _ON_DEVICE = 1
+_READ_AND_WRITE = 3
+_TIMELINE_FD = 9
+_SMALLEST = 1 << 21
+
+
+class _Location(ctypes.Structure):
+    _fields_: ClassVar = [("type", c_int), ("id", c_int)]
+
+
+class _Properties(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("type", c_int),
+        ("requestedHandleTypes", c_int),
+        ("location", _Location),
+        ("win32HandleMetaData", c_void_p),
+        ("allocFlags", ctypes.c_ubyte * 8),
+    ]
+
+
+class _Access(ctypes.Structure):
+    _fields_: ClassVar = [("location", _Location), ("flags", c_int)]
+
+
+class _SemaphoreHandle(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("type", c_int),
+        ("fd", c_ulonglong),
+        ("rest", c_ulonglong),
+        ("flags", c_uint),
+        ("reserved", c_uint * 16),
+    ]
+
+
+class _SemaphoreParameters(ctypes.Structure):
+    """Of a signal as of a wait: the value first, zeros after it."""
+
+    _fields_: ClassVar = [("value", c_ulonglong), ("rest", c_ulonglong * 17)]
+
+
+class SharedMemory:
+    """Memory that CUDA and Vulkan share on one GPU; blocks are kept for reuse.
+
+    A block goes back to its pool when its tensor dies. The next user's kernels follow on the same
+    stream, as with torch's own allocator.
+    """
+
+    def __init__(self, context: Context, index: int) -> None:
+        self._context = context
+        self._index = index
+        self._lock = threading.Lock()
+        self._free: dict[int, list[int]] = {}
+        self._starts: list[int] = []
+        self._blocks: dict[int, tuple[int, Buffer]] = {}
+
+    def allocate(self, size: int) -> int:
+        """CUDA address of a block of at least `size` bytes."""
+        size = max(_SMALLEST, 1 << (size - 1).bit_length())
+        with self._lock:
+            kept = self._free.setdefault(size, [])
+            if kept:
+                return kept.pop()
+            return self._create(size)
+
+    def release(self, address: int) -> None:
+        """Give a block back."""
+        with self._lock:
+            self._free[self._blocks[address][0]].append(address)
+
+    def vulkan_address(self, pointer: int, size: int) -> int | None:
+        """Where Vulkan finds CUDA memory; None where it is not of this kind."""
+        with self._lock:
+            position = bisect.bisect_right(self._starts, pointer) - 1
+            if position < 0:
+                return None
+            start = self._starts[position]
+            block, buffer = self._blocks[start]
+            return buffer.address + pointer - start if pointer + size <= start + block else None
+
+    def _create(self, size: int) -> int:
+        location = _Location(_ON_DEVICE, self._index)
+        properties = _Properties(_PINNED, _POSIX_FD, location)
+        handle, address, fd = c_ulonglong(), c_ulonglong(), c_int(-1)
+        _call(
+            "cuMemCreate",
+            ctypes.byref(handle),
+            c_size_t(size),
+            ctypes.byref(properties),
+            c_ulonglong(0),
+        )
+        _call(
+            "cuMemAddressReserve",
+            ctypes.byref(address),
+            c_size_t(size),
+            c_size_t(0),
+            c_ulonglong(0),
+            c_ulonglong(0),
+        )
+        _call("cuMemMap", address, c_size_t(size), c_size_t(0), handle, c_ulonglong(0))
+        access = _Access(location, _READ_AND_WRITE)
+        _call("cuMemSetAccess", address, c_size_t(size), ctypes.byref(access), c_size_t(1))
+        _call(
+            "cuMemExportToShareableHandle",
+            ctypes.byref(fd),
+            handle,
+            c_int(_POSIX_FD),
+            c_ulonglong(0),
+        )
+        self._blocks[address.value] = size, self._context.memory.import_fd(fd.value, size)
+        bisect.insort(self._starts, address.value)
+        return address.value
+
+
+class Bridge:
+    """The Vulkan context of one CUDA device, with the memory and the semaphore they share."""
+
+    def __init__(self, context: Context, index: int) -> None:
+        self.context = context
+        self.memory = SharedMemory(context, index)
+        self._lock = threading.Lock()
+        self._value = 0
+        self._semaphore = self._imported = 0
+        if context.device.features.external_semaphore_fd:
+            self._semaphore = context.create_semaphore(exported=True)
+            self._imported = self._import(context.export_semaphore(self._semaphore))
+
+    def run(self, commands: Commands, stream: int) -> None:
+        """Run recorded commands after what is on `stream` now, and before what comes later."""
+        if not self._imported:
+            torch.cuda.current_stream().synchronize()
+            self.context.wait(self.context.submit(commands))
+            self.context.recycle(commands)
+            return
+        with self._lock:
+            before, after = self._value + 1, self._value + 2
+            self._value = after
+            self._enqueue("cuSignalExternalSemaphoresAsync", before, stream)
+            signal = self._semaphore, after
+            submitted = self.context.submit(commands, (self._semaphore, before), signal)
+            self._enqueue("cuWaitExternalSemaphoresAsync", after, stream)
+        self.context.recycle(commands, submitted)
+
+    def _import(self, fd: int) -> int:
+        handle = c_void_p()
+        description = _SemaphoreHandle(_TIMELINE_FD, fd)
+        _call("cuImportExternalSemaphore", ctypes.byref(handle), ctypes.byref(description))
+        return handle.value or 0
+
+    def _enqueue(self, function: str, value: int, stream: int) -> None:
+        semaphores = (c_void_p * 1)(self._imported)
+        parameters = _SemaphoreParameters(value)
+        _call(function, semaphores, ctypes.byref(parameters), c_uint(1), c_void_p(stream))
+
+
+class CudaPlacement:
+    """Puts the CUDA spans of one call where Vulkan reaches them; see `placement.Placement`."""
+
+    def __init__(self, bridge: Bridge, spans: Iterable[Span]) -> None:
+        self._bridge = bridge
+        self._stream = torch.cuda.current_stream().cuda_stream
+        self._addresses: dict[tuple[int, int], int] = {}
+        self._exchanged: list[tuple[Span, int]] = []
+        for span in spans:
+            if span.size:
+                self._addresses[span.pointer, span.size] = self._place(span)
+
+    def address(self, span: Span) -> int:
+        """Where shaders find the first byte of a span."""
+        return self._addresses[span.pointer, span.size] if span.size else 0
+
+    def finish(self, commands: Commands) -> None:
+        """Run what was recorded and copy outputs back, all in the order of the stream."""
+        self._bridge.run(commands, self._stream)
+        for span, block in self._exchanged:
+            if span.is_output:
+                self._copy(span.pointer, block, span.size)
+            self._bridge.memory.release(block)
+
+    def _place(self, span: Span) -> int:
+        memory = self._bridge.memory
+        address = memory.vulkan_address(span.pointer, span.size)
+        if address is not None:
+            return address
+        block = memory.allocate(span.size)
+        self._exchanged.append((span, block))
+        self._copy(block, span.pointer, span.size)
+        exchanged = memory.vulkan_address(block, span.size)
+        assert exchanged is not None
+        return exchanged
+
+    def _copy(self, target: int, source: int, size: int) -> None:
+        sizes = c_ulonglong(target), c_ulonglong(source), c_size_t(size)
+        _call("cuMemcpyDtoDAsync_v2", *sizes, c_void_p(self._stream))
+
+
+class _Block:
+    """What torch sees of a shared block: the CUDA array interface."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make an uninitialised CUDA tensor in memory that Vulkan reads and writes in place.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Its shape; it is contiguous.
+    dtype : torch.dtype
+        Its dtype.
+    device : torch.device
+        A CUDA device that Vulkan drives too.
+
+    Raises
+    ------
+    VulkanError
+        Vulkan does not reach the device, or CUDA fails.
+    """
+    bridge = open_bridge(device)
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype, device=device)
+    address = bridge.memory.allocate(size)
+    block = _Block(address, size)
+    tensor = torch.as_tensor(block, device=device)
+    weakref.finalize(block, bridge.memory.release, address)
+    return tensor.view(dtype).view(tuple(shape))
+
+
+def refusal(device: torch.device) -> str | None:
+    """Say why Vulkan cannot use the tensors of a CUDA device; None where it can."""
+    if torch.version.hip is not None:
+        return "it shares memory with CUDA and not with HIP"
+    if _vulkan_index(device) is None:
+        return f"Vulkan does not drive {torch.cuda.get_device_name(device)} on this machine"
+    if not devices()[_vulkan_index(device) or 0].features.external_memory_fd:
+        return "the driver does not share memory (VK_KHR_external_memory_fd)"
+    return None
+
+
+def open_bridge(device: torch.device) -> Bridge:
+    """Open the Vulkan device that is the same GPU as a CUDA device, once."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with _open_lock:
+        return _open_bridge(index)
+
+
+_open_lock = threading.Lock()
+
+
+@functools.cache
+def _open_bridge(index: int) -> Bridge:
+    found = _vulkan_index(torch.device("cuda", index))
+    if found is None:
+        raise VulkanError(f"Vulkan does not drive CUDA device {index}")
+    torch.cuda.init()
+    return Bridge(open_context(found), index)
+
+
+def _vulkan_index(device: torch.device) -> int | None:
+    uuid = str(torch.cuda.get_device_properties(device).uuid).replace("-", "")
+    return next((found.index for found in devices() if found.uuid == uuid), None)
+
+
+@functools.cache
+def _library() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    result = getattr(_library(), name)(*arguments)
+    if result:
+        raise VulkanError(f"{name} failed with CUresult {result}")

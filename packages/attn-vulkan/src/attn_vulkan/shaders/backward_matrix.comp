@@ -1,0 +1,210 @@
+// Gradients of attention on matrix units through VK_KHR_cooperative_matrix, without atomics.
+//
+// The formulas are those of backward.comp. Each subgroup owns 16 rows: compiled with DQ queries, with
+// Q and dO in registers and keys and values passing through shared memory; without, keys, with K and V
+// in registers and the queries of every head that shares them passing through.
+#version 460
+#include "attention.glsl"
+#include "matrix.glsl"
+
+layout(local_size_x_id = 0) in;
+layout(constant_id = 0) const uint WG = 128;
+layout(constant_id = 1) const uint D = 64;       // the larger head dimension, padded to a multiple of 16
+layout(constant_id = 2) const uint BC = 32;
+layout(constant_id = 3) const bool ALIGNED = false;
+layout(constant_id = 4) const bool HAS_CAP = false;
+layout(constant_id = 5) const bool HAS_BIAS = false;
+layout(constant_id = 6) const bool HAS_SLOPES = false;
+
+const bool PLAIN = !(HAS_CAP || HAS_BIAS || HAS_SLOPES);
+const uint BR = WG / 32 * 16;
+const uint STRIDE = D / 8 + 1;
+const uint TILE = BC * STRIDE;
+const uint FETCH = (BC * (D / 8) + WG - 1) / WG;
+const uint ROWS_SIZE = BR * STRIDE;
+
+shared uvec4 s_tiles[2 * TILE > ROWS_SIZE ? 2 * TILE : ROWS_SIZE];
+#ifndef DQ
+shared vec2 s_statistics[BC];  // lse and delta of each query
+#endif
+
+#include "gradient.glsl"
+
+uint thread() {
+    return gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;
+}
+
+// x = this invocation's part of a tile of rows; `address` may use `row`.
+#define FETCH_TILE(x, address, view, size, in_range) \
+    [[unroll]] for (uint n = 0; n < FETCH; ++n) { \
+        uint e = thread() + n * WG, row = e / (D / 8); \
+        x[n] = uvec4(0); \
+        if (e < BC * (D / 8) && (in_range)) \
+            x[n] = load8(address, view.element, e % (D / 8) * 8, size, ALIGNED); \
+    }
+
+#define STORE_TILE(x, base) \
+    [[unroll]] for (uint n = 0; n < FETCH; ++n) { \
+        uint e = thread() + n * WG; \
+        if (e < BC * (D / 8)) \
+            s_tiles[base + e / (D / 8) * STRIDE + e % (D / 8)] = x[n]; \
+    }
+
+// The subgroup's 16 rows in registers, by way of shared memory.
+#define LOAD_ROWS(rows, address, view, size, in_range) \
+    for (uint e = thread(); e < BR * (D / 8); e += WG) { \
+        uint row = e / (D / 8); \
+        uvec4 x = uvec4(0); \
+        if (in_range) \
+            x = load8(address, view.element, e % (D / 8) * 8, size, ALIGNED); \
+        s_tiles[row * STRIDE + e % (D / 8)] = x; \
+    } \
+    barrier(); \
+    [[unroll]] for (uint d = 0; d < D / 16; ++d) \
+        coopMatLoad(rows[d], s_tiles, gl_SubgroupID * 16 * STRIDE + d * 2, STRIDE, gl_CooperativeMatrixLayoutRowMajor); \
+    barrier();
+
+// block = rows times the 16 rows of a tile from row c 16 on, transposed
+#define MULTIPLY(block, rows, base, c) \
+    block = ACCUMULATOR(0.0); \
+    [[unroll]] for (uint d = 0; d < D / 16; ++d) { \
+        MATRIX_B x; \
+        coopMatLoad(x, s_tiles, base + (c) * 16 * STRIDE + d * 2, STRIDE, gl_CooperativeMatrixLayoutColumnMajor); \
+        block = coopMatMulAdd(rows[d], x, block); \
+    }
+
+// acc += block times the 16 rows of a tile from row c 16 on
+#define ACCUMULATE(acc, block, base, c) { \
+    MATRIX_A operand; \
+    [[unroll]] for (uint e = 0; e < LENGTH; ++e) \
+        operand[e] = HALF(block[e]); \
+    [[unroll]] for (uint d = 0; d < D / 16; ++d) { \
+        MATRIX_B x; \
+        coopMatLoad(x, s_tiles, base + (c) * 16 * STRIDE + d * 2, STRIDE, gl_CooperativeMatrixLayoutRowMajor); \
+        acc[d] = coopMatMulAdd(operand, x, acc[d]); \
+    } }
+
+#define STORE_ROWS(acc, address, view, size, limit) \
+    [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) { \
+        uint row = my_row0 + lane_row(h * 4); \
+        if (row < limit) \
+            [[unroll]] for (uint d = 0; d < D / 16; ++d) \
+                [[unroll]] for (uint e = h * 4; e < h * 4 + 4; e += 2) \
+                    store2(address, view.element, d * 16 + lane_column(e), size, ALIGNED, acc[d][e], acc[d][e + 1]); \
+    }
+
+#ifdef DQ
+void main() {
+    Sequence s = sequence(gl_WorkGroupID.z);
+    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;
+    if (row0 >= s.len_q)
+        return;
+    uint my_row0 = row0 + gl_SubgroupID * 16;
+    uint head = gl_WorkGroupID.y, head_kv = head / p.group;
+    float slope = slope_of(s, head, HAS_SLOPES);
+    MATRIX_A q[D / 16], dout[D / 16];
+    LOAD_ROWS(q, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
+    LOAD_ROWS(dout, query_address(p.dout, s, head, row0 + row), p.dout, p.head_dim_v, row0 + row < s.len_q)
+    ACCUMULATOR dq[D / 16];
+    [[unroll]] for (uint d = 0; d < D / 16; ++d)
+        dq[d] = ACCUMULATOR(0.0);
+    float lse[ROW_HALVES], delta[ROW_HALVES];
+    [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) {
+        uint i = min(my_row0 + lane_row(h * 4), s.len_q - 1);
+        lse[h] = read_float(statistic_address(p.lse, s, head, i));
+        delta[h] = read_float(statistic_address(p.delta, s, head, i));
+    }
+
+    uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
+    uint j_first = keys.x / BC * BC;
+    uvec4 k_next[FETCH], v_next[FETCH];
+    FETCH_TILE(k_next, key_address(p.k, s, head_kv, j_first + row, false), p.k, p.head_dim, j_first + row < s.len_k)
+    FETCH_TILE(v_next, key_address(p.v, s, head_kv, j_first + row, false), p.v, p.head_dim_v, j_first + row < s.len_k)
+    for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
+        barrier();
+        STORE_TILE(k_next, 0)
+        STORE_TILE(v_next, TILE)
+        barrier();
+        uint j1 = j0 + BC;
+        FETCH_TILE(k_next, key_address(p.k, s, head_kv, j1 + row, false), p.k, p.head_dim, j1 + row < s.len_k)
+        FETCH_TILE(v_next, key_address(p.v, s, head_kv, j1 + row, false), p.v, p.head_dim_v, j1 + row < s.len_k)
+        bool masked = !all_visible(s, my_row0, my_row0 + 15, j0, j0 + BC - 1);
+        [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
+            ACCUMULATOR scores, grads;
+            MULTIPLY(scores, q, 0, c)
+            MULTIPLY(grads, dout, TILE, c)
+            [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                uint h = e / 4;
+                vec2 w;
+                if (PLAIN && !masked)
+                    w = vec2(exp2(fma(scores[e], p.scale, -lse[h] * LOG2_E)), p.softmax_scale);
+                else
+                    w = weight(s, head, my_row0 + lane_row(e), j0 + c * 16 + lane_column(e), scores[e], lse[h], slope);
+                grads[e] = w.x * (grads[e] - delta[h]) * w.y;
+            }
+            ACCUMULATE(dq, grads, 0, c)
+        }
+    }
+    STORE_ROWS(dq, query_address(p.dq, s, head, row), p.dq, p.head_dim, s.len_q)
+}
+#else
+void main() {
+    Sequence s = sequence(gl_WorkGroupID.z);
+    uint row0 = gl_WorkGroupID.x * BR;  // causal: the first keys are seen by the most queries
+    if (row0 >= s.len_k)
+        return;
+    uint my_row0 = row0 + gl_SubgroupID * 16;
+    uint head_kv = gl_WorkGroupID.y;
+    MATRIX_A k[D / 16], v[D / 16];
+    LOAD_ROWS(k, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
+    LOAD_ROWS(v, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
+    ACCUMULATOR dk[D / 16], dv[D / 16];
+    [[unroll]] for (uint d = 0; d < D / 16; ++d)
+        dk[d] = dv[d] = ACCUMULATOR(0.0);
+
+    uvec2 queries = seeing_queries(s, row0, min(row0 + BR, s.len_k) - 1);
+    uint i_first = queries.x / BC * BC;
+    for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
+        float slope = slope_of(s, head, HAS_SLOPES);
+        uvec4 q_next[FETCH], dout_next[FETCH];
+        FETCH_TILE(q_next, query_address(p.q, s, head, i_first + row), p.q, p.head_dim, i_first + row < s.len_q)
+        FETCH_TILE(dout_next, query_address(p.dout, s, head, i_first + row), p.dout, p.head_dim_v, i_first + row < s.len_q)
+        for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
+            barrier();
+            STORE_TILE(q_next, 0)
+            STORE_TILE(dout_next, TILE)
+            for (uint x = thread(); x < BC; x += WG) {
+                uint i = min(i0 + x, s.len_q - 1);
+                s_statistics[x] = vec2(
+                    read_float(statistic_address(p.lse, s, head, i)),
+                    read_float(statistic_address(p.delta, s, head, i))
+                );
+            }
+            barrier();
+            uint i1 = i0 + BC;
+            FETCH_TILE(q_next, query_address(p.q, s, head, i1 + row), p.q, p.head_dim, i1 + row < s.len_q)
+            FETCH_TILE(dout_next, query_address(p.dout, s, head, i1 + row), p.dout, p.head_dim_v, i1 + row < s.len_q)
+            bool masked = !all_visible(s, i0, i0 + BC - 1, my_row0, my_row0 + 15);
+            [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
+                ACCUMULATOR weights, grads;
+                MULTIPLY(weights, k, 0, c)
+                MULTIPLY(grads, v, TILE, c)
+                [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                    uint x = c * 16 + lane_column(e);
+                    vec2 w, statistics = s_statistics[x];
+                    if (PLAIN && !masked)
+                        w = vec2(exp2(fma(weights[e], p.scale, -statistics.x * LOG2_E)), p.softmax_scale);
+                    else
+                        w = weight(s, head, i0 + x, my_row0 + lane_row(e), weights[e], statistics.x, slope);
+                    weights[e] = w.x;
+                    grads[e] = w.x * (grads[e] - statistics.y) * w.y;
+                }
+                ACCUMULATE(dv, weights, TILE, c)
+                ACCUMULATE(dk, grads, 0, c)
+            }
+        }
+    }
+    STORE_ROWS(dk, key_address(p.dk, s, head_kv, row, false), p.dk, p.head_dim, s.len_k)
+    STORE_ROWS(dv, key_address(p.dv, s, head_kv, row, false), p.dv, p.head_dim_v, s.len_k)
+}
+#endif
