@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,11 +30,16 @@ class Launcher:
     check : callable, optional
         Called with the strides of a problem that comes for the first time; raises where the kernel
         cannot address it.
+    **options
+        Options of the compiler beyond num_warps and num_stages, such as ``maxnreg``.
     """
 
-    def __init__(self, kernel: Any, check: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self, kernel: Any, check: Callable[[Any], None] | None = None, **options: Any
+    ) -> None:
         self._kernel = kernel
         self._check = check
+        self._options = options
         self._compiled: dict[Hashable, Any] = {}
 
     def __call__(
@@ -43,6 +49,7 @@ class Launcher:
         args: Sequence[Any],
         constexprs: Mapping[str, Any],
         config: TileConfig,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Run `num_programs` programs.
 
@@ -54,14 +61,18 @@ class Launcher:
             Every argument whose value Triton compiles for: all integers among `args` but those
             that the kernel names in do_not_specialize.
         args : sequence
-            Run-time arguments in the order of the kernel; the first is a tensor.
+            Run-time arguments in the order of the kernel; the first is a tensor or the descriptor
+            of one.
         constexprs : mapping
             Constants in the order of the kernel.
         config : TileConfig
             Gives num_warps and num_stages; its blocks are among `constexprs`.
+        options : mapping, default none
+            Further options of Triton, such as ``launch_pdl``.
         """
-        first: torch.Tensor = args[0]
-        key = (first.device, first.dtype, strides, tuple(constexprs.values()), config)
+        first: torch.Tensor = getattr(args[0], "base", args[0])
+        own = (strides, tuple(constexprs.values()), config, *options.items())
+        key = (first.device, first.dtype, own)
         compiled = self._compiled.get(key)
         with _on_device(first.device):
             if compiled is not None and _are_aligned(args):
@@ -70,7 +81,11 @@ class Launcher:
             if self._check is not None:
                 self._check(strides)
             compiled = self._kernel[(num_programs,)](
-                *args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages
+                *args,
+                **constexprs,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                **{**self._options, **options},
             )
         if _can_restart(compiled) and _are_aligned(args):
             if len(self._compiled) == _MAX_REMEMBERED:
