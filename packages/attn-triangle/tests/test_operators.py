@@ -124,6 +124,7 @@ def test_a_backend_sees_what_the_call_asks(device):
     (asked,) = seen
     assert asked == (
         q.device, torch.float16, torch.float32, 3, 2, 5, 2, 5, 4, True, "mean", False, False, False,
+        0.5,
     )  # fmt: skip
 
 

@@ -99,10 +99,9 @@ def triangle_attention(
     >>> triangle_attention(q, k, v, bias, mask).shape
     torch.Size([1, 4, 50, 50, 32])
     """
-    problem = checks.triangle_problem(q, k, v, bias, mask, masked_rows)
+    problem = checks.triangle_problem(q, k, v, bias, mask, scale, masked_rows)
     checks.require_bool("deterministic", deterministic)
     name = backends.resolve(ops.ATTENTION, problem, backend)
-    scale = checks.softmax_scale(scale, problem.head_dim)
     batch = q.shape[:-4]
     out, lse = ops.attention(
         _one_batch_dim(q, 4),
@@ -110,7 +109,7 @@ def triangle_attention(
         _one_batch_dim(v, 4),
         _broadcast_batch(bias, batch, 3),
         None if mask is None else _broadcast_batch(mask, batch, 2),
-        scale,
+        problem.scale,
         masked_rows,
         deterministic or torch.are_deterministic_algorithms_enabled(),
         name,

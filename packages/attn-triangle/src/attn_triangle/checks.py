@@ -38,6 +38,7 @@ class TriangleProblem(NamedTuple):
     needs_grad: bool
     mask_is_additive: bool = False
     is_aligned: bool = True
+    scale: float = 1.0
 
 
 class GateProblem(NamedTuple):
@@ -54,6 +55,7 @@ def triangle_problem(
     v: torch.Tensor,
     bias: torch.Tensor,
     mask: torch.Tensor | None,
+    scale: float | None,
     masked_rows: str,
 ) -> TriangleProblem:
     """Validate the arguments of `triangle_attention` and describe the problem they pose."""
@@ -74,7 +76,8 @@ def triangle_problem(
         raise ValueError(f"masked_rows must be one of {MASKED_ROWS}, got {masked_rows!r}")
     tensors = (q, k, v, bias) if mask is None else (q, k, v, bias, mask)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return describe(q, k, v, bias, mask, masked_rows, needs_grad)
+    scale = softmax_scale(scale, head_dim)
+    return describe(q, k, v, bias, mask, scale, masked_rows, needs_grad)
 
 
 def describe(
@@ -83,6 +86,7 @@ def describe(
     v: torch.Tensor,
     bias: torch.Tensor,
     mask: torch.Tensor | None,
+    scale: float,
     masked_rows: str,
     needs_grad: bool,
 ) -> TriangleProblem:
@@ -104,6 +108,7 @@ def describe(
         mask is not None and mask.dtype != torch.bool,
         # While a compiler traces, no backend is chosen and strides may be symbols.
         torch.compiler.is_compiling() or all(is_aligned(x) for x in (q, k, v)),
+        scale,
     )
 
 

@@ -40,7 +40,7 @@ def _attention(
     deterministic: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    compute = _implementation(ATTENTION, backend, q, k, v, bias, mask, masked_rows)
+    compute = _implementation(ATTENTION, backend, q, k, v, bias, mask, scale, masked_rows)
     return compute(q, k, v, bias, mask, scale, masked_rows)  # type: ignore[no-any-return]
 
 
@@ -64,7 +64,7 @@ def _attention_backward(
     deterministic: bool,
     backend: str,
 ) -> Grads:
-    compute = _implementation(ATTENTION_BACKWARD, backend, q, k, v, bias, mask, masked_rows)
+    compute = _implementation(ATTENTION_BACKWARD, backend, q, k, v, bias, mask, scale, masked_rows)
     return compute(  # type: ignore[no-any-return]
         dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows, wanted, deterministic
     )
@@ -167,11 +167,12 @@ def _implementation(
     v: torch.Tensor,
     bias: torch.Tensor,
     mask: torch.Tensor | None,
+    scale: float,
     masked_rows: str,
 ) -> Any:
     """The backend's function; "auto" reaches this far only from a compiled graph."""
     if backend == backends.AUTO:
-        problem = checks.describe(q, k, v, bias, mask, masked_rows, needs_grad=True)
+        problem = checks.describe(q, k, v, bias, mask, scale, masked_rows, needs_grad=True)
         backend = backends.resolve(ATTENTION, problem)
     return backends.implementation(op, backend)
 

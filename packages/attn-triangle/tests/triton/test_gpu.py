@@ -118,7 +118,7 @@ def test_results_and_gradients(case, device):
 def test_auto_takes_this_backend(device):
     case = Case()
     *inputs, mask = *case.inputs(device), case.make_mask(device)
-    problem = triangle_problem(*inputs, mask, "mean")
+    problem = triangle_problem(*inputs, mask, None, "mean")
     assert backends.resolve(ops.ATTENTION, problem, "auto") == BACKEND
 
 

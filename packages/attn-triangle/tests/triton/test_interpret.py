@@ -279,3 +279,24 @@ def test_empty_sizes(size):
     for grad, x in zip(grads, inputs, strict=False):
         assert grad.shape == x.shape
         assert not grad.any()
+
+
+@pytest.mark.parametrize("masked_rows", ["mean", "zero"])
+@pytest.mark.parametrize("mask", ["none", "rows"])
+def test_marked_tiles_are_computed_again(mask, masked_rows):
+    redo = pytest.importorskip("attn_triangle._hopper.redo")
+    case = Case(H=2, M=70, N=37, mask=mask, masked_rows=masked_rows)
+    inputs = case.inputs()
+    inputs[3][..., 4, :] = -torch.inf
+    q, mask, scale = inputs[0], case.make_mask(), case.D**-0.5
+    out, lse = torch.full_like(q, 7.0), torch.full(q.shape[:-1], 7.0)
+    marks = torch.zeros((*q.shape[:3], 128), dtype=torch.int8)
+    marks[0, 0, 1, 5] = marks[0, 1, 2, 64] = 1
+    redo.redo(*inputs, mask, out, lse, marks, scale, masked_rows)
+    exact_out, exact_lse = reference.attention(*inputs, mask, scale, masked_rows)
+    redone = torch.zeros(q.shape[:-1], dtype=torch.bool)
+    redone[0, 0, 1, :64] = redone[0, 1, 2, 64:] = True
+    torch.testing.assert_close(out[redone], exact_out[redone], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[redone], exact_lse[redone], rtol=1e-5, atol=1e-5)
+    assert (out[~redone] == 7.0).all()
+    assert (lse[~redone] == 7.0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,16 +20,17 @@ _NEGLIGIBLE = tl.constexpr(1e8)
 
 
 @triton.jit
-def _shut(mask_ptr, stride_mn, key, N, IS_ADDITIVE: tl.constexpr):
-    """Load what the mask adds to the scores of some keys, -inf past the end: [BLOCK_N]."""
+def _shut(
+    mask_ptr, stride_mn, key, N,
+    IS_ADDITIVE: tl.constexpr, HIDDEN: tl.constexpr, ABSENT: tl.constexpr,
+):  # fmt: skip
+    """Load what the mask adds to the scores of some keys, ABSENT past the end: [BLOCK_N]."""
+    ptrs = mask_ptr + key.to(tl.int64) * stride_mn
     if IS_ADDITIVE:
-        added = tl.load(
-            mask_ptr + key.to(tl.int64) * stride_mn, mask=key < N, other=-float("inf")
-        ).to(tl.float32)
+        added = tl.load(ptrs, mask=key < N, other=0.0).to(tl.float32)
     else:
-        masked = tl.load(mask_ptr + key.to(tl.int64) * stride_mn, mask=key < N, other=1) != 0
-        added = tl.where(masked, -float("inf"), 0.0)
-    return added
+        added = tl.where(tl.load(ptrs, mask=key < N, other=0) != 0, HIDDEN, 0.0)
+    return tl.where(key < N, added, ABSENT)
 
 
 # fmt: off
@@ -38,29 +40,32 @@ def _visible_keys_kernel(
     shut_ptr,  # [B, R, num_columns], contiguous
     range_ptr,  # [B, R, 2], contiguous
     N, R, num_columns,
-    IS_ADDITIVE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    IS_ADDITIVE: tl.constexpr, HIDDEN: tl.constexpr, ABSENT: tl.constexpr,
+    NONE_IS_ALL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     row = tl.program_id(0).to(tl.int64)
     mask_ptr += row // R * stride_mb + row % R * stride_mr
     shut_ptr += row * num_columns
     offs_n = tl.arange(0, BLOCK_N)
-    lowest = -float("inf")  # of what is added to the score of a key that counts
+    lowest = HIDDEN  # keys to whose score more is added count
     if IS_ADDITIVE:
         highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
         for start_n in range(0, N, BLOCK_N):
             key = start_n + offs_n
-            highest = tl.maximum(highest, _shut(mask_ptr, stride_mn, key, N, True))
+            highest = tl.maximum(highest, _shut(mask_ptr, stride_mn, key, N, True, HIDDEN, ABSENT))
         lowest = tl.max(highest) - _NEGLIGIBLE
     first = N
     last = -1
     for start_n in range(0, num_columns, BLOCK_N):
         key = start_n + offs_n
-        shut = _shut(mask_ptr, stride_mn, key, N, IS_ADDITIVE)
+        shut = _shut(mask_ptr, stride_mn, key, N, IS_ADDITIVE, HIDDEN, ABSENT)
         tl.store(shut_ptr + key, shut, mask=key < num_columns)
         first = tl.minimum(first, tl.min(tl.where(shut > lowest, key, N)))
         last = tl.maximum(last, tl.max(tl.where(shut > lowest, key, -1)))
+    if NONE_IS_ALL:
+        first = tl.where(last < 0, 0, first)
+        last = tl.where(last < 0, N - 1, last)
     tl.store(range_ptr + 2 * row, first)
     tl.store(range_ptr + 2 * row + 1, last + 1)
 
@@ -83,10 +88,20 @@ class VisibleKeys(NamedTuple):
     kind: str
 
 
-def visible_keys(mask: torch.Tensor | None, length: int, unread: torch.Tensor) -> VisibleKeys:
+def visible_keys(
+    mask: torch.Tensor | None,
+    length: int,
+    unread: torch.Tensor,
+    *,
+    hidden: float = -math.inf,
+    absent: float = -math.inf,
+    none_is_all: bool = False,
+) -> VisibleKeys:
     """Read a mask (B, R, N), of bool or additive, with 1 in place of any size.
 
-    Kernels compiled for no mask get `unread` in place of both tensors.
+    Kernels compiled for no mask get `unread` in place of both tensors. `hidden` is added to the
+    scores of masked keys, `absent` to those past the end. With `none_is_all` the range of a row
+    without visible keys holds all of them.
     """
     if mask is None:
         return VisibleKeys(unread, unread, (0, 0, 0, 0), "none")
@@ -108,7 +123,10 @@ def visible_keys(mask: torch.Tensor | None, length: int, unread: torch.Tensor) -
             R,
             num_columns,
         ),
-        constexprs={"IS_ADDITIVE": is_additive, "BLOCK_N": _CONFIG.block_n},
+        constexprs={
+            "IS_ADDITIVE": is_additive, "HIDDEN": hidden, "ABSENT": absent,
+            "NONE_IS_ALL": none_is_all, "BLOCK_N": _CONFIG.block_n,
+        },
         config=_CONFIG,
     )
     shut_strides, range_strides = map(problem.broadcast_strides, (shut, key_range))

@@ -1,0 +1,141 @@
+"""What the Hopper launchers derive from a problem: descriptors, readable biases, rows of masks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from attn_triangle._triton import keys
+from attn_triangle._triton.problem import ceil_div, padded_head_dim
+from attn_triangle.layout import is_aligned
+
+__all__ = ["ceil_div", "padded_head_dim"]
+
+# Integers that change from call to call: compiled for any value.
+NOT_SPECIALIZED = [
+    "bias_b",
+    "bias_h",
+    "mask_b",
+    "mask_r",
+    "range_b",
+    "range_r",
+    "M",
+    "N",
+    "R",
+    "H",
+    "num_tiles",
+    "num_groups",
+    "total",
+    "columns",
+    "dbias_b",
+    "dbias_h",
+    "dbias_blocks",
+    "num_tiles_n",
+    "num_heads",
+    "rows_per_split",
+]
+_HIDDEN, _ABSENT = -(2.0**100), -(2.0**101)  # as in `tiles`
+_COLUMNS = 128  # a multiple of every block of keys
+
+
+def whole(length: int, block: int) -> int:
+    """The length in whole blocks."""
+    return ceil_div(length, block) * block
+
+
+def tile_descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """Describe x, (B, H, R, N, D) of any aligned strides, by tiles of some rows."""
+    return _descriptor(x, [1, 1, 1, rows, block_d])
+
+
+def bias_descriptor(bias: torch.Tensor, block_m: int, block_n: int) -> TensorDescriptor:
+    """Describe a bias (B, H, M, N), or one that is transposed in memory, by tiles."""
+    return _descriptor(bias, [1, 1, block_m, block_n])
+
+
+def row_descriptor(x: torch.Tensor, block: int) -> TensorDescriptor:
+    """Describe float32 numbers (rows, length), contiguous, by pieces of a row."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [1, block], layout)
+
+
+def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    swizzle = min(128, block[-1] * x.itemsize)
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=len(block)
+    )
+    unit = 16 // x.itemsize
+    strides = [
+        unit if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    ]
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """A gradient as TMA can read it: a copy where it is expanded or odd, as of a plain sum."""
+    if is_aligned(x) and x.data_ptr() % 16 == 0:
+        return x
+    batch, heads, rows, length, head_dim = x.shape
+    stored = x.new_empty((batch, rows, length, heads, whole(head_dim, 8)))
+    copy = stored[..., :head_dim].permute(0, 3, 1, 2, 4)
+    return copy.copy_(x)
+
+
+def readable_bias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
+    """The bias (., ., M, N) as TMA can read it; a copy, small beside q, where it is not so."""
+    is_whole = bias.shape[2:] == (M, N)
+    if is_whole and is_aligned(bias) and bias.data_ptr() % 16 == 0:
+        return bias
+    packed = bias.new_empty((*bias.shape[:2], M, whole(N, 8)))[..., :N]
+    return packed.copy_(bias)
+
+
+def broadcast_steps(x: torch.Tensor) -> tuple[int, int]:
+    """1 for the batches and heads of a bias, or 0 where it is broadcast along them."""
+    return int(x.shape[0] != 1), int(x.shape[1] != 1)
+
+
+class KeyRows(NamedTuple):
+    """What is added to the scores of each row, and between which keys the visible ones lie.
+
+    `rows` (rows, columns) is 0, `tiles.HIDDEN` where the mask hides a key, `tiles.ABSENT` past the
+    last key. `steps` are how far apart in it batches and rows i are. `has_mask` is False where
+    nothing needs to be added, `has_range` where all keys are visible: nothing is read then.
+    """
+
+    rows: torch.Tensor
+    steps: tuple[int, int]
+    range: torch.Tensor
+    range_strides: tuple[int, ...]
+    has_mask: bool
+    has_range: bool
+
+
+def key_rows(
+    mask: torch.Tensor | None, N: int, block_n: int, is_mean: bool, unread: torch.Tensor
+) -> KeyRows:
+    """Read a mask of bool (B, R, N), True = masked out, with 1 in place of any size.
+
+    Rows without keys have all of them in their range where the mean of their values is wanted.
+    """
+    if mask is not None:
+        found = keys.visible_keys(
+            mask, N, unread, hidden=_HIDDEN, absent=_ABSENT, none_is_all=is_mean
+        )
+        B, R, columns = found.shut.shape
+        steps = (0 if B == 1 else R, 0 if R == 1 else 1)
+        rows = found.shut.view(B * R, columns)
+        return KeyRows(rows, steps, found.range, found.strides[2:], True, True)
+    if N % block_n == 0:
+        return KeyRows(unread.view(-1, unread.shape[-1])[:1], (0, 0), unread, (0, 0), False, False)
+    rows = unread.new_zeros((1, whole(N, _COLUMNS)))
+    rows[:, N:] = _ABSENT
+    return KeyRows(rows, (0, 0), unread, (0, 0), True, False)
+
+
+def strides_of(*tensors: torch.Tensor) -> Any:
+    """Strides that a kernel is compiled for."""
+    return tuple(x.stride() for x in tensors)

@@ -1,0 +1,152 @@
+"""What the backward kernels read of each query, and the values' share of queries without keys."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attn_core.launch import Launcher
+from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.softmax import LOG2_E
+from attn_core.tuning import TileConfig
+from attn_triangle._hopper import problem
+
+_CONFIG = TileConfig(128, 1, 4, 1)
+_UNSEEING_CONFIG = TileConfig(64, 64, 4, 1)
+_CLOSED = tl.constexpr(float(2**110))  # as in `tiles`
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["M", "R", "H", "num_tiles"])
+def _rows_kernel(
+    out_ptr, stride_ob, stride_oh, stride_or, stride_om, stride_od,
+    do_ptr, stride_dob, stride_doh, stride_dor, stride_dom, stride_dod,
+    lse_ptr,  # [B, H, R, M], contiguous
+    dlse_ptr,  # the same, read only with HAS_DLSE
+    lse_log2_ptr,  # [B, H, R, M in whole blocks], contiguous
+    delta_ptr,  # the same
+    M, R, H, num_tiles,
+    HEAD_DIM: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid = tl.program_id(0)
+    row = (pid // num_tiles).to(tl.int64)
+    start_m = pid % num_tiles * BLOCK_M
+    r = row % R
+    h = row // R % H
+    b = row // R // H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < M
+    rows = offs_m.to(tl.int64)
+    out_ptr += b * stride_ob + h * stride_oh + r * stride_or
+    do_ptr += b * stride_dob + h * stride_doh + r * stride_dor
+    out_ptrs = out_ptr + tile_offsets(rows, stride_om, offs_d, stride_od)
+    do_ptrs = do_ptr + tile_offsets(rows, stride_dom, offs_d, stride_dod)
+    out = load_tile(out_ptrs, mask_m, offs_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
+    do = load_tile(do_ptrs, mask_m, offs_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row * M + rows, mask=mask_m, other=0.0)
+    lse = tl.load(lse_ptr + row * M + rows, mask=mask_m, other=-float("inf"))
+    lse_log2 = tl.where(lse == -float("inf"), _CLOSED, lse * LOG2_E)
+    columns = num_tiles * BLOCK_M
+    tl.store(lse_log2_ptr + row * columns + rows, lse_log2)
+    tl.store(delta_ptr + row * columns + rows, delta)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["M", "N", "R", "H"])
+def _unseeing_kernel(
+    do_ptr, stride_dob, stride_doh, stride_dor, stride_dom, stride_dod,
+    lse_ptr,  # [B, H, R, M], contiguous
+    dv_ptr, stride_dvb, stride_dvh, stride_dvr, stride_dvn, stride_dvd,
+    M, N, R, H,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Add to dv what queries without keys give it, whose output is the mean of the row's values."""
+    CHUNK: tl.constexpr = 1024
+    row = tl.program_id(0).to(tl.int64)
+    r = row % R
+    h = row // R % H
+    b = row // R // H
+    lse_ptr += row * M
+    do_ptr += b * stride_dob + h * stride_doh + r * stride_dor
+    dv_ptr += b * stride_dvb + h * stride_dvh + r * stride_dvr
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    total = tl.zeros([BLOCK_D], tl.float32)
+    unseeing = 0
+    for start in range(0, M, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        lowest = tl.min(tl.load(lse_ptr + offs, mask=offs < M, other=0.0), 0)
+        if lowest == -float("inf"):
+            unseeing = 1
+            for start_m in range(start, tl.minimum(start + CHUNK, M), BLOCK_M):
+                offs_m = start_m + tl.arange(0, BLOCK_M)
+                lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=0.0)
+                do_ptrs = do_ptr + tile_offsets(offs_m.to(tl.int64), stride_dom, offs_d, stride_dod)
+                do = load_tile(do_ptrs, lse == -float("inf"), mask_d, True, True)
+                total += tl.sum(do.to(tl.float32), 0)
+    if unseeing == 1:
+        for start_n in range(0, N, BLOCK_M):
+            offs_n = (start_n + tl.arange(0, BLOCK_M)).to(tl.int64)
+            dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dvn, offs_d, stride_dvd)
+            mask = (offs_n < N)[:, None] & mask_d[None, :]
+            dv = tl.load(dv_ptrs, mask=mask, other=0.0).to(tl.float32) + total[None, :] / N
+            tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+_launch = Launcher(_rows_kernel)
+_launch_unseeing = Launcher(_unseeing_kernel)
+
+
+def query_rows(
+    out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lse in units of log2 and delta = rowsum(dO O) - dlse, (B H R, M in whole blocks), float32.
+
+    A query that sees no key, or is none, gets an lse that makes its probabilities 0.
+    """
+    B, H, R, M, D = out.shape
+    block_m = _CONFIG.block_m
+    num_tiles = problem.ceil_div(M, block_m)
+    lse_log2, delta = lse.new_empty((2, B * H * R, num_tiles * block_m)).unbind(0)
+    strides = (out.stride(), dout.stride())
+    _launch(
+        num_tiles * B * H * R,
+        strides=strides,
+        args=(
+            out, *strides[0],
+            dout, *strides[1],
+            lse,
+            lse if dlse is None else dlse.contiguous(),
+            lse_log2,
+            delta,
+            M, R, H, num_tiles,
+        ),
+        constexprs={
+            "HEAD_DIM": D, "HAS_DLSE": dlse is not None, "BLOCK_M": block_m,
+            "BLOCK_D": problem.padded_head_dim(D),
+        },
+        config=_CONFIG,
+    )  # fmt: skip
+    return lse_log2, delta
+
+
+def add_unseeing(dv: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> None:
+    """Add to dv the share of the queries that see no key."""
+    B, H, R, M, D = dout.shape
+    strides = (dout.stride(), dv.stride())
+    _launch_unseeing(
+        B * H * R,
+        strides=strides,
+        args=(dout, *strides[0], lse, dv, *strides[1], M, dv.shape[3], R, H),
+        constexprs={
+            "HEAD_DIM": D, "BLOCK_M": _UNSEEING_CONFIG.block_m,
+            "BLOCK_D": problem.padded_head_dim(D),
+        },
+        config=_UNSEEING_CONFIG,
+    )  # fmt: skip
