@@ -7,10 +7,14 @@ import pytest
 
 import attn_vulkan
 from attn_core.testing import seed_from
+from attn_vulkan import selftest, variants
+from attn_vulkan.runtime.context import open_context
 
 pytestmark = [pytest.mark.vulkan, pytest.mark.usefixtures("real_device")]
 
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
+# A device made of the CPU takes seconds to compile each.
+DIMS = [40, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (64, 128))]
 EVERYTHING = {
     "causal": True,
     "window_size": (20, 0),
@@ -125,11 +129,43 @@ def test_sizes(sizes):
     check("sizes", sizes, causal=True)
 
 
-@pytest.mark.parametrize("variant", ["scalar", "subgroup"])
-@pytest.mark.parametrize("length", [1, 70])
-def test_variants_agree(monkeypatch, variant, length):
+def use(monkeypatch, variant, dtype):
+    """Fix the variant, or skip where the device has it not."""
+    context = open_context()
+    runnable = variants.available(context.device, dtype)
+    if variant not in [name for name in runnable if context.trusts(name, dtype)]:
+        pytest.skip(f"{context.device.name} has no variant {variant} for {dtype}")
     monkeypatch.setenv("ATTN_VULKAN_VARIANT", variant)
-    check("variants", (1, length, 530, 4, 2, 64, 64), **EVERYTHING)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, EVERYTHING], ids=["plain", "causal", "everything"]
+)
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_variants(monkeypatch, variant, options, dim):
+    use(monkeypatch, variant, "float16")
+    check("variants", (1, 70, 150, 4, 2, dim, dim), "float16", **options)
+
+
+@pytest.mark.parametrize("variant", ["matrix", "subgroup", "scalar"])
+def test_split_keys_and_packed_heads(monkeypatch, variant):
+    use(monkeypatch, variant, "float16")
+    check("split", (1, 2, 1100, 8, 2, 64, 64), "float16", **EVERYTHING)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("variant", ["matrix", "subgroup", "scalar"])
+def test_gradients_of_variants(monkeypatch, variant, causal, dim):
+    use(monkeypatch, variant, "float16")
+    q, k, v = make("grads", (1, 70, 90, 4, 2, dim, dim), "float16")
+    dout = draw("grads-dout", q.shape, "float16")
+    out, lse = attn_vulkan.attention(q, k, v, causal=causal, return_lse=True)
+    grads = attn_vulkan.attention_backward(dout, q, k, v, out, lse, causal=causal)
+    wide = [x.astype(np.float64) for x in (q, k, v, dout)]
+    for grad, expected in zip(grads, selftest._reference(*wide, causal=causal)[2:], strict=True):
+        np.testing.assert_allclose(grad, expected, atol=1e-2, rtol=0)
 
 
 def test_strides():

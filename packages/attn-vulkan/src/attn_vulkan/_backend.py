@@ -60,21 +60,23 @@ def supports(op: str, problem: Any) -> str | None:
         device = choose_device()
     except (VulkanError, ValueError) as error:
         return str(error)
-    dtype = str(problem.dtype).removeprefix("torch.")
+    return _refusal(problem) or variants.refusal(device, _dtype_name(problem.dtype))
+
+
+def _refusal(problem: Any) -> str | None:
+    """Say what the kernels lack for a problem, on any device."""
+    dtype = _dtype_name(problem.dtype)
     if dtype not in ITEM_BYTES:
         return f"it computes in {', '.join(ITEM_BYTES)}, not {dtype}"
-    reason = _device_refusal(problem.device)
-    if reason is not None:
-        return reason
+    if getattr(problem, "cache_dtype", problem.dtype) != problem.dtype:
+        return f"it reads caches of q's dtype, not of {problem.cache_dtype}"
     dims = problem.head_dim, getattr(problem, "head_dim_v", problem.head_dim)
     if max(dims) > MAX_HEAD_DIM:
         return f"head dimensions must be {MAX_HEAD_DIM} at most, got {max(dims)}"
-    if getattr(problem, "cache_dtype", problem.dtype) != problem.dtype:
-        return f"it reads caches of q's dtype, not of {problem.cache_dtype}"
     missing = sorted(getattr(problem, "features", _FEATURES) - _FEATURES)
     if missing:
         return f"it does not support {', '.join(missing)}"
-    return _unknown(problem) or variants.refusal(device, dtype)
+    return _unknown(problem) or _device_refusal(problem.device)
 
 
 def _device_refusal(device: torch.device) -> str | None:
@@ -95,3 +97,7 @@ def _unknown(problem: Any) -> str | None:
         if name not in _KNOWN and getattr(problem, name) != defaults.get(name):
             return f"it does not support {name} = {getattr(problem, name)!r}"
     return None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

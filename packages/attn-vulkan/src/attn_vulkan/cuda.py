@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from ctypes import c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -70,31 +71,30 @@ class _SemaphoreParameters(ctypes.Structure):
 class SharedMemory:
     """Memory that CUDA and Vulkan share on one GPU; blocks are kept for reuse.
 
-    A block goes back to its pool when its tensor dies. The next user's kernels follow on the same
-    stream, as with torch's own allocator.
+    A block goes back to the pool of its stream when its tensor dies. The next user's kernels follow
+    on that stream, as with torch's own allocator.
     """
 
     def __init__(self, context: Context, index: int) -> None:
         self._context = context
         self._index = index
         self._lock = threading.Lock()
-        self._free: dict[int, list[int]] = {}
+        self._free: dict[tuple[int, int], list[int]] = {}
         self._starts: list[int] = []
-        self._blocks: dict[int, tuple[int, Buffer]] = {}
+        self._blocks: dict[int, tuple[int, int, Buffer]] = {}  # size, stream
 
-    def allocate(self, size: int) -> int:
-        """CUDA address of a block of at least `size` bytes."""
+    def allocate(self, size: int, stream: int) -> int:
+        """CUDA address of a block of at least `size` bytes, for use on one stream."""
         size = max(_SMALLEST, 1 << (size - 1).bit_length())
         with self._lock:
-            kept = self._free.setdefault(size, [])
-            if kept:
-                return kept.pop()
-            return self._create(size)
+            kept = self._free.setdefault((size, stream), [])
+            return kept.pop() if kept else self._create(size, stream)
 
     def release(self, address: int) -> None:
         """Give a block back."""
         with self._lock:
-            self._free[self._blocks[address][0]].append(address)
+            size, stream, _ = self._blocks[address]
+            self._free[size, stream].append(address)
 
     def vulkan_address(self, pointer: int, size: int) -> int | None:
         """Where Vulkan finds CUDA memory; None where it is not of this kind."""
@@ -103,10 +103,10 @@ class SharedMemory:
             if position < 0:
                 return None
             start = self._starts[position]
-            block, buffer = self._blocks[start]
+            block, _, buffer = self._blocks[start]
             return buffer.address + pointer - start if pointer + size <= start + block else None
 
-    def _create(self, size: int) -> int:
+    def _create(self, size: int, stream: int) -> int:
         location = _Location(_ON_DEVICE, self._index)
         properties = _Properties(_PINNED, _POSIX_FD, location)
         handle, address, fd = c_ulonglong(), c_ulonglong(), c_int(-1)
@@ -135,9 +135,26 @@ class SharedMemory:
             c_int(_POSIX_FD),
             c_ulonglong(0),
         )
-        self._blocks[address.value] = size, self._context.memory.import_fd(fd.value, size)
+        buffer = self._context.memory.import_fd(fd.value, size)
+        self._blocks[address.value] = size, stream, buffer
         bisect.insort(self._starts, address.value)
         return address.value
+
+
+@dataclass
+class _Timeline:
+    """A semaphore of one stream and Vulkan: streams overtake one another, its values may not."""
+
+    semaphore: int
+    imported: int
+    stream: int
+    value: int = 0
+
+    def enqueue(self, function: str, value: int) -> None:
+        """Signal or wait for a value in the order of the stream."""
+        semaphores = (c_void_p * 1)(self.imported)
+        parameters = _SemaphoreParameters(value)
+        _call(function, semaphores, ctypes.byref(parameters), c_uint(1), c_void_p(self.stream))
 
 
 class Bridge:
@@ -147,38 +164,34 @@ class Bridge:
         self.context = context
         self.memory = SharedMemory(context, index)
         self._lock = threading.Lock()
-        self._value = 0
-        self._semaphore = self._imported = 0
-        if context.device.features.external_semaphore_fd:
-            self._semaphore = context.create_semaphore(exported=True)
-            self._imported = self._import(context.export_semaphore(self._semaphore))
+        self._timelines: dict[int, _Timeline] = {}
 
     def run(self, commands: Commands, stream: int) -> None:
         """Run recorded commands after what is on `stream` now, and before what comes later."""
-        if not self._imported:
+        if not self.context.device.features.external_semaphore_fd:
             torch.cuda.current_stream().synchronize()
             self.context.wait(self.context.submit(commands))
             self.context.recycle(commands)
             return
         with self._lock:
-            before, after = self._value + 1, self._value + 2
-            self._value = after
-            self._enqueue("cuSignalExternalSemaphoresAsync", before, stream)
-            signal = self._semaphore, after
-            submitted = self.context.submit(commands, (self._semaphore, before), signal)
-            self._enqueue("cuWaitExternalSemaphoresAsync", after, stream)
+            timeline = self._timelines.get(stream)
+            if timeline is None:
+                timeline = self._timelines[stream] = self._create(stream)
+            before, after = timeline.value + 1, timeline.value + 2
+            timeline.value = after
+            timeline.enqueue("cuSignalExternalSemaphoresAsync", before)
+            submitted = self.context.submit(
+                commands, (timeline.semaphore, before), (timeline.semaphore, after)
+            )
+            timeline.enqueue("cuWaitExternalSemaphoresAsync", after)
         self.context.recycle(commands, submitted)
 
-    def _import(self, fd: int) -> int:
+    def _create(self, stream: int) -> _Timeline:
+        semaphore = self.context.create_semaphore(exported=True)
+        description = _SemaphoreHandle(_TIMELINE_FD, self.context.export_semaphore(semaphore))
         handle = c_void_p()
-        description = _SemaphoreHandle(_TIMELINE_FD, fd)
         _call("cuImportExternalSemaphore", ctypes.byref(handle), ctypes.byref(description))
-        return handle.value or 0
-
-    def _enqueue(self, function: str, value: int, stream: int) -> None:
-        semaphores = (c_void_p * 1)(self._imported)
-        parameters = _SemaphoreParameters(value)
-        _call(function, semaphores, ctypes.byref(parameters), c_uint(1), c_void_p(stream))
+        return _Timeline(semaphore, handle.value or 0, stream)
 
 
 class CudaPlacement:
@@ -210,7 +223,7 @@ class CudaPlacement:
         address = memory.vulkan_address(span.pointer, span.size)
         if address is not None:
             return address
-        block = memory.allocate(span.size)
+        block = memory.allocate(span.size, self._stream)
         self._exchanged.append((span, block))
         self._copy(block, span.pointer, span.size)
         exchanged = memory.vulkan_address(block, span.size)
@@ -255,7 +268,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.empty(shape, dtype=dtype, device=device)
-    address = bridge.memory.allocate(size)
+    address = bridge.memory.allocate(size, torch.cuda.current_stream(device).cuda_stream)
     block = _Block(address, size)
     tensor = torch.as_tensor(block, device=device)
     weakref.finalize(block, bridge.memory.release, address)
