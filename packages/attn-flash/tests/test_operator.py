@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_core.testing import embedded, random_tensor
 from attn_flash import FlashAttention, flash_attention, flash_attn_func, ops
+from attn_flash.options import Options
 
 OPEN = (-1, -1)
 CAUSAL = (-1, 0)
@@ -23,6 +24,10 @@ def show_window(window):
     return {OPEN: "full", CAUSAL: "causal"}.get(window, f"window{window[0]},{window[1]}")
 
 
+def options(window, **others):
+    return Options(scale=0.5, window_left=window[0], window_right=window[1], **others)
+
+
 def make_inputs(B=2, H=4, H_KV=2, M=5, N=7, D=4, dtype=torch.float64, order=(0, 1, 2, 3)):
     shapes = {"q": (B, M, H, D), "k": (B, N, H_KV, D), "v": (B, N, H_KV, D)}
     return tuple(
@@ -31,16 +36,16 @@ def make_inputs(B=2, H=4, H_KV=2, M=5, N=7, D=4, dtype=torch.float64, order=(0, 
     )
 
 
-def square_inputs(**options):
-    return make_inputs(H_KV=4, M=7, **options)
+def square_inputs(**changes):
+    return make_inputs(H_KV=4, M=7, **changes)
 
 
 def backward_arguments(inputs, window, *, dlse):
     q, k, v = (x.detach() for x in inputs)
-    out, lse = ops.attention(q, k, v, 0.5, *window, "torch")
+    out, lse = ops.attention(q, k, v, *options(window), "torch")
     douts = random_tensor(out.shape, seed="dout", dtype=out.dtype)
     dlses = random_tensor(lse.shape, seed="dlse", dtype=lse.dtype) if dlse else None
-    return douts, dlses, q, k, v, out, lse, 0.5, *window, "torch"
+    return douts, dlses, q, k, v, out, lse, False, *options(window), "torch"
 
 
 @pytest.mark.parametrize("make", [make_inputs, square_inputs], ids=["gqa", "square"])
@@ -48,7 +53,7 @@ def backward_arguments(inputs, window, *, dlse):
 @pytest.mark.parametrize("window", [OPEN, (2, 1)], ids=show_window)
 def test_opcheck_forward(window, order, make):
     inputs = make(order=order, dtype=torch.float32)
-    torch.library.opcheck(FORWARD, (*inputs, 0.5, *window, "torch"))
+    torch.library.opcheck(FORWARD, (*inputs, *options(window), "torch"))
 
 
 @pytest.mark.parametrize("make", [make_inputs, square_inputs], ids=["gqa", "square"])
@@ -64,9 +69,9 @@ def test_opcheck_backward(window, order, make, dlse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_tensors_are_like_the_real_ones(dtype, window):
     inputs = square_inputs(dtype=dtype)
-    real = ops.attention(*inputs, 0.5, *window, "torch")
+    real = ops.attention(*inputs, *options(window), "torch")
     with FakeTensorMode() as mode:
-        fake = ops.attention(*(mode.from_tensor(x) for x in inputs), 0.5, *window, "torch")
+        fake = ops.attention(*(mode.from_tensor(x) for x in inputs), *options(window), "torch")
     for x, y in zip(real, fake, strict=True):
         assert (x.shape, x.dtype, x.device, x.stride()) == (y.shape, y.dtype, y.device, y.stride())
 

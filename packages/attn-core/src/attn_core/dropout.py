@@ -54,9 +54,12 @@ def threshold(p: float) -> int:
 def keep_mask(
     shape: tuple[int, int, int, int],
     p: float,
-    seed: int,
-    offset: int = 0,
+    seed: int | torch.Tensor,
+    offset: int | torch.Tensor = 0,
     device: torch.device | str = "cpu",
+    *,
+    first_batch: int = 0,
+    first_query: int = 0,
 ) -> torch.Tensor:
     """Compute the whole mask in plain torch.
 
@@ -66,12 +69,14 @@ def keep_mask(
         (B, H, M, N): batch, heads, queries, keys. B and H at most 65536.
     p : float
         Probability that a weight is dropped, ``0 <= p < 1``.
-    seed : int
+    seed : int or Tensor, shape (), int64
         64 bits; a negative number counts as its two's complement.
-    offset : int, default 0
+    offset : int or Tensor, shape (), int64, default 0
         Which of the calls with this seed, modulo 2**32.
     device : torch.device or str, default "cpu"
-        Where to compute it.
+        Where to compute it; that of `seed` and `offset` where they are tensors.
+    first_batch, first_query : int, default 0
+        Where the mask begins, if it is a part of a larger one.
 
     Returns
     -------
@@ -94,14 +99,19 @@ def keep_mask(
     batch, heads, len_q, len_k = shape
     if batch > _MAX_HEADS or heads > _MAX_HEADS:
         raise ValueError(f"shape must have B and H of at most {_MAX_HEADS}, got {shape}")
-    b, h, i = (torch.arange(size, device=device) for size in (batch, heads, len_q))
+    b = torch.arange(first_batch, first_batch + batch, device=device)
+    h = torch.arange(heads, device=device)
+    i = torch.arange(first_query, first_query + len_q, device=device)
     quad = torch.arange((len_k + 3) // 4, device=device)
     head = (b[:, None] * _MAX_HEADS + h)[:, :, None, None]
-    words = _philox(seed, (quad, i[:, None], torch.full_like(head, offset & _WORD), head))
+    call = torch.zeros_like(head) + (offset & _WORD)
+    words = _philox(seed, (quad, i[:, None], call, head))
     return (torch.stack(words, dim=-1).flatten(-2)[..., :len_k] >> 1) >= limit
 
 
-def _philox(seed: int, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _philox(
+    seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10 on 32-bit words in int64 tensors that broadcast."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     key_0, key_1 = seed & _WORD, (seed >> 32) & _WORD

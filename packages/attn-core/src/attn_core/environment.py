@@ -10,6 +10,9 @@
 ``ATTN_CACHE_DIR``
     Directory of the measured tile sizes. Default: the user's cache directory of the platform, such
     as ``~/.cache/attn`` on Linux.
+``ATTN_CHECK_VALUES``
+    ``1``: also check the values in index tensors that are on a GPU, such as cumulative lengths and
+    block tables, at the price of waiting for it in each call. Those on the CPU are always checked.
 
 Each is read when it is needed, never at import.
 """
@@ -22,7 +25,8 @@ from pathlib import Path
 BACKEND = "ATTN_BACKEND"
 TUNE = "ATTN_TUNE"
 CACHE_DIR = "ATTN_CACHE_DIR"
-VARIABLES = (BACKEND, TUNE, CACHE_DIR)
+CHECK_VALUES = "ATTN_CHECK_VALUES"
+VARIABLES = (BACKEND, TUNE, CACHE_DIR, CHECK_VALUES)
 
 TUNE_MODES = ("off", "on", "force")
 
@@ -38,6 +42,11 @@ def tune_mode() -> str:
     if mode not in TUNE_MODES:
         raise ValueError(f"{TUNE} must be one of {', '.join(TUNE_MODES)}, got {mode!r}")
     return mode
+
+
+def checks_values() -> bool:
+    """Whether to wait for a GPU in order to check what its tensors hold."""
+    return os.environ.get(CHECK_VALUES, "0") not in ("", "0")
 
 
 def cache_dir() -> Path:

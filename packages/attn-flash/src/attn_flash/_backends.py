@@ -11,18 +11,28 @@ from attn_flash.ops import ATTENTION, ATTENTION_BACKWARD
 
 
 def _torch_supports(op: str, problem: AttentionProblem) -> str | None:
-    return None
+    return _refuse_paged_gradient(problem)
 
 
 def _triton_supports(op: str, problem: AttentionProblem) -> str | None:
     if problem.dtype == torch.float64:
         return "it computes in float16, bfloat16 and float32, not float64"
-    return triton_refusal(problem.device)
+    if problem.features or problem.head_dim != problem.head_dim_v:
+        return "it only computes plain attention"
+    return _refuse_paged_gradient(problem) or triton_refusal(problem.device)
+
+
+def _refuse_paged_gradient(problem: AttentionProblem) -> str | None:
+    if problem.needs_grad and "block_table" in problem.features:
+        return "it has no backward pass for keys behind a block table"
+    return None
 
 
 def _typical_problem(device: torch.device) -> AttentionProblem:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return AttentionProblem(device, dtype, 2, 1024, 1024, 16, 16, 64, (-1, 0), needs_grad=True)
+    return AttentionProblem(
+        device, dtype, 2, 1024, 1024, 16, 16, 64, 64, (-1, 0), frozenset(), True
+    )
 
 
 def register() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.checks import require_rank
+from attn_core.checks import require_rank, require_tensor
+from attn_core.dropout import keep_mask
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
+from attn_flash.options import Options
 
 OPEN_WINDOW = (-1, -1)
 
@@ -28,6 +30,10 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    attn_bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     backend: str = backends.AUTO,
 ) -> Any:
     """Softmax attention with FlashAttention-2's arguments, in its order.
@@ -37,46 +43,62 @@ def flash_attn_func(
     q : Tensor, shape (B, M, H, D)
         Queries, float16, bfloat16 or float32 (float64 on backend "torch"). D from 1 to 256; any
         strides.
-    k, v : Tensor, shape (B, N, H_KV, D)
-        Keys and values, of q's dtype and device. H must be a multiple of H_KV: query head h reads
-        key head ``h // (H // H_KV)``.
+    k : Tensor, shape (B, N, H_KV, D)
+        Keys, of q's dtype and device. H must be a multiple of H_KV: query head h reads key head
+        ``h // (H // H_KV)``.
+    v : Tensor, shape (B, N, H_KV, D_v)
+        Values; D_v from 1 to 256.
     dropout_p : float, default 0.0
-        Must be 0: dropout is not supported yet.
+        Probability that a weight is dropped, from 0 to below 1. Which are is a function of
+        `rng_state` and the weight's indices alone, see `dropout_mask`.
     softmax_scale : float, default 1 / sqrt(D)
         Factor of the scores.
     causal : bool, default False
         Query i sees keys up to ``i + N - M``: the mask is aligned at the bottom right.
     window_size : pair of int, default (-1, -1)
         Query i sees keys ``i + N - M - left`` to ``i + N - M + right``; -1 leaves a side open.
-        Blocks of keys outside every window are skipped.
+        Blocks of keys outside every window are skipped. Anything of two integers, a tensor too.
     softcap : float, default 0.0
-        Must be 0: softcapping is not supported yet.
-    alibi_slopes : Tensor, optional
-        Must be None: ALiBi is not supported yet.
+        Scores become ``softcap * tanh(scores / softcap)``; 0 for none.
+    alibi_slopes : Tensor, shape (H,) or (B, H), float32, optional
+        ``slope * |i + N - M - j|`` is subtracted from the score of query i and key j.
     deterministic : bool, default False
-        The backward pass gives the same bits every time with either value.
+        Gradients must have the same bits every time. On backends "torch" and "triton" they have
+        with either value.
     return_attn_probs : bool, default False
-        Also return lse and, as flash-attn does without dropout, an empty tensor.
+        Also return lse and probs.
+    attn_bias : Tensor, optional
+        Added to the scores, or boolean and True where a key is seen. Broadcasts to (B, H, M, N);
+        of any supported dtype. Its gradient has its own shape.
+    key_mask : Tensor, shape (B, N), optional
+        For every query and head: boolean, True where a key is seen, or added to the scores.
+    sinks : Tensor, shape (H,), optional
+        A score that takes part in the softmax of every query of its head, as one more key with the
+        value 0. It has a gradient.
+    rng_state : Tensor, shape (2,), int64, optional
+        Seed and offset of dropout. Drawn from torch's default generator of the device where None,
+        so that torch.manual_seed repeats it.
     backend : str, default "auto"
         "torch", "triton", another registered backend, or "auto" for the best that supports the
         problem. A named backend is never replaced.
 
     Returns
     -------
-    out : Tensor, shape (B, M, H, D)
+    out : Tensor, shape (B, M, H, D_v)
         Of q's dtype. A query without keys has out 0.
     lse : Tensor, shape (B, H, M), float32
-        Only with `return_attn_probs`: natural logarithm of the sum of exponentials of the scaled
-        scores, -inf for a query without keys. Differentiable.
-    probs : Tensor, shape (0,)
-        Only with `return_attn_probs`.
+        Only with `return_attn_probs`: natural logarithm of the sum of exponentials of the scores,
+        -inf for a query without keys or sink. Differentiable. float64 for float64 inputs.
+    probs : Tensor, shape (B, H, M, N)
+        Only with `return_attn_probs`: the probabilities before dropout, negative where it drops
+        them, of q's dtype and without gradient. Shape (0,) if `dropout_p` is 0, as in flash-attn.
 
     Raises
     ------
     ValueError
         A shape, dtype, device or number does not fit; the message names it.
     UnsupportedProblemError
-        A feature that is not supported yet, or no backend computes the problem.
+        No backend computes the problem, or a gradient is asked for that there is none of.
     BackendUnavailableError
         No backend of that name exists.
 
@@ -93,10 +115,21 @@ def flash_attn_func(
     >>> flash_attn_func(q, k, v, causal=True).shape
     torch.Size([2, 197, 12, 64])
     """
-    _refuse_later_features(dropout_p, softcap, alibi_slopes)
-    window = checks.window(causal, window_size)
-    out, lse = _attend(q, k, v, softmax_scale, window, backend)
-    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+    options = _options(
+        q,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        attn_bias,
+        key_mask,
+        sinks,
+        rng_state,
+    )
+    return _attend(q, k, v, options, return_attn_probs, backend)
 
 
 def flash_attn_qkvpacked_func(
@@ -109,8 +142,7 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    backend: str = backends.AUTO,
+    **extras: Any,
 ) -> Any:
     """Self-attention on queries, keys and values packed in one tensor.
 
@@ -120,8 +152,10 @@ def flash_attn_qkvpacked_func(
         Queries, keys and values along dimension 2; read in place.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
         As in `flash_attn_func`.
-    deterministic, return_attn_probs, backend
+    deterministic, return_attn_probs
         As in `flash_attn_func`.
+    **extras
+        Keyword arguments of `flash_attn_func`: attn_bias, key_mask, sinks, rng_state, backend.
 
     Returns
     -------
@@ -135,10 +169,7 @@ def flash_attn_qkvpacked_func(
     >>> flash_attn_qkvpacked_func(torch.randn(2, 197, 3, 12, 64)).shape
     torch.Size([2, 197, 12, 64])
     """
-    require_rank("qkv", qkv, "(B, S, 3, H, D)")
-    if qkv.shape[2] != 3:
-        raise ValueError(f"qkv must have shape (B, S, 3, H, D), got {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(2)
+    q, k, v = _unpacked("qkv", qkv, "(B, S, 3, H, D)", 3)
     return flash_attn_func(
         q,
         k,
@@ -151,7 +182,7 @@ def flash_attn_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        backend=backend,
+        **extras,
     )
 
 
@@ -166,8 +197,7 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    backend: str = backends.AUTO,
+    **extras: Any,
 ) -> Any:
     """Attention over keys and values packed in one tensor.
 
@@ -179,8 +209,10 @@ def flash_attn_kvpacked_func(
         Keys and values along dimension 2; read in place.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
         As in `flash_attn_func`.
-    deterministic, return_attn_probs, backend
+    deterministic, return_attn_probs
         As in `flash_attn_func`.
+    **extras
+        Keyword arguments of `flash_attn_func`: attn_bias, key_mask, sinks, rng_state, backend.
 
     Returns
     -------
@@ -195,10 +227,7 @@ def flash_attn_kvpacked_func(
     >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
     torch.Size([2, 5, 8, 64])
     """
-    require_rank("kv", kv, "(B, N, 2, H_KV, D)")
-    if kv.shape[2] != 2:
-        raise ValueError(f"kv must have shape (B, N, 2, H_KV, D), got {tuple(kv.shape)}")
-    k, v = kv.unbind(2)
+    k, v = _unpacked("kv", kv, "(B, N, 2, H_KV, D)", 2)
     return flash_attn_func(
         q,
         k,
@@ -211,7 +240,253 @@ def flash_attn_kvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        backend=backend,
+        **extras,
+    )
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+    *,
+    seqused_k: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
+    backend: str = backends.AUTO,
+) -> Any:
+    """Attention within sequences of different lengths that lie one after the other.
+
+    Parameters
+    ----------
+    q : Tensor, shape (T_q, H, D)
+        Queries of all sequences.
+    k : Tensor, shape (T_k, H_KV, D)
+        Keys; (num_pages, page_size, H_KV, D) with `block_table`.
+    v : Tensor, shape (T_k, H_KV, D_v)
+        Values; (num_pages, page_size, H_KV, D_v) with `block_table`.
+    cu_seqlens_q, cu_seqlens_k : Tensor, shape (B + 1,), int32
+        Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1`` and keys
+        likewise. Both begin with 0 and do not decrease. With `block_table` only the differences of
+        `cu_seqlens_k` count. On a GPU their values are not checked, which would have to wait for
+        it, unless the environment variable ATTN_CHECK_VALUES is 1.
+    max_seqlen_q, max_seqlen_k : int
+        At least the length of the longest sequence.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+        As in `flash_attn_func`; M, N, i and j are those of each sequence.
+    deterministic : bool, default False
+        As in `flash_attn_func`.
+    return_attn_probs : bool, default False
+        Also return lse and probs.
+    block_table : Tensor, shape (B, max_pages), int32, optional
+        Key j of sequence b is in slot ``j % page_size`` of page ``block_table[b, j // page_size]``.
+        Pages may be of any size. There is no backward pass.
+    seqused_k : Tensor, shape (B,), int32, optional
+        Only so many of each sequence's keys count.
+    attn_bias : Tensor, optional
+        As in `flash_attn_func`; broadcasts to (B, H, max_seqlen_q, max_seqlen_k).
+    key_mask : Tensor, shape (B, max_seqlen_k), optional
+        As in `flash_attn_func`.
+    sinks, rng_state, backend
+        As in `flash_attn_func`.
+
+    Returns
+    -------
+    out : Tensor, shape (T_q, H, D_v)
+        Of q's dtype; 0 for queries without keys and tokens of no sequence.
+    lse : Tensor, shape (H, T_q), float32
+        Only with `return_attn_probs`, as in `flash_attn_func`.
+    probs : Tensor, shape (B, H, max_seqlen_q, max_seqlen_k)
+        Only with `return_attn_probs`, as in `flash_attn_func`; 0 outside the sequences.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype, device or number does not fit; the message names it.
+    UnsupportedProblemError
+        No backend computes the problem, or a gradient is asked for that there is none of.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attn_flash import flash_attn_varlen_func
+    >>> q, k, v = torch.randn(3, 12, 4, 32).unbind(0)
+    >>> starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    >>> flash_attn_varlen_func(q, k, v, starts, starts, 7, 7, causal=True).shape
+    torch.Size([12, 4, 32])
+    """
+    options = _options(
+        q,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        attn_bias,
+        key_mask,
+        sinks,
+        rng_state,
+    )
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        require_rank(name, starts, "(B + 1,)")
+    options = options._replace(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        max_seqlen_q=checks.length("max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=checks.length("max_seqlen_k", max_seqlen_k),
+    )
+    return _attend(q, k, v, options, return_attn_probs, backend)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    **extras: Any,
+) -> Any:
+    """Self-attention within ragged sequences, on queries, keys and values in one tensor.
+
+    Parameters
+    ----------
+    qkv : Tensor, shape (T, 3, H, D)
+        Queries, keys and values along dimension 1; read in place.
+    cu_seqlens : Tensor, shape (B + 1,), int32
+        Where sequences begin, as in `flash_attn_varlen_func`.
+    max_seqlen : int
+        At least the length of the longest sequence.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+        As in `flash_attn_func`.
+    deterministic, return_attn_probs
+        As in `flash_attn_func`.
+    **extras
+        Keyword arguments of `flash_attn_varlen_func`, such as attn_bias, sinks or backend.
+
+    Returns
+    -------
+    out : Tensor, shape (T, H, D)
+        And lse and probs with `return_attn_probs`, as in `flash_attn_varlen_func`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attn_flash import flash_attn_varlen_qkvpacked_func
+    >>> starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    >>> flash_attn_varlen_qkvpacked_func(torch.randn(12, 3, 4, 32), starts, 7).shape
+    torch.Size([12, 4, 32])
+    """
+    q, k, v = _unpacked("qkv", qkv, "(T, 3, H, D)", 3)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        **extras,
+    )
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    **extras: Any,
+) -> Any:
+    """Attention within ragged sequences, over keys and values in one tensor.
+
+    Parameters
+    ----------
+    q : Tensor, shape (T_q, H, D)
+        Queries.
+    kv : Tensor, shape (T_k, 2, H_KV, D)
+        Keys and values along dimension 1; read in place.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        As in `flash_attn_varlen_func`.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+        As in `flash_attn_func`.
+    deterministic, return_attn_probs
+        As in `flash_attn_func`.
+    **extras
+        Keyword arguments of `flash_attn_varlen_func`, such as attn_bias, sinks or backend.
+
+    Returns
+    -------
+    out : Tensor, shape (T_q, H, D)
+        And lse and probs with `return_attn_probs`, as in `flash_attn_varlen_func`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attn_flash import flash_attn_varlen_kvpacked_func
+    >>> starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    >>> q, kv = torch.randn(12, 4, 32), torch.randn(12, 2, 2, 32)
+    >>> flash_attn_varlen_kvpacked_func(q, kv, starts, starts, 7, 7).shape
+    torch.Size([12, 4, 32])
+    """
+    k, v = _unpacked("kv", kv, "(T_k, 2, H_KV, D)", 2)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        **extras,
     )
 
 
@@ -223,16 +498,19 @@ def flash_attention(
     scale: float | None = None,
     window_size: int = -1,
     *,
-    backend: str = backends.AUTO,
-) -> torch.Tensor:
+    return_lse: bool = False,
+    **extras: Any,
+) -> Any:
     """Attention on tensors whose heads come before the sequence; causal unless told otherwise.
 
     Parameters
     ----------
     q : Tensor, shape (B, H, M, D)
         Queries, as in `flash_attn_func` but for the order of dimensions.
-    k, v : Tensor, shape (B, H_KV, N, D)
-        Keys and values.
+    k : Tensor, shape (B, H_KV, N, D)
+        Keys.
+    v : Tensor, shape (B, H_KV, N, D_v)
+        Values.
     causal : bool, default True
         Query i sees keys up to ``i + N - M``.
     scale : float, default 1 / sqrt(D)
@@ -240,13 +518,18 @@ def flash_attention(
     window_size : int, default -1
         A query sees the `window_size` last keys up to its own position, and without `causal` as
         many after it; -1 for no window.
-    backend : str, default "auto"
-        As in `flash_attn_func`.
+    return_lse : bool, default False
+        Also return lse.
+    **extras
+        Keyword arguments of `flash_attn_func`: softcap, alibi_slopes, attn_bias, key_mask, sinks,
+        dropout_p, rng_state, deterministic, backend.
 
     Returns
     -------
-    Tensor, shape (B, H, M, D)
-        Of q's dtype; its memory is laid out as (B, M, H, D).
+    out : Tensor, shape (B, H, M, D_v)
+        Of q's dtype; its memory is laid out as (B, M, H, D_v).
+    lse : Tensor, shape (B, H, M), float32
+        Only with `return_lse`, as in `flash_attn_func`.
 
     Examples
     --------
@@ -260,8 +543,10 @@ def flash_attention(
     if window_size == 0:
         raise ValueError("window_size must be positive, or negative for no window, got 0")
     reach = window_size - 1 if window_size > 0 else -1
-    window = checks.window(causal, (reach, reach))
-    return _attend_heads_first(q, k, v, scale, window, backend)
+    out, lse = _attend_heads_first(
+        q, k, v, softmax_scale=scale, causal=causal, window_size=(reach, reach), **extras
+    )
+    return (out, lse) if return_lse else out
 
 
 def sdpa_triton_fa(
@@ -282,12 +567,14 @@ def sdpa_triton_fa(
     ----------
     q : Tensor, shape (B, H, M, D)
         Queries.
-    k, v : Tensor, shape (B, H_KV, N, D)
-        Keys and values.
+    k : Tensor, shape (B, H_KV, N, D)
+        Keys.
+    v : Tensor, shape (B, H_KV, N, D_v)
+        Values.
     attn_mask : Tensor, optional
-        Must be None: masks are not supported yet.
+        Broadcasts to (B, H, M, N): boolean, True where a key is seen, or added to the scores.
     dropout_p : float, default 0.0
-        Must be 0: dropout is not supported yet.
+        Probability that a weight is dropped.
     is_causal : bool, default False
         Query i sees keys up to i: as in torch, the mask is aligned at the top left, so M must
         equal N.
@@ -300,7 +587,7 @@ def sdpa_triton_fa(
 
     Returns
     -------
-    Tensor, shape (B, H, M, D)
+    Tensor, shape (B, H, M, D_v)
         Of q's dtype.
 
     Examples
@@ -312,9 +599,6 @@ def sdpa_triton_fa(
     >>> torch.allclose(sdpa_triton_fa(q, k, v, is_causal=True), expected, atol=1e-5)
     True
     """
-    _refuse_later_features(dropout_p, 0.0, None)
-    if attn_mask is not None:
-        raise UnsupportedProblemError("attn_mask must be None: masks are not supported yet")
     _require_heads_first(q, k, v)
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(
@@ -326,7 +610,69 @@ def sdpa_triton_fa(
             "is_causal is aligned at the top left and needs as many queries as keys, got "
             f"{q.shape[2]} and {k.shape[2]}"
         )
-    return _attend_heads_first(q, k, v, scale, checks.window(is_causal, OPEN_WINDOW), backend)
+    out, _ = _attend_heads_first(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=is_causal,
+        attn_bias=attn_mask,
+        backend=backend,
+    )
+    return out
+
+
+def dropout_mask(
+    shape: tuple[int, int, int, int], dropout_p: float, rng_state: torch.Tensor
+) -> torch.Tensor:
+    """Which weights dropout keeps: those of a call with the same `dropout_p` and `rng_state`.
+
+    The weight of query i and key j, head h, batch element b stays where
+
+        word[j % 4] >> 1  >=  floor(dropout_p 2**31),    word = Philox4x32-10(key, counter),
+
+        key = seed,    counter = (j div 4, i, offset, 65536 b + h),
+
+    on every backend and device. In ragged sequences i and j count from the start of sequence b.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (B, H, M, N).
+    dropout_p : float
+        Probability that a weight is dropped, from 0 to below 1.
+    rng_state : Tensor, shape (2,), int64
+        Seed and offset, on the device where to compute the mask.
+
+    Returns
+    -------
+    Tensor, shape (B, H, M, N), bool
+        True where the weight stays, multiplied by ``1 / (1 - dropout_p)``.
+
+    Raises
+    ------
+    ValueError
+        An argument does not fit; the message names it.
+
+    References
+    ----------
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from attn_flash import dropout_mask
+    >>> dropout_mask((1, 1, 2, 6), 0.5, torch.tensor([0, 0])).long()
+    tensor([[[[0, 1, 1, 1, 1, 0],
+              [0, 1, 0, 0, 0, 1]]]])
+    """
+    dropout_p = checks.dropout_p(dropout_p)
+    if len(shape) != 4:
+        raise ValueError(f"shape must be (B, H, M, N), got {shape}")
+    device = rng_state.device if isinstance(rng_state, torch.Tensor) else torch.device("cpu")
+    checks.rng_state(rng_state, dropout_p, device)
+    return keep_mask(shape, dropout_p, *rng_state.unbind(), device)
 
 
 def get_available_backends() -> list[str]:
@@ -349,45 +695,77 @@ def get_available_backends() -> list[str]:
     return [verdict.backend for verdict in verdicts if verdict.reason is None]
 
 
+def _options(
+    q: torch.Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    deterministic: bool,
+    attn_bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    rng_state: torch.Tensor | None,
+) -> Options:
+    """Put together what does not depend on shapes, with defaults in place."""
+    require_tensor("q", q)
+    left, right = checks.window(causal, window_size)
+    dropout_p = checks.dropout_p(dropout_p)
+    return Options(
+        alibi_slopes=alibi_slopes,
+        attn_bias=checks.four_dimensional(attn_bias),
+        key_mask=key_mask,
+        sinks=sinks,
+        rng_state=checks.rng_state(rng_state, dropout_p, q.device),
+        scale=checks.softmax_scale(softmax_scale, q.shape[-1] if q.dim() else 1),
+        window_left=left,
+        window_right=right,
+        softcap=checks.softcap(softcap),
+        dropout_p=dropout_p,
+        deterministic=bool(deterministic),
+    )
+
+
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    scale: float | None,
-    window: tuple[int, int],
+    options: Options,
+    return_attn_probs: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    problem = checks.attention_problem(q, k, v, window)
+) -> Any:
+    problem = checks.attention_problem(q, k, v, options)
     name = backends.resolve(ops.ATTENTION, problem, backend)
-    scale = checks.softmax_scale(scale, problem.head_dim)
-    return ops.attention(q, k, v, scale, *window, name)  # type: ignore[no-any-return]
+    out, lse = ops.attention(q, k, v, *options, name)
+    if not return_attn_probs:
+        return out
+    if options.dropout_p == 0.0:
+        return out, lse, q.new_empty(0)
+    with torch.no_grad():
+        return out, lse, ops.attention_probs(q, k, lse, *options)
 
 
 def _attend_heads_first(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None,
-    window: tuple[int, int],
-    backend: str,
-) -> torch.Tensor:
-    out, _ = _attend(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, window, backend
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, _ = flash_attn_func(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), return_attn_probs=True, **arguments
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), lse
+
+
+def _unpacked(
+    name: str, packed: torch.Tensor, symbols: str, parts: int
+) -> tuple[torch.Tensor, ...]:
+    """Take apart a tensor whose third dimension from the end is of queries, keys and values."""
+    require_rank(name, packed, symbols)
+    if packed.shape[-3] != parts:
+        raise ValueError(f"{name} must have shape {symbols}, got {tuple(packed.shape)}")
+    return packed.unbind(-3)
 
 
 def _require_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_rank(name, tensor, "(B, H, S, D)")
-
-
-def _refuse_later_features(
-    dropout_p: float, softcap: float, alibi_slopes: torch.Tensor | None
-) -> None:
-    if dropout_p != 0.0:
-        raise UnsupportedProblemError(f"dropout_p must be 0: no dropout yet, got {dropout_p}")
-    if softcap != 0.0:
-        raise UnsupportedProblemError(f"softcap must be 0: no softcapping yet, got {softcap}")
-    if alibi_slopes is not None:
-        raise UnsupportedProblemError("alibi_slopes must be None: no ALiBi yet, got a tensor")

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from attn_core import checks
+from attn_core import checks, environment
+from attn_core.errors import UnsupportedProblemError
+from attn_flash.options import Options
 
 MAX_HEAD_DIM = 256
+MAX_DROPOUT_HEADS = 65536
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DENSE_Q, _DENSE_K, _DENSE_V = "(B, M, H, D)", "(B, N, H_KV, D)", "(B, N, H_KV, D_v)"
+_RAGGED_Q, _RAGGED_K, _RAGGED_V = "(T_q, H, D)", "(T_k, H_KV, D)", "(T_k, H_KV, D_v)"
+_PAGED_K, _PAGED_V = "(num_pages, page_size, H_KV, D)", "(num_pages, page_size, H_KV, D_v)"
 
 
 class AttentionProblem(NamedTuple):
@@ -20,6 +26,8 @@ class AttentionProblem(NamedTuple):
 
     `window` is (left, right): query i sees keys ``i + N - M - left`` to ``i + N - M + right``,
     both included; -1 leaves a side open. Causal attention is a window closed on the right, (-1, 0).
+    `features` are those of `Options.features`: empty for a plain problem. Lengths are those of the
+    longest sequences where they are ragged.
     """
 
     device: torch.device
@@ -30,42 +38,75 @@ class AttentionProblem(NamedTuple):
     heads: int
     heads_kv: int
     head_dim: int
+    head_dim_v: int
     window: tuple[int, int]
+    features: frozenset[str]
     needs_grad: bool
 
 
 def attention_problem(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> AttentionProblem:
-    """Validate q (B, M, H, D), k and v (B, N, H_KV, D) and describe the problem they pose."""
-    checks.require_rank("q", q, "(B, M, H, D)")
-    checks.require_dtype("q", q, DTYPES)
-    checks.require_rank("k", k, "(B, N, H_KV, D)")
-    checks.require_like("k", k, "q", q)
-    checks.require_like("v", v, "q", q)
-    batch, len_q, heads, head_dim = q.shape
-    _, len_k, heads_kv, _ = k.shape
-    checks.require_shape("k", k, "(B, N, H_KV, D)", (batch, len_k, heads_kv, head_dim))
-    checks.require_shape("v", v, "(B, N, H_KV, D)", k.shape)
-    checks.require_multiple("the number of heads of q", heads, "that of k and v", heads_kv)
-    checks.require_range("the head dimension of q", head_dim, 1, MAX_HEAD_DIM)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    """Validate q, k, v and the tensors among `options`, and describe the problem they pose."""
+    if options.is_varlen:
+        batch = _check_ragged(q, k, v, options)
+    else:
+        batch = _check_dense(q, k, v)
+    checks.require_multiple("the number of heads of q", q.shape[-2], "that of k and v", k.shape[-2])
+    checks.require_range("the head dimension of q", q.shape[-1], 1, MAX_HEAD_DIM)
+    checks.require_range("the head dimension of v", v.shape[-1], 1, MAX_HEAD_DIM)
+    _check_score_terms(q, k, batch, options)
+    if options.is_varlen:
+        _check_values(q, k, options)
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, options.attn_bias, options.sinks)
+    )
+    return describe(q, k, v, options, needs_grad)
+
+
+def describe(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, needs_grad: bool
+) -> AttentionProblem:
+    """Describe the problem that valid arguments pose."""
+    len_q, len_k = options.lengths(q, k)
+    starts = options.cu_seqlens_q
     return AttentionProblem(
-        q.device, q.dtype, batch, len_q, len_k, heads, heads_kv, head_dim, window, needs_grad
+        q.device,
+        q.dtype,
+        q.shape[0] if starts is None else starts.shape[0] - 1,
+        len_q,
+        len_k,
+        q.shape[-2],
+        k.shape[-2],
+        q.shape[-1],
+        v.shape[-1],
+        options.window,
+        options.features(),
+        needs_grad,
     )
 
 
 def softmax_scale(value: float | None, head_dim: int) -> float:
     """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
     if value is None:
-        default: float = float(head_dim) ** -0.5
+        default: float = float(max(head_dim, 1)) ** -0.5
         return default
-    try:
-        is_number = not isinstance(value, torch.Tensor) and math.isfinite(value)
-    except TypeError:
-        is_number = False
-    if not is_number:
+    if not _is_number(value) or not math.isfinite(value):
         raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
+    return float(value)
+
+
+def softcap(value: Any) -> float:
+    """Return the cap of the scores, 0 for none."""
+    if not _is_number(value) or not 0.0 <= value < math.inf:
+        raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
+    return float(value)
+
+
+def dropout_p(value: Any) -> float:
+    """Return the probability that a weight is dropped."""
+    if not _is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout_p must be a number from 0 to below 1, got {value!r}")
     return float(value)
 
 
@@ -82,7 +123,202 @@ def window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
     return (left if left >= 0 else -1), (right if right >= 0 else -1)
 
 
-def binding_window(window: tuple[int, int], len_q: int, len_k: int) -> tuple[int, int]:
-    """Return the window with -1 for a side that hides nothing at these lengths."""
-    left, right = window
-    return (left if left < len_k - 1 else -1), (right if right < len_q - 1 else -1)
+def length(name: str, value: Any) -> int:
+    """Return a length that is not negative."""
+    try:
+        number = operator.index(value) if not isinstance(value, torch.SymInt) else value
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    return number
+
+
+def rng_state(
+    value: torch.Tensor | None, dropout_p: float, device: torch.device
+) -> torch.Tensor | None:
+    """Return the state of dropout, drawn from torch's default generator where none is given."""
+    if value is None:
+        if dropout_p == 0.0:
+            return None
+        return torch.randint(2**62, (2,), dtype=torch.int64, device=device)
+    checks.require_shape("rng_state", value, "(2,)", (2,))
+    checks.require_dtype("rng_state", value, (torch.int64,))
+    if value.device != device:
+        raise ValueError(f"rng_state must be on the device of q, {device}, got {value.device}")
+    return value
+
+
+def four_dimensional(attn_bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Give a bias the leading dimensions that broadcasting would."""
+    if attn_bias is None:
+        return None
+    checks.require_tensor("attn_bias", attn_bias)
+    if attn_bias.dim() > 4:
+        raise ValueError(
+            "attn_bias must have at most 4 dimensions (B, H, M, N), got shape "
+            f"{tuple(attn_bias.shape)}"
+        )
+    return attn_bias[(None,) * (4 - attn_bias.dim())] if attn_bias.dim() < 4 else attn_bias
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, (torch.Tensor, str)) and float(value) == value
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _check_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
+    checks.require_rank("q", q, _DENSE_Q)
+    checks.require_dtype("q", q, DTYPES)
+    checks.require_rank("k", k, _DENSE_K)
+    checks.require_like("k", k, "q", q)
+    checks.require_rank("v", v, _DENSE_V)
+    checks.require_like("v", v, "q", q)
+    batch, _, _, head_dim = q.shape
+    _, len_k, heads_kv, _ = k.shape
+    checks.require_shape("k", k, _DENSE_K, (batch, len_k, heads_kv, head_dim))
+    checks.require_shape("v", v, _DENSE_V, (batch, len_k, heads_kv, v.shape[3]))
+    return batch
+
+
+def _check_ragged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> int:
+    symbols_k, symbols_v = _RAGGED_K, _RAGGED_V
+    if options.block_table is not None:
+        symbols_k, symbols_v = _PAGED_K, _PAGED_V
+    checks.require_rank("q", q, _RAGGED_Q)
+    checks.require_dtype("q", q, DTYPES)
+    checks.require_rank("k", k, symbols_k)
+    checks.require_like("k", k, "q", q)
+    checks.require_rank("v", v, symbols_v)
+    checks.require_like("v", v, "q", q)
+    checks.require_shape("k", k, symbols_k, (*k.shape[:-1], q.shape[-1]))
+    checks.require_shape("v", v, symbols_v, (*k.shape[:-1], v.shape[-1]))
+    batch = _check_integers("cu_seqlens_q", options.cu_seqlens_q, q, "(B + 1,)", None) - 1
+    if batch < 0:
+        raise ValueError("cu_seqlens_q must have B + 1 elements, at least 1, got 0")
+    _check_integers("cu_seqlens_k", options.cu_seqlens_k, q, "(B + 1,)", batch + 1)
+    if options.seqused_k is not None:
+        _check_integers("seqused_k", options.seqused_k, q, "(B,)", batch)
+    table = options.block_table
+    if table is not None:
+        checks.require_rank("block_table", table, "(B, max_pages)")
+        checks.require_shape("block_table", table, "(B, max_pages)", (batch, table.shape[1]))
+        checks.require_dtype("block_table", table, (torch.int32,))
+        checks.require_device("block_table", table, "q", q)
+        if k.shape[1] == 0:
+            raise ValueError(f"k must have pages of at least 1 slot, got shape {tuple(k.shape)}")
+        room = table.shape[1] * k.shape[1]
+        if options.max_seqlen_k > room:
+            raise ValueError(
+                "max_seqlen_k must be at most what a row of block_table has room for, "
+                f"{room}, got {options.max_seqlen_k}"
+            )
+    return batch
+
+
+def _check_integers(
+    name: str, tensor: torch.Tensor | None, q: torch.Tensor, symbols: str, size: int | None
+) -> int:
+    """Check a one-dimensional int32 tensor and return its size."""
+    assert tensor is not None
+    checks.require_rank(name, tensor, "(B,)" if size is None else symbols)
+    if size is not None:
+        checks.require_shape(name, tensor, symbols, (size,))
+    checks.require_dtype(name, tensor, (torch.int32,))
+    checks.require_device(name, tensor, "q", q)
+    return tensor.shape[0]
+
+
+def _check_score_terms(q: torch.Tensor, k: torch.Tensor, batch: int, options: Options) -> None:
+    if options.softcap == 0.0 and not options.features():
+        return
+    heads, (len_q, len_k) = q.shape[-2], options.lengths(q, k)
+    slopes, bias, key_mask, sinks = options[:4]
+    if slopes is not None:
+        checks.require_tensor("alibi_slopes", slopes)
+        if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes must have shape (H,) = ({heads},) or (B, H) = ({batch}, {heads}), "
+                f"got {tuple(slopes.shape)}"
+            )
+        checks.require_dtype("alibi_slopes", slopes, (torch.float32,))
+        checks.require_device("alibi_slopes", slopes, "q", q)
+        _refuse_gradient("alibi_slopes", slopes)
+    if bias is not None:
+        whole = (batch, heads, len_q, len_k)
+        if any(size not in (1, full) for size, full in zip(bias.shape, whole, strict=True)):
+            raise ValueError(
+                f"attn_bias must broadcast to (B, H, M, N) = {whole}, got {tuple(bias.shape)}"
+            )
+        checks.require_dtype("attn_bias", bias, (torch.bool, *DTYPES))
+        checks.require_device("attn_bias", bias, "q", q)
+    if key_mask is not None:
+        checks.require_shape("key_mask", key_mask, "(B, N)", (batch, len_k))
+        checks.require_dtype("key_mask", key_mask, (torch.bool, *DTYPES))
+        checks.require_device("key_mask", key_mask, "q", q)
+        _refuse_gradient("key_mask", key_mask, ": attn_bias of shape (B, 1, 1, N) has one")
+    if sinks is not None:
+        checks.require_shape("sinks", sinks, "(H,)", (heads,))
+        checks.require_dtype("sinks", sinks, DTYPES)
+        checks.require_device("sinks", sinks, "q", q)
+    if options.dropout_p != 0.0 and max(batch, heads) > MAX_DROPOUT_HEADS:
+        raise UnsupportedProblemError(
+            f"dropout_p must be 0 for more than {MAX_DROPOUT_HEADS} sequences or heads, got "
+            f"{batch} and {heads}"
+        )
+
+
+def _refuse_gradient(name: str, tensor: torch.Tensor, instead: str = "") -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedProblemError(
+            f"{name} must not require a gradient, none is computed{instead}; detach it"
+        )
+
+
+def _check_values(q: torch.Tensor, k: torch.Tensor, options: Options) -> None:
+    """Check what is in the tensors of a ragged problem, where reading them waits for no device."""
+    if torch.compiler.is_compiling() or q.device.type == "meta":
+        return
+    if q.device.type != "cpu" and not environment.checks_values():
+        return
+    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
+    starts_q, starts_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+    table = options.block_table
+    tokens_k = None if table is not None else k.shape[0]
+    _check_starts("cu_seqlens_q", starts_q, "q", q.shape[0], options.max_seqlen_q)
+    longest = options.max_seqlen_k if options.seqused_k is None else None
+    _check_starts("cu_seqlens_k", starts_k, "k", tokens_k, longest)
+    lengths = [stop - start for start, stop in zip(starts_k, starts_k[1:])]
+    if options.seqused_k is not None:
+        used = options.seqused_k.tolist()
+        for b, (count, length) in enumerate(zip(used, lengths, strict=True)):
+            limit = options.max_seqlen_k
+            limit = limit if table is not None else min(limit, length)
+            checks.require_range(f"seqused_k[{b}]", count, 0, limit)
+        lengths = used
+    if table is None:
+        return
+    for b, length in enumerate(lengths):
+        for page in table[b, : -(-length // k.shape[1])].tolist():
+            checks.require_range(f"an entry of block_table[{b}]", page, 0, k.shape[0] - 1)
+
+
+def _check_starts(
+    name: str, starts: list[int], tensor_name: str, tokens: int | None, longest: int | None
+) -> None:
+    if starts[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {starts[0]}")
+    for start, stop in zip(starts, starts[1:]):
+        if stop < start:
+            raise ValueError(f"{name} must not decrease, got {stop} after {start}")
+        if longest is not None and stop - start > longest:
+            raise ValueError(
+                f"{name.replace('cu_seqlens', 'max_seqlen')} must be at least the length of every "
+                f"sequence, {stop - start} for one, got {longest}"
+            )
+    if tokens is not None and starts[-1] > tokens:
+        raise ValueError(
+            f"{name} must end within the {tokens} tokens of {tensor_name}, got {starts[-1]}"
+        )

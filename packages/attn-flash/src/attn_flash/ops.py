@@ -1,8 +1,9 @@
 """The operators torch.compile, torch.export and opcheck see, and the rule that differentiates them.
 
 ``attn_flash::attention`` and ``attn_flash::attention_backward`` are one pair for every public
-function of the package. Tensors are (B, S, H, D) of any strides, `lse` is (B, H, M) in float32
-(float64 for float64 inputs), windows are as in `checks.AttentionProblem`.
+function of the package. Tensors are (B, S, H, D) and `lse` (B, H, M), or (T, H, D) and (H, T_q)
+where sequences are ragged, of any strides; `lse` is float32, float64 for float64 inputs.
+`Options` has the arguments beside q, k and v, which the operators take one by one.
 """
 
 from __future__ import annotations
@@ -13,32 +14,29 @@ import torch
 
 from attn_core import backends
 from attn_core.library import Operator
-from attn_flash import reference
-from attn_flash.checks import AttentionProblem, binding_window
+from attn_flash import options, reference
+from attn_flash.checks import describe
+from attn_flash.options import Options
 
 ATTENTION = "attn_flash::attention"
 ATTENTION_BACKWARD = "attn_flash::attention_backward"
+ATTENTION_PROBS = "attn_flash::attention_probs"
 
 
 def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    backend: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    window = binding_window((window_left, window_right), q.shape[1], k.shape[1])
-    compute = _implementation(ATTENTION, backend, q, k, window)
-    return compute(q, k, v, scale, window)  # type: ignore[no-any-return]
+    *values, backend = rest
+    opts = Options(*values).bound(q, k)
+    compute = _implementation(ATTENTION, backend, q, k, v, opts)
+    return compute(q, k, v, opts)  # type: ignore[no-any-return]
 
 
 def _attention_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, len_q, heads, _head_dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, len_q), dtype=lse_dtype(q.dtype))
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(lse_shape(q), dtype=lse_dtype(q.dtype))
 
 
 def _attention_backward(
@@ -49,14 +47,14 @@ def _attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    window = binding_window((window_left, window_right), q.shape[1], k.shape[1])
-    compute = _implementation(ATTENTION_BACKWARD, backend, q, k, window)
-    return compute(dout, dlse, q, k, v, out, lse, scale, window)  # type: ignore[no-any-return]
+    needs_dbias: bool,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    *values, backend = rest
+    opts = Options(*values).bound(q, k)
+    compute = _implementation(ATTENTION_BACKWARD, backend, q, k, v, opts)
+    grads = compute(dout, dlse, q, k, v, out, lse, needs_dbias, opts)
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _attention_backward_fake(
@@ -65,28 +63,46 @@ def _attention_backward_fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needs_dbias: bool,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    opts = Options(*rest[:-1])
+    bias, sinks = opts.attn_bias if needs_dbias else None, opts.sinks
+    return tuple(
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, bias, sinks)
+    )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = attention.below_autograd(*args)
-        q, k, v, *static = args
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.static = static
+        ctx.save_for_backward(out, lse, *(arg for arg in args if isinstance(arg, torch.Tensor)))
+        ctx.static = [None if isinstance(arg, torch.Tensor) else (arg,) for arg in args]
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        out, lse, *tensors = ctx.saved_tensors
+        saved = iter(tensors)
+        q, k, v, *rest = (next(saved) if static is None else static[0] for static in ctx.static)
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = attention_backward(dout, dlse, q, k, v, out, lse, *ctx.static)
-        return dq, dk, dv, None, None, None, None
+        needs = ctx.needs_input_grad
+        dq, dk, dv, dbias, dsinks = attention_backward(
+            dout, dlse, q, k, v, out, lse, needs[_BIAS], *rest
+        )
+        grads = [dq, dk, dv, *(None for _ in rest)]
+        grads[_BIAS] = dbias if needs[_BIAS] else None
+        grads[_SINKS] = dsinks if needs[_SINKS] else None
+        return tuple(grads)
+
+
+_BIAS = 3 + Options._fields.index("attn_bias")
+_SINKS = 3 + Options._fields.index("sinks")
 
 
 def _attention_backward_autograd(
@@ -97,18 +113,50 @@ def _attention_backward_autograd(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    backend: str,
+    needs_dbias: bool,
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients to differentiate again: the plain formula, recomputed in O(M N) memory."""
+    opts = Options(*rest[:-1])
+    bias, sinks = opts.attn_bias if needs_dbias else None, opts.sinks
     with torch.enable_grad():
         # An input that needs no gradient still has to be part of the graph to be asked for.
-        q, k, v = (x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v))
-        out, lse = reference.attention(q, k, v, scale, (window_left, window_right))
+        inputs = [
+            x if x is None or x.requires_grad else x.detach().requires_grad_()
+            for x in (q, k, v, bias, sinks)
+        ]
+        q, k, v, bias, sinks = inputs
+        if bias is not None:
+            opts = opts._replace(attn_bias=bias)
+        out, lse = reference.attention_with(q, k, v, opts._replace(sinks=sinks))
         outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse.to(lse)])
-        return torch.autograd.grad(outputs, (q, k, v), grads, create_graph=True)
+        found = iter(
+            torch.autograd.grad(
+                outputs,
+                [x for x in inputs if x is not None],
+                grads,
+                create_graph=True,
+                materialize_grads=True,
+            )
+        )
+        return tuple(q.new_empty(0) if x is None else next(found) for x in inputs)
+
+
+def _attention_probs(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    from attn_flash import _torch  # the only one to compute them: O(M N) memory by nature
+
+    with torch.no_grad():
+        return _torch.signed_probabilities(q, k, lse, Options(*rest).bound(q, k))
+
+
+def _attention_probs_fake(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    opts = Options(*rest)
+    batch = q.shape[0] if opts.cu_seqlens_q is None else opts.cu_seqlens_q.shape[0] - 1
+    return q.new_empty((batch, q.shape[-2], *opts.lengths(q, k)))
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,33 +164,41 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def lse_shape(q: torch.Tensor) -> tuple[int, ...]:
+    """(B, H, M), or (H, T_q) where sequences are ragged."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
 def _implementation(
-    op: str, backend: str, q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]
+    op: str, backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, opts: Options
 ) -> Any:
     """The backend's function; "auto" reaches this far only from a compiled graph."""
     if backend == backends.AUTO:
-        batch, len_q, heads, head_dim = q.shape
-        _, len_k, heads_kv, _ = k.shape
-        problem = AttentionProblem(
-            q.device, q.dtype, batch, len_q, len_k, heads, heads_kv, head_dim, window, True
-        )
+        problem = describe(q, k, v, opts, needs_grad=opts.block_table is None)
         backend = backends.resolve(ATTENTION, problem)
     return backends.implementation(op, backend)
 
 
 attention = Operator(
     ATTENTION,
-    "(Tensor q, Tensor k, Tensor v, float scale, int window_left, int window_right, str backend)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, {options.SCHEMA}, str backend) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
     autograd=_Attention.apply,
 )
 attention_backward = Operator(
     ATTENTION_BACKWARD,
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
-    " int window_left, int window_right, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" bool needs_dbias, {options.SCHEMA}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
     autograd=_attention_backward_autograd,
+)
+attention_probs = Operator(
+    ATTENTION_PROBS,
+    f"(Tensor q, Tensor k, Tensor lse, {options.SCHEMA}) -> Tensor",
+    _attention_probs,
+    _attention_probs_fake,
+    autograd=None,
 )

@@ -19,6 +19,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem
+from attn_flash.options import Options
 
 
 # fmt: off
@@ -291,18 +292,19 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    window: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
+    needs_dbias: bool,
+    options: Options,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of q, k, v, attn_bias and sinks, given those of out (dout) and, maybe, lse (dlse)."""
+    scale, window = options.scale, options.window
     B, M, H, _ = q.shape
     N = k.shape[1]
     if B * M * H * N == 0:
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), None, None
     rows = q.new_empty((B, H, M, 2), dtype=torch.float32)
     dq = _dq(dout, dlse, q, k, v, out, lse, rows, scale, window)
     dk, dv = _dk_dv(dout, q, k, v, rows, scale, window)
-    return dq, dk, dv
+    return dq, dk, dv, None, None
 
 
 def _dq(dout, dlse, q, k, v, out, lse, rows, scale, window):

@@ -10,6 +10,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import finish_softmax, online_softmax, online_softmax_masked
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem
+from attn_flash.options import Options
 
 
 # fmt: off
@@ -153,9 +154,10 @@ _launch = Launcher(_attention_forward_kernel, check=problem.require_narrow_tiles
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: tuple[int, int]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
+    scale, window = options.scale, options.window
     B, M, H, D = q.shape
     _, N, H_KV, _ = k.shape
     out = q.new_empty((B, M, H, D))
