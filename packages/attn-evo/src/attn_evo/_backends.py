@@ -36,14 +36,15 @@ def _triton_attention_supports(problem: AttentionProblem) -> str | None:
         return "it computes in float16, bfloat16 and float32, not float64"
     if problem.accum_dtype != torch.float32:
         return f"it sums in float32, not {str(problem.accum_dtype).removeprefix('torch.')}"
-    if problem.has_state and not problem.causal:
-        return "it continues a stream only with causal=True"
-    is_float32 = problem.dtype == torch.float32
-    limit = TRITON_MAX_HEAD_DIM_FLOAT32 if is_float32 else TRITON_MAX_HEAD_DIM
-    if problem.head_dim > limit:
-        name = str(problem.dtype).removeprefix("torch.")
-        return f"its registers hold head dimensions up to {limit} in {name}, got {problem.head_dim}"
+    limit = most_head_dim(problem.dtype)
+    if problem.tiles and problem.head_dim > limit:
+        return f"it has tiles for head dimensions up to {limit}, got {problem.head_dim}"
     return _triton_tiles_support(problem.tiles)
+
+
+def most_head_dim(dtype: torch.dtype) -> int:
+    """The widest head that Triton's fused kernels take; wider ones go through matrix products."""
+    return TRITON_MAX_HEAD_DIM_FLOAT32 if dtype == torch.float32 else TRITON_MAX_HEAD_DIM
 
 
 def _triton_tiles_support(tiles: tuple[int, ...]) -> str | None:

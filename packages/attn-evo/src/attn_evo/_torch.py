@@ -7,7 +7,7 @@ the forward one and keeps nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,10 @@ from attn_evo.reference import EPSILON, NORM_EPSILON, token_count
 from attn_evo.weights import EvoWeights
 
 _CHUNK = 1024  # tokens of the lower level of a sum
+
+
+Scan = Callable[[torch.Tensor, bool], torch.Tensor]
+"""Sums x (B, H, L, D) along L up to each token, or from each one on where the flag is set."""
 
 
 class _Sums(NamedTuple):
@@ -39,6 +43,10 @@ class _Gates(NamedTuple):
     alive: torch.Tensor
 
 
+def _scan(x: torch.Tensor, reverse: bool) -> torch.Tensor:
+    return _running_sum(x.flip(2), 2).flip(2) if reverse else _running_sum(x, 2)
+
+
 def attention(
     v: torch.Tensor,
     weights: EvoWeights,
@@ -48,13 +56,14 @@ def attention(
     causal: bool,
     accum_dtype: torch.dtype,
     tiles: Sequence[int],
+    scan: Scan = _scan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """EvoAttention of v (B, H, L, D): out like v, and the sums (2, B, H, D) up to its end."""
     before = _sums_before(v, sums, accum_dtype)
     if v.numel() == 0:
         return v.new_empty(v.shape), before.clone()
     values, weights = _values(v, mask, accum_dtype), _cast(weights, accum_dtype)
-    step = _sums(values, weights, before, length, causal)
+    step = _sums(values, weights, before, length, causal, scan)
     gates = _gates(values, weights, step.stat)
     x = gates.final * step.context * gates.alive
     out = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPSILON)
@@ -72,6 +81,7 @@ def attention_backward(
     causal: bool,
     accum_dtype: torch.dtype,
     tiles: Sequence[int],
+    scan: Scan = _scan,
 ) -> tuple[torch.Tensor, torch.Tensor, EvoWeights]:
     """Gradients of v, of the sums before it and of the weights.
 
@@ -83,7 +93,7 @@ def attention_backward(
     if v.numel() == 0:
         return _no_tokens_backward(v, dsums_after, weights)
     values, cast = _values(v, mask, accum_dtype), _cast(weights, accum_dtype)
-    step = _sums(values, cast, before, length, causal)
+    step = _sums(values, cast, before, length, causal, scan)
     gates = _gates(values, cast, step.stat)
     dx, dnorm_weight, dnorm_bias = _layer_norm_backward(dout.to(accum_dtype), step, gates, cast)
 
@@ -108,14 +118,14 @@ def attention_backward(
     dstat[:, :, -1] += dsums_after[1]
 
     # stat = S(gate_s v), gate_s = sigmoid(W_g mean + b_g), mean = context / seen
-    dgated = _sum_backward(dstat, causal)
+    dgated = _sum_backward(dstat, causal, scan)
     dlogit = _per_sum(dgated * values, causal) * step.gate * (1 - step.gate)
     dw_g, db_g = _linear_backward(dlogit, step.context / step.seen)
     dcontext += dlogit @ cast.w_g / step.seen
     dcontext[:, :, -1] += dsums_after[0]
 
     dv = dgate * gates.ratio * s + dq @ cast.w_q + dlocal @ cast.w_l
-    dv += dgated * step.gate + _sum_backward(dcontext, causal)
+    dv += dgated * step.gate + _sum_backward(dcontext, causal, scan)
     if mask is not None:
         dv.masked_fill_(~mask[:, None, :, None], 0)
     dweights = (dw_q, db_q, dw_l, db_l, dw_g, db_g, dw_f, db_f, dnorm_weight, dnorm_bias)
@@ -149,12 +159,13 @@ def _sums(
     before: torch.Tensor,
     length: torch.Tensor | None,
     causal: bool,
+    scan: Scan,
 ) -> _Sums:
     before_context, before_stat = before[:, :, :, None]
-    context = before_context + _sum(v, causal)
+    context = before_context + _sum(v, causal, scan)
     seen = token_count(v, causal, length)
     gate = torch.sigmoid(F.linear(context / seen, weights.w_g, weights.b_g))
-    return _Sums(context, seen, gate, before_stat + _sum(gate * v, causal))
+    return _Sums(context, seen, gate, before_stat + _sum(gate * v, causal, scan))
 
 
 def _gates(v: torch.Tensor, weights: EvoWeights, stat: torch.Tensor) -> _Gates:
@@ -166,12 +177,12 @@ def _gates(v: torch.Tensor, weights: EvoWeights, stat: torch.Tensor) -> _Gates:
     return _Gates(local, denominator, ratio, gate, final, (v != 0).any(dim=-1, keepdim=True))
 
 
-def _sum(x: torch.Tensor, causal: bool) -> torch.Tensor:
-    return _running_sum(x, 2) if causal else x.sum(dim=2, keepdim=True)
+def _sum(x: torch.Tensor, causal: bool, scan: Scan) -> torch.Tensor:
+    return scan(x, False) if causal else x.sum(dim=2, keepdim=True)
 
 
-def _sum_backward(dsum: torch.Tensor, causal: bool) -> torch.Tensor:
-    return _running_sum(dsum.flip(2), 2).flip(2) if causal else dsum
+def _sum_backward(dsum: torch.Tensor, causal: bool, scan: Scan) -> torch.Tensor:
+    return scan(dsum, True) if causal else dsum
 
 
 def _per_sum(dsum: torch.Tensor, causal: bool) -> torch.Tensor:

@@ -49,9 +49,10 @@ def attend(case, inputs):
         ((1, 2, 70, 16), {}),
         ((2, 2, 49, 24), {"has_mask": True, "has_state": True}),
         ((1, 1, 33, 40), {"causal": False}),
-        ((2, 1, 50, 16), {"causal": False, "has_mask": True}),
+        ((2, 1, 50, 16), {"causal": False, "has_mask": True, "has_state": True}),
+        ((1, 2, 70, 136), {"has_state": True}),
     ],
-    ids=["causal", "mask-state-d24", "full-d40", "full-mask"],
+    ids=["causal", "mask-state-d24", "full-d40", "full-mask-state", "wide"],
 )
 def test_outputs_and_gradients(sizes, flags, dtype, make_case, assert_results):
     case = make_case(*sizes, **flags)

@@ -38,23 +38,21 @@ FORWARD = Table(
 BACKWARD = Table(
     "attn_evo.backward",
     rows=_rows(
-        (16, 2, TileConfig(32, 1024, 4, 1)),
-        (32, 2, TileConfig(16, 1024, 4, 1)),
-        (64, 2, TileConfig(32, 1024, 8, 1)),
-        (128, 2, TileConfig(16, 1024, 8, 1)),
+        (128, 2, TileConfig(32, 1024, 8, 1)),
         (16, 4, TileConfig(16, 1024, 4, 1)),
         (32, 4, TileConfig(16, 1024, 4, 1)),
-        (64, 4, TileConfig(16, 1024, 8, 1)),
+        (64, 4, TileConfig(16, 1024, 4, 1)),
     ),
-    default=TileConfig(16, 1024, 8, 1),
+    default=TileConfig(64, 1024, 4, 2),
     sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),
 )
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.
 SUMS = TileConfig(1, 1, 4, 1)
-BACKWARD_STAT = TileConfig(1, 1, 8, 1)
-BACKWARD_CONTEXT = TileConfig(1, 1, 4, 3)
-BACKWARD_WEIGHTS = TileConfig(64, 1, 8, 2)
+# Of launches of the backward pass whose tiles are smaller or whose pipeline is longer than its own.
+BACKWARD_GATE_BLOCK_M = 32
+BACKWARD_STAGES = {"products": 3, "context": 3}
 PREFIX_SUM = TileConfig(32, 64, 4, 2)
+PREFIX_SUM_RUNS = TileConfig(32, 64, 4, 4)
 
 
 def forward_tiles(v: torch.Tensor, causal: bool, hints: Sequence[int]) -> TileConfig:
@@ -84,9 +82,24 @@ def stat_tiles(config: TileConfig) -> TileConfig:
     return config._replace(num_stages=config.num_stages + 1)
 
 
-def prefix_sum_tiles(x: torch.Tensor) -> TileConfig:
-    """Choose the tiles of prefix sums: block_m elements of block_n sequences."""
-    return PREFIX_SUM
+def backward_kernel(name: str, config: TileConfig) -> TileConfig:
+    """Tiles of one launch of the backward pass, whose tiles are `config`."""
+    block_m = min(config.block_m, BACKWARD_GATE_BLOCK_M) if name == "gate" else config.block_m
+    num_stages = BACKWARD_STAGES.get(name, config.num_stages)
+    return config._replace(block_m=block_m, num_stages=num_stages)
+
+
+def prefix_sum_tiles(num_columns: int | None) -> TileConfig:
+    """Choose the tiles of prefix sums: block_m elements, or runs, of block_n sequences.
+
+    `num_columns` is the number of sequences that are neighbours in memory, None where there are
+    none.
+    """
+    if num_columns is None:
+        return PREFIX_SUM
+    block_c = min(PREFIX_SUM_RUNS.block_n, 1 << (num_columns - 1).bit_length())
+    block_n = PREFIX_SUM_RUNS.block_m * PREFIX_SUM_RUNS.block_n // block_c
+    return PREFIX_SUM_RUNS._replace(block_m=block_n, block_n=block_c)
 
 
 def _pick(table: Table, v: torch.Tensor, causal: bool) -> TileConfig:

@@ -18,33 +18,38 @@ import triton.language as tl
 
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
-from attn_evo._triton import configs, problem
+from attn_evo._backends import most_head_dim
+from attn_evo._triton import configs, problem, wide
 from attn_evo._triton.tiles import (
     CONTEXT,
     NORM_BIAS,
     NORM_WEIGHT,
     STAT,
+    SUM_COLUMNS,
     W_F,
     W_G,
     W_L,
     W_Q,
+    add_column_sums,
     gated_values,
-    half_ratio_and_local,
     inverse_counts,
+    inverse_denominator,
     linear,
     load_state,
     load_tokens,
     load_vector,
     matrix,
-    normalize,
+    no_column_sums,
+    norm_statistics,
     product,
     rounded,
     running_stat,
     sigmoid_of_double,
+    stat_before,
     store_state,
     sum_rows,
     table_row,
-    total_stat,
+    total_sums,
     triangle,
 )
 from attn_evo.weights import EvoWeights
@@ -86,23 +91,29 @@ def _pack_vector(
 def _sum_chunk(
     v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, tile_sums_ptr, chunk_sums_ptr,
     pid_bh, pid_c, L, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     offs_d = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    offs_tile = tl.arange(0, SUM_COLUMNS)
+    total = tl.zeros([BLOCK_D], tl.float32)
     first = pid_c * tiles_per_chunk
-    for tile in tl.range(first, tl.minimum(first + tiles_per_chunk, num_tiles), num_stages=3):
-        v = load_tokens(
-            v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, tile * BLOCK_M, L,
-            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        total = tl.sum(v.to(tl.float32), 0)
-        row = table_row(tile_sums_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-        tl.store(row + offs_d, total)
-        acc += total
+    last = tl.minimum(first + tiles_per_chunk, num_tiles)
+    for group in range(first, last, SUM_COLUMNS):  # a column of sums for each tile of the group
+        sums = no_column_sums(BLOCK_D)
+        for tile in tl.range(group, tl.minimum(group + SUM_COLUMNS, last), num_stages=3):
+            v = load_tokens(
+                v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, tile * BLOCK_M, L,
+                HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            sums = add_column_sums(sums, v, tile - group, PRECISION)
+        row = table_row(tile_sums_ptr, CONTEXT, num_heads, pid_bh, num_tiles, group, BLOCK_D)
+        ptrs = row + tile_offsets(offs_d, 1, offs_tile, BLOCK_D)
+        tl.store(ptrs, sums, mask=(offs_tile < last - group)[None, :])
+        total += tl.sum(sums, 1)
     row = table_row(chunk_sums_ptr, CONTEXT, num_heads, pid_bh, num_chunks, pid_c, BLOCK_D)
-    tl.store(row + offs_d, acc)
+    tl.store(row + offs_d, total)
 
 
 # fmt: off
@@ -118,7 +129,8 @@ def _attention_sums_kernel(
     norm_bias_ptr, stride_nb,
     matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     pid_bh = tl.program_id(0) // num_chunks
@@ -149,7 +161,7 @@ def _attention_sums_kernel(
             v_ptr + b * stride_vb + h * stride_vh, stride_vl, stride_vd,
             mask_ptr + b * stride_mb, stride_ml, tile_sums_ptr, chunk_sums_ptr,
             pid_bh, pid_c, L, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+            HEAD_DIM, HAS_MASK, PRECISION, BLOCK_M, BLOCK_D,
         )  # fmt: skip
 
 
@@ -242,20 +254,19 @@ def _attention_output_kernel(
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
-    chunk_sums = table_row(
-        chunk_sums_ptr, STAT if IS_CAUSAL else CONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D
-    )
     if IS_CAUSAL:
         w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
         ones = triangle(BLOCK_M, dtype, False)
-        stat_i = sum_rows(chunk_sums, 0, pid_c, BLOCK_D, BLOCK_D, BLOCK_D)
-        if HAS_STATE:
-            stat_i += load_state(
-                sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, STAT, HEAD_DIM, BLOCK_D
-            )
+        stat_i = stat_before(
+            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+            b, h, pid_bh, pid_c, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
+        )  # fmt: skip
     else:
-        context_i = sum_rows(chunk_sums, 0, num_chunks, BLOCK_D, BLOCK_D, BLOCK_D)
-        stat_i = total_stat(context_i, L, matrices_ptr, vectors_ptr, IS_NVIDIA, BLOCK_D)
+        context_i, stat_i = total_sums(
+            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+            matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
+            HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
+        )  # fmt: skip
 
     first = pid_c * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
@@ -277,15 +288,15 @@ def _attention_output_kernel(
             context = context_i[None, :]
             stat = stat_i[None, :]
 
-        half_ratio, _ = half_ratio_and_local(
-            v, stat, w_l, w_q, vectors_ptr, PRECISION, IS_NVIDIA, BLOCK_D
-        )
+        local = linear(v, w_l, vectors_ptr, W_L, PRECISION, BLOCK_D)
+        half_ratio = linear(v, w_q, vectors_ptr, W_Q, PRECISION, BLOCK_D)
+        half_ratio *= inverse_denominator(stat, local, IS_NVIDIA)
         s = sigmoid_of_double(half_ratio, IS_NVIDIA, IS_BFLOAT16)
         gate = rounded(2.0 * half_ratio * s * v.to(tl.float32), dtype)
         final = linear(gate, w_f, vectors_ptr, W_F, PRECISION, BLOCK_D)
         x = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16) * context
-        x, _ = normalize(x, v, HEAD_DIM, BLOCK_D)
-        out = x * load_vector(vectors_ptr, NORM_WEIGHT, BLOCK_D)
+        mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
+        out = (x - mean) * scale * load_vector(vectors_ptr, NORM_WEIGHT, BLOCK_D)
         out += load_vector(vectors_ptr, NORM_BIAS, BLOCK_D)
 
         out_ptrs = out_ptr + (pid_bh.to(tl.int64) * L + start) * HEAD_DIM
@@ -316,6 +327,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """EvoAttention of v (B, H, L, D): out like v, and the sums (2, B, H, D) up to its end."""
     B, H, _, D = v.shape
+    if D > most_head_dim(v.dtype):
+        return wide.attention(v, weights, mask, sums, length, causal, accum_dtype, tiles)
     out = v.new_empty(v.shape)
     sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
     if v.numel() == 0:
@@ -346,7 +359,8 @@ def running_sums(
         strides=(call.strides, weight_strides, weights.w_q.dtype),
         args=(*args, *scratch[:-1], *call.sizes),
         constexprs={
-            "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"], **call.blocks
+            "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
+            "PRECISION": call.numerics["PRECISION"], **call.blocks,
         },
         config=configs.SUMS,
     )  # fmt: skip

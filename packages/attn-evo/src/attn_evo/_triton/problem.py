@@ -85,6 +85,13 @@ class Call(NamedTuple):
         """All strides of the inputs."""
         return *self.v[1:], *self.mask[1:], *self.sums[1:]
 
+    def sizes_in(self, block_m: int) -> tuple[int, ...]:
+        """`sizes` with the same chunks cut into tiles of `block_m`, which divides the call's."""
+        *sizes, num_chunks, tiles_per_chunk = self.sizes
+        L, H, num_heads, _ = sizes
+        tiles_per_chunk *= self.blocks["BLOCK_M"] // block_m
+        return L, H, num_heads, ceil_div(L, block_m), num_chunks, tiles_per_chunk
+
 
 class Scratch(NamedTuple):
     """What the launches of one pass hand on, in the order in which kernels take it."""

@@ -28,6 +28,7 @@ EPSILON = tl.constexpr(1e-8)
 NORM_EPSILON = tl.constexpr(1e-5)
 _MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
 _LARGEST_HALF = tl.constexpr(65504.0)
+SUM_COLUMNS = tl.constexpr(16)  # the fewest that tl.dot accepts
 
 
 @triton.jit
@@ -37,16 +38,6 @@ def reciprocal(x, IS_NVIDIA: tl.constexpr):
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return 1.0 / x
-
-
-@triton.jit
-def fresh(x, IS_NVIDIA: tl.constexpr):
-    """Hide from the compiler where x comes from: what follows is computed anew, not kept."""
-    if IS_NVIDIA:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
-        )
-    return x
 
 
 @triton.jit
@@ -121,12 +112,19 @@ def triangle(BLOCK_M: tl.constexpr, dtype: tl.constexpr, REVERSE: tl.constexpr):
 @triton.jit
 def scan(ones, x, PRECISION: tl.constexpr):
     """Sums of the rows of x in float32 on tensor cores; two halves of x keep its lower bits."""
-    high = rounded(x, ones.dtype)
-    sums = product(ones, high, PRECISION)
     if ones.dtype == tl.float32:
-        return sums
-    low = (x - high.to(tl.float32)).to(ones.dtype)
-    return sums + product(ones, low, PRECISION)
+        return product(ones, x, PRECISION)
+    high = upper_half(x, ones.dtype)
+    low = (x - high).to(ones.dtype)
+    return product(ones, low, PRECISION) + product(ones, high.to(ones.dtype), PRECISION)
+
+
+@triton.jit
+def upper_half(x, dtype: tl.constexpr):
+    """The part of x that a narrower dtype holds, in float32."""
+    if dtype == tl.bfloat16:  # cut off, which is cheaper than rounding
+        return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return rounded(x, dtype).to(tl.float32)
 
 
 # fmt: off
@@ -171,12 +169,12 @@ def table_row(ptr, which, num_heads, pid_bh, num_rows, row, BLOCK_D: tl.constexp
 
 
 @triton.jit
-def sum_rows(ptr, lo, hi, stride, columns, BLOCK_D: tl.constexpr):
+def sum_rows(ptr, lo, hi, stride, columns, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr = 32):
     """Sum of the rows lo <= row < hi of a table, always in the same order."""
-    offs_row = tl.arange(0, 32)
+    offs_row = tl.arange(0, BLOCK_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], ptr.dtype.element_ty)
-    for start in range(lo, hi, 32):
+    for start in range(lo, hi, BLOCK_ROWS):
         mask = (start + offs_row < hi)[:, None] & (offs_d < columns)[None, :]
         ptrs = ptr + tl.cast(start, tl.int64) * stride
         ptrs += tile_offsets(offs_row, stride, offs_d, 1)
@@ -247,28 +245,80 @@ def gated_values(
 
 # fmt: off
 @triton.jit
-def total_stat(
-    context, L, matrices_ptr, vectors_ptr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr
+def stat_before(
+    chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+    b, h, pid_bh, pid_c, num_heads, num_chunks,
+    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    """Stat [BLOCK_D] of all tokens, which share it and the context [BLOCK_D] without `causal`."""
-    w_g = matrix(matrices_ptr, W_G, True, BLOCK_D).to(tl.float32)
-    bias = tl.load(vectors_ptr + W_G * BLOCK_D + tl.arange(0, BLOCK_D))
-    logit = tl.sum(w_g * (context / L)[None, :], 1) + bias
-    return sigmoid_of_double(logit, IS_NVIDIA, False) * context
+    """Stat [BLOCK_D] before a chunk."""
+    chunk_sums = table_row(chunk_sums_ptr, STAT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
+    stat = sum_rows(chunk_sums, 0, pid_c, BLOCK_D, BLOCK_D, BLOCK_D)
+    if HAS_STATE:
+        stat += load_state(
+            sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, STAT, HEAD_DIM, BLOCK_D
+        )
+    return stat
 
 
 # fmt: off
 @triton.jit
-def half_ratio_and_local(
-    v, stat, w_l, w_q, vectors_ptr,
-    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
+def total_sums(
+    chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+    matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
+    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    """Half of q / denominator and the local part of the denominator, [BLOCK_M, BLOCK_D]."""
-    local = linear(v, w_l, vectors_ptr, W_L, PRECISION, BLOCK_D)
-    half_ratio = linear(v, w_q, vectors_ptr, W_Q, PRECISION, BLOCK_D)
-    return half_ratio * inverse_denominator(stat, local, IS_NVIDIA), local
+    """Context and stat [BLOCK_D] of all tokens, which share them without `causal`."""
+    chunk_sums = table_row(chunk_sums_ptr, CONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
+    own = sum_rows(chunk_sums, 0, num_chunks, BLOCK_D, BLOCK_D, BLOCK_D)
+    context = own
+    count = L.to(tl.float32)
+    if HAS_STATE:
+        context += load_state(
+            sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, CONTEXT, HEAD_DIM, BLOCK_D
+        )
+        count = (L + tl.load(length_ptr)).to(tl.float32)
+    w_g = matrix(matrices_ptr, W_G, True, BLOCK_D).to(tl.float32)
+    bias = tl.load(vectors_ptr + W_G * BLOCK_D + tl.arange(0, BLOCK_D))
+    logit = tl.sum(w_g * (context / count)[None, :], 1) + bias
+    stat = sigmoid_of_double(logit, IS_NVIDIA, False) * own
+    if HAS_STATE:
+        stat += load_state(
+            sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, STAT, HEAD_DIM, BLOCK_D
+        )
+    return context, stat
+
+
+@triton.jit
+def no_column_sums(BLOCK_D: tl.constexpr):
+    """Sums of no rows, up to 16 different ones, as `add_column_sums` continues them."""
+    return tl.zeros([BLOCK_D, SUM_COLUMNS], tl.float32)
+
+
+@triton.jit
+def add_column_sums(acc, x, which, PRECISION: tl.constexpr):
+    """Add the sum of the rows of x [BLOCK_M, BLOCK_D] to one column of acc, on tensor cores."""
+    columns = tl.arange(0, SUM_COLUMNS)[None, :] + tl.zeros([x.shape[0], 1], tl.int32)
+    ones = tl.where(columns == which, 1.0, 0.0).to(x.dtype)
+    return tl.dot(tl.trans(x), ones, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def column_sums(acc, WHICH: tl.constexpr):
+    """[BLOCK_D]: what `add_column_sums` has added up."""
+    columns = tl.arange(0, SUM_COLUMNS)[None, :]
+    return tl.sum(tl.where(columns == WHICH, acc, 0.0), 1)
+
+
+@triton.jit
+def store_partial(partial_matrices_ptr, dw, WHICH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store a program's share of a weight's gradient in [programs, 4, BLOCK_D, BLOCK_D]."""
+    offs_d = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64) * 4 + WHICH
+    ptrs = partial_matrices_ptr + row * BLOCK_D * BLOCK_D + tile_offsets(offs_d, BLOCK_D, offs_d, 1)
+    tl.store(ptrs, dw)
 
 
 @triton.jit
@@ -277,12 +327,12 @@ def inverse_denominator(stat, local, IS_NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, v, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of x with mean 0 and variance 1, and 1 / their deviation; 0 where a row of v is 0."""
-    x -= tl.sum(x, 1)[:, None] * (1.0 / HEAD_DIM)
+def norm_statistics(x, v, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean of each row of x and 1 / its deviation [BLOCK_M, 1]; 0 where the row of v is 0."""
+    mean = tl.sum(x, 1)[:, None] * (1.0 / HEAD_DIM)
+    x -= mean
     if HEAD_DIM != BLOCK_D:
         x = tl.where((tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], x, 0.0)
     alive = tl.max(tl.abs(v.to(tl.float32)), 1) > 0
     scale = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / HEAD_DIM) + NORM_EPSILON)
-    scale = tl.where(alive, scale, 0.0)
-    return x * scale[:, None], scale
+    return mean, tl.where(alive, scale, 0.0)[:, None]
