@@ -12,6 +12,7 @@ PACKAGES = {
     "attn-paged": "paged",
     "attn-triangle": "triangle",
     "attn-evo": "evo",
+    "attn-vulkan": "vulkan",
 }
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from attn_core import BackendUnavailableError
+from attn_core import BackendUnavailableError, backends
 from attn_core.testing.plugin import register_device
-from attn_vulkan import device
+from attn_vulkan import _backend, device
 from attn_vulkan._vk import instance, loader
 
 VERSION_1_3_230 = 1 << 22 | 3 << 12 | 230
@@ -186,6 +186,8 @@ def has_device() -> bool:
 
 
 register_device("vulkan", has_device)
+for backend in _backend.backends():  # also where only the source of the distribution is there
+    backends.register(backend)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from attn_core import backends
 from attn_core.testing.conformance import Suite, installed_cases
 from attn_vulkan import _backend
 
 pytestmark = [pytest.mark.vulkan, pytest.mark.usefixtures("real_device")]
-
-for backend in _backend.backends():  # also where the distribution is not installed, only its source
-    backends.register(backend)
 
 # A device made of the CPU takes seconds for each pass; the rest runs with --device=vulkan.
 QUICK = ("full-b1-h2-kv1", "causal-b1-h4-kv1", "odd-head-dim", "no-keys", "mixed", "everything")

@@ -235,7 +235,9 @@ def _sink_gradient(
 
 def _arrays(**tensors: torch.Tensor) -> dict[str, Array]:
     return {
-        name: Array(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.element_size())
+        name: Array(
+            tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.element_size(), tensor
+        )
         for name, tensor in tensors.items()
     }
 

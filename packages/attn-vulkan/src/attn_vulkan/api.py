@@ -252,7 +252,7 @@ def _array(array: Any) -> Array:
     strides = tuple(stride // array.itemsize for stride in array.strides)
     if any(stride < 0 for stride in strides):
         raise ValueError(f"strides must not be negative, got {array.strides}: copy the array")
-    return Array(array.ctypes.data, array.shape, strides, array.itemsize)
+    return Array(array.ctypes.data, array.shape, strides, array.itemsize, array)
 
 
 def _window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:

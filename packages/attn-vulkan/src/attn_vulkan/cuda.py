@@ -225,7 +225,8 @@ class CudaPlacement:
             return address
         block = memory.allocate(span.size, self._stream)
         self._exchanged.append((span, block))
-        self._copy(block, span.pointer, span.size)
+        if not (span.is_output and span.is_whole):
+            self._copy(block, span.pointer, span.size)
         exchanged = memory.vulkan_address(block, span.size)
         assert exchanged is not None
         return exchanged

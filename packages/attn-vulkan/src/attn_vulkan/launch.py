@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,19 +37,27 @@ _ORDERS: dict[str, tuple[int | None, ...]] = {
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor: its first element's address, its shape and strides in elements, bytes of one."""
+    """A tensor: its first element's address, its shape and strides in elements, bytes of one.
+
+    `owner` keeps the memory alive.
+    """
 
     pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     item_bytes: int
+    owner: object
 
-    def span(self, is_output: bool) -> Span:
-        """Bytes from the first to the last element; strides are not negative."""
+    def span(self, is_output: bool = False, is_packed: bool = False) -> Span:
+        """Bytes from the first to the last element; strides are not negative.
+
+        An output of packed sequences keeps the rows that belong to none of them.
+        """
         if 0 in self.shape:
             return Span(self.pointer, 0, is_output)
         last = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        return Span(self.pointer, (last + 1) * self.item_bytes, is_output)
+        is_whole = not is_packed and last + 1 == math.prod(self.shape)
+        return Span(self.pointer, (last + 1) * self.item_bytes, is_output, is_whole)
 
     def is_aligned(self) -> bool:
         """Whether rows are dense and start at multiples of 16 bytes."""
@@ -148,14 +157,15 @@ def _run(
 
 def spans(arrays: Arrays) -> list[Span]:
     """Memory that a call reads and writes."""
-    return [array.span(name in _OUTPUTS) for name, array in arrays.items()]
+    is_packed = "cu_q" in arrays
+    return [array.span(name in _OUTPUTS, is_packed) for name, array in arrays.items()]
 
 
 def tensors_of(arrays: Arrays, address_of: Callable[[Span], int]) -> Tensors:
     """The arrays as shaders see them."""
     fields: dict[str, Any] = {}
     for name, array in arrays.items():
-        address = address_of(array.span(name in _OUTPUTS))
+        address = address_of(array.span())
         order = _ORDERS.get(name)
         fields[name] = address if order is None else _view(address, array, order)
     for bounds, names in (("cu_q", _PACKED_Q), ("cu_k", _PACKED_K)):

@@ -19,11 +19,15 @@ _SHARED_MEMORY = ("integrated", "cpu")
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of host memory that a call reads, or writes too."""
+    """Bytes that a call reads, or writes.
+
+    `is_whole` says that it writes every byte of an output, so that its contents need no copy.
+    """
 
     pointer: int
     size: int
     is_output: bool = False
+    is_whole: bool = True
 
 
 @dataclass
@@ -98,7 +102,8 @@ class Placement:
             return placed
         placed.local = self._commands.keep(self._context.memory.allocate(placed.span.size))
         placed.address = placed.local.address
-        self._commands.copy(placed.host, placed.offset, placed.local, 0, placed.span.size)
+        if not (placed.span.is_output and placed.span.is_whole):
+            self._commands.copy(placed.host, placed.offset, placed.local, 0, placed.span.size)
         return placed
 
 

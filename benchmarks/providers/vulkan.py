@@ -1,0 +1,124 @@
+"""attn-vulkan: softmax attention on a Vulkan device, beside torch and aule on the same GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+
+from attn_core import UnsupportedProblemError
+from attn_vulkan import Device, variants
+from attn_vulkan.quirks import usable
+from attn_vulkan.runtime.context import choose_device
+from benchmarks.problems import Case
+from benchmarks.providers import flash
+from benchmarks.providers.base import Call, Provider, Subject, leaf, wants_grad
+from benchmarks.providers.flash import Inputs
+
+_AULE_HEAD_DIM = 64
+
+
+def _ours(variant: str, case: Case, inputs: Inputs) -> Call:
+    """Inputs lie in memory that both APIs see, as a program that uses Vulkan would put them."""
+    from attn_flash import flash_attn_func
+
+    dtype = str(case.dtype).removeprefix("torch.")
+    if variant not in variants.available(_device(), dtype):
+        raise UnsupportedProblemError(f"the device has no variant {variant} for {dtype}")
+    q, k, v = (_shared(tensor).requires_grad_(wants_grad(case)) for tensor in inputs[:3])
+
+    def forward() -> torch.Tensor:
+        out: torch.Tensor = flash_attn_func(
+            q, k, v, causal=case["causal"], window_size=case["window"], backend="vulkan"
+        )
+        return out
+
+    return Call(
+        forward,
+        (q, k, v),
+        _shared(inputs.dout),
+        context=functools.partial(_fixed, variant),
+    )
+
+
+@contextlib.contextmanager
+def _fixed(variant: str) -> Iterator[None]:
+    """Run one variant, whatever the package would choose."""
+    before = os.environ.get(variants.VARIABLE)
+    os.environ[variants.VARIABLE] = variant
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variants.VARIABLE]
+        else:
+            os.environ[variants.VARIABLE] = before
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return leaf(tensor, False)
+    from attn_vulkan import cuda
+
+    with torch.no_grad():
+        return cuda.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
+def _device() -> Device:
+    return usable(choose_device())
+
+
+def _aule(case: Case, inputs: Inputs) -> Call:
+    """Numpy in and out: float32 on the host is all that its Vulkan kernels take."""
+    from aule.vulkan import Aule  # type: ignore[import-not-found]
+
+    if case.dtype != torch.float32 or case["D"] > _AULE_HEAD_DIM:
+        raise UnsupportedProblemError("its kernels take float32 and head dimensions up to 64")
+    if case["H"] != case["H_KV"] or tuple(case["window"]) != (-1, -1):
+        raise UnsupportedProblemError("it is compared without shared heads and windows")
+    engine = Aule()
+    q, k, v = (x.transpose(1, 2).contiguous().cpu().numpy() for x in inputs[:3])
+
+    def forward() -> torch.Tensor:
+        out = engine.attention(q, k, v, causal=case["causal"])
+        return torch.from_numpy(out).to(inputs.q.device)
+
+    return Call(forward, (), canonical=lambda tensor: tensor.transpose(1, 2))
+
+
+SUBJECT = Subject(
+    package="attn-vulkan",
+    providers=(
+        *(
+            Provider(
+                name,
+                functools.partial(_ours, name),
+                "ours",
+                "attn_vulkan",
+                devices=("cpu", "cuda"),
+                graph=False,
+            )
+            for name in variants.VARIANTS
+        ),
+        Provider("sdpa", functools.partial(flash._sdpa, ""), devices=("cpu",)),
+        Provider("cudnn", functools.partial(flash._sdpa, "CUDNN_ATTENTION")),
+        Provider("flash", functools.partial(flash._sdpa, "FLASH_ATTENTION")),
+        Provider("efficient", functools.partial(flash._sdpa, "EFFICIENT_ATTENTION")),
+        Provider(
+            "aule",
+            _aule,
+            module="aule",
+            distribution="aule-attention",
+            devices=("cpu", "cuda"),
+            passes=("forward",),
+        ),
+    ),
+    make_inputs=flash.make_inputs,
+    reference=flash.reference,
+    flops=flash.flops,
+    traffic=flash.traffic,
+    x_axis="M",
+)
