@@ -18,13 +18,16 @@ _WORKSPACE_BYTES = 128 << 20
 
 
 class Inputs(NamedTuple):
-    """q (B, H, D), caches (blocks, block, H_KV, D), tables (B, blocks of a sequence), lens (B,)."""
+    """q (T, H, D), caches (blocks, block, H_KV, D), tables (B, blocks of a sequence), lens (B,)."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     block_tables: torch.Tensor
     context_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 def lengths(case: Case) -> list[int]:
@@ -35,6 +38,11 @@ def lengths(case: Case) -> list[int]:
     return torch.randint(1, case["N"] + 1, (case["B"],), generator=generator).tolist()
 
 
+def query_lengths(case: Case) -> list[int]:
+    """Return the number of queries of each sequence: the first ones prefill, the others decode."""
+    return [case["N"]] * case["prefills"] + [1] * (case["B"] - case["prefills"])
+
+
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Draw random inputs whose blocks lie in the cache in random order."""
     generator = torch.Generator(device).manual_seed(case.seed)
@@ -43,11 +51,34 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     cache = (blocks, case["block"], case["H_KV"], case["D"])
     q, k_cache, v_cache = (
         torch.randn(shape, dtype=case.dtype, device=device, generator=generator)
-        for shape in ((case["B"], case["H"], case["D"]), cache, cache)
+        for shape in ((sum(query_lengths(case)), case["H"], case["D"]), cache, cache)
     )
     order = torch.randperm(blocks, device=device, generator=generator, dtype=torch.int32)
+    tables = order.view(case["B"], row)
+    shared = case["prefix"] // case["block"]
+    tables[:, :shared] = tables[0, :shared].clone()
     lens = torch.tensor(lengths(case), dtype=torch.int32, device=device)
-    return Inputs(q, k_cache, v_cache, order.view(case["B"], row), lens)
+    inputs = Inputs(q, k_cache, v_cache, tables, lens)
+    if case["prefills"]:
+        bounds = torch.tensor([0, *query_lengths(case)], device=device).cumsum(0).int()
+        inputs = inputs._replace(cu_seqlens_q=bounds)
+    return _quantised(inputs, case["cache"]) if case["cache"] else inputs
+
+
+def _quantised(inputs: Inputs, name: str) -> Inputs:
+    """The same with caches of another dtype and scales for each token and head."""
+    from attn_paged import append_to_cache
+
+    dtype = getattr(torch, name)
+    k_cache, v_cache = inputs.k_cache, inputs.v_cache
+    caches = [torch.empty_like(cache, dtype=dtype) for cache in (k_cache, v_cache)]
+    scales = [torch.empty(k_cache.shape[:3], device=k_cache.device) for _ in caches]
+    slots = torch.arange(k_cache.shape[0] * k_cache.shape[1], device=k_cache.device)
+    rows = [cache.flatten(0, 1) for cache in (k_cache, v_cache)]
+    append_to_cache(*rows, *caches, slots, k_scale=scales[0], v_scale=scales[1])
+    return inputs._replace(
+        k_cache=caches[0], v_cache=caches[1], k_scale=scales[0], v_scale=scales[1]
+    )
 
 
 def reference(case: Case, inputs: Inputs, gradients: bool) -> list[Expected]:
@@ -56,42 +87,74 @@ def reference(case: Case, inputs: Inputs, gradients: bool) -> list[Expected]:
     step = max(1, (batch - 1) // (_CHECKED_SEQUENCES - 1))
     chosen = sorted({*range(0, batch, step), batch - 1})
     group = case["H"] // case["H_KV"]
+    last = torch.tensor(query_lengths(case)).cumsum(0) - 1  # the newest query of each sequence
     outs = []
     for b in chosen:
-        q = inputs.q[b].double().unflatten(0, (case["H_KV"], group))  # [H_KV, G, D]
-        k, v = (_gather(cache, inputs, b).double() for cache in inputs[1:3])  # [N, H_KV, D]
+        q = inputs.q[last[b]].double().unflatten(0, (case["H_KV"], group))  # [H_KV, G, D]
+        k = _gather(inputs.k_cache, inputs.k_scale, inputs, b)  # [N, H_KV, D]
+        v = _gather(inputs.v_cache, inputs.v_scale, inputs, b)
         scores = torch.einsum("hgd,nhd->hgn", q, k) * case["D"] ** -0.5
         outs.append(torch.einsum("hgn,nhd->hgd", torch.softmax(scores, -1), v).flatten(0, 1))
     out = torch.stack(outs)
-    return [Expected("out", out, lambda tensor: tensor[chosen], error_limit(case.dtype))]
+    rows = last[chosen].tolist()
+    return [Expected("out", out, lambda tensor: tensor[rows], error_limit(case.dtype))]
 
 
 def flops(case: Case, pass_: str) -> float | None:
-    """Count two products of D multiplications and additions for each query head and key."""
-    return 4 * sum(lengths(case)) * case["H"] * case["D"]
+    """Count two products of D multiplications and additions for each query head and visible key."""
+    pairs = sum(
+        len_q * len_k - len_q * (len_q - 1) / 2
+        for len_q, len_k in zip(query_lengths(case), lengths(case), strict=True)
+    )
+    return 4 * pairs * case["H"] * case["D"]
 
 
 def traffic(case: Case, pass_: str) -> float:
     """Count the bytes of the keys and values in use, of q and of the output."""
-    keys = 2 * sum(lengths(case)) * case["H_KV"] * case["D"]
-    return (keys + 2 * case["B"] * case["H"] * case["D"]) * case.dtype.itemsize
+    size = getattr(torch, case["cache"]).itemsize if case["cache"] else case.dtype.itemsize
+    tokens = sum(lengths(case)) - case["prefix"] * (case["B"] - 1)
+    scales = 8 * case["H_KV"] if case["cache"] else 0
+    keys = tokens * (2 * case["H_KV"] * case["D"] * size + scales)
+    return keys + 2 * sum(query_lengths(case)) * case["H"] * case["D"] * case.dtype.itemsize
 
 
-def _gather(cache: torch.Tensor, inputs: Inputs, b: int) -> torch.Tensor:
-    rows = cache[inputs.block_tables[b].long()].flatten(0, 1)
-    return rows[: int(inputs.context_lens[b])]
+def _gather(
+    cache: torch.Tensor, scale: torch.Tensor | None, inputs: Inputs, b: int
+) -> torch.Tensor:
+    blocks = inputs.block_tables[b].long()
+    rows = cache[blocks].double()
+    if scale is not None:
+        rows = rows * scale[blocks].double()[..., None]
+    return rows.flatten(0, 1)[: int(inputs.context_lens[b])]
 
 
 def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
     from attn_paged import paged_attention
 
-    return Call(lambda: paged_attention(*inputs, backend=backend))
+    options = inputs._asdict() | {"backend": backend, "shared_prefix": case["prefix"] > 0}
+    return Call(lambda: paged_attention(**options))
+
+
+def _plain(case: Case, inputs: Inputs) -> Call:
+    """Ours without what the case is about: every prefix read, or keys that are not quantised."""
+    from attn_paged import paged_attention
+
+    if not case["cache"] and not case["prefix"]:
+        raise UnsupportedProblemError("the case is plain")
+    options = inputs._asdict() | {"k_scale": None, "v_scale": None}
+    for name in ("k", "v") if case["cache"] else ():
+        numbers = inputs._asdict()[f"{name}_cache"].float()
+        numbers *= inputs._asdict()[f"{name}_scale"][..., None]
+        options[f"{name}_cache"] = numbers.to(case.dtype)
+    return Call(lambda: paged_attention(**options))
 
 
 def _contiguous(case: Case, inputs: Inputs) -> Call:
     """Torch over the same keys lying one after the other: what paging costs, at best nothing."""
-    if case["ragged"]:
+    if case["ragged"] or case["prefills"]:
         raise UnsupportedProblemError("sequences of unequal length do not fit one dense tensor")
+    if case["cache"]:
+        raise UnsupportedProblemError("keys are not dequantised")
     k, v = (
         cache[inputs.block_tables.long()].flatten(1, 2)[:, : case["N"]].transpose(1, 2)
         for cache in inputs[1:3]
@@ -103,9 +166,15 @@ def _contiguous(case: Case, inputs: Inputs) -> Call:
     )
 
 
+def _require_decoding(case: Case) -> None:
+    if case["prefills"] or case["cache"]:
+        raise UnsupportedProblemError("only decoding from a cache of q's dtype is compared")
+
+
 def _flashinfer(case: Case, inputs: Inputs) -> Call:
     import flashinfer
 
+    _require_decoding(case)
     lens = torch.tensor(lengths(case))
     used = torch.ceil(lens / case["block"]).int()  # blocks of each sequence
     indptr = F.pad(used.cumsum(0), (1, 0)).int()
@@ -127,6 +196,7 @@ def _flashinfer(case: Case, inputs: Inputs) -> Call:
 def _xqa(case: Case, inputs: Inputs) -> Call:
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
+    _require_decoding(case)
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device)
     return Call(
         lambda: xqa_batch_decode_with_kv_cache(
@@ -146,7 +216,8 @@ def _xqa(case: Case, inputs: Inputs) -> Call:
 def _aule(case: Case, inputs: Inputs) -> Call:
     from aule import flash_attention_paged_amd
 
-    return Call(lambda: flash_attention_paged_amd(*inputs))
+    _require_decoding(case)
+    return Call(lambda: flash_attention_paged_amd(*inputs[:5]))
 
 
 def _backend(name: str, **options: Any) -> Provider:
@@ -164,6 +235,7 @@ SUBJECT = Subject(
         _backend("triton"),
         _backend("torch", devices=("cpu",), graph=False),
         _backend("torch", optional=True, graph=False),
+        Provider("plain", _plain, "bound", "attn_paged", passes=("forward",)),
         Provider("contiguous", _contiguous, "bound", devices=("cpu", "cuda")),
         _peer("flashinfer", _flashinfer, "flashinfer", "flashinfer-python"),
         _peer("xqa", _xqa, "flashinfer", "flashinfer-python"),

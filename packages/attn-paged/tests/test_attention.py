@@ -10,6 +10,7 @@ import torch
 
 from attn_core.testing import assert_within_budget, embedded, random_tensor, seed_from
 from attn_paged import UnsupportedProblemError, _torch, flash_attention_paged, paged_attention
+from attn_paged.options import AttentionOptions
 from attn_paged.reference import attention, dense_attention
 
 STALE = (-12345, 2**30)
@@ -161,6 +162,12 @@ def dense(case, inputs, dtype):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+def tensors(inputs):
+    """The optional tensors among the options."""
+    names = ("cu_seqlens_q", "alibi_slopes", "sinks")
+    return {name: inputs.options[name] for name in names}
+
+
 def check(case, device):
     inputs = make_inputs(case, device)
     out, lse = paged_attention(*inputs.args, **inputs.options, return_lse=True)
@@ -221,8 +228,7 @@ def test_small_steps_agree_with_one(case, monkeypatch):
 def test_reference_reads_the_cache_as_the_dense_formula_reads_keys(case):
     inputs = make_inputs(case)
     doubles = [x.double() if x.is_floating_point() else x for x in inputs.args]
-    options = (inputs.options[name] for name in ("cu_seqlens_q", "alibi_slopes", "sinks"))
-    actual = attention(*doubles, *options, case.head_dim**-0.5, (-1, 0), 0.0)
+    actual = attention(*doubles, AttentionOptions(case.head_dim**-0.5, **tensors(inputs)))
     torch.testing.assert_close(actual, dense(case, inputs, torch.float64))
 
 
@@ -333,10 +339,10 @@ def test_flash_attention_paged_decodes_heads_first(window):
 @pytest.mark.parametrize("case", [Case(), Case(**MIXED, window=(3, 0), alibi="h")], ids=str)
 def test_nothing_is_read_back_from_a_device(case):
     inputs = make_inputs(case)
-    options = [inputs.options[name] for name in ("cu_seqlens_q", "alibi_slopes", "sinks")]
     # A meta tensor has no values, so asking for one raises.
-    args = [None if x is None else x.to("meta") for x in (*inputs.args, *options)]
-    out, lse = _torch.attention(*args, 0.25, (3, 0), 0.0)
+    args = [x.to("meta") for x in inputs.args]
+    options = {name: x if x is None else x.to("meta") for name, x in tensors(inputs).items()}
+    out, lse = _torch.attention(*args, AttentionOptions(0.25, (3, 0), **options))
     assert (out.shape, lse.shape) == ((case.bounds[-1], 4, 16), (4, case.bounds[-1]))
 
 
@@ -376,6 +382,24 @@ BAD = {
     "softcap": ({"softcap": -1.0}, "softcap must be a finite number, 0 or more, got -1.0"),
     "scale": ({"softmax_scale": float("inf")}, "softmax_scale must be a finite number"),
     "alibi": ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must have shape \(H,\) = \(4,\) or"),
+    "causal": ({"causal": 1}, "causal must be True, False or a tensor of them, got int"),
+    "causal-shape": (
+        {"causal": torch.ones(4).bool()},
+        r"causal must have shape \(B,\) = \(5,\), got \(4,\)",
+    ),
+    "tree-rows": (
+        {"tree_mask": torch.ones(4, 2).bool()},
+        r"tree_mask must have shape \(T, W\) = \(5, 2\), got \(4, 2\)",
+    ),
+    "tree-rank": (
+        {"tree_mask": torch.ones(5, 1, 1).bool()},
+        r"tree_mask must have shape \(T, W\) or one dimension, got \(5, 1, 1\)",
+    ),
+    "no-scale": (
+        {name: torch.zeros(1, 7, 2, 16).char() for name in ("k_cache", "v_cache")},
+        "k_scale must be given where the cache is torch.int8, got None",
+    ),
+    "needless-scale": ({"v_scale": torch.ones(())}, "v_scale must be None where the cache is"),
     "sinks": ({"sinks": torch.zeros(3)}, r"sinks must have shape \(H,\) = \(4,\), got \(3,\)"),
 }
 
@@ -387,15 +411,13 @@ def test_bad_arguments_are_named(changes, message):
 
 
 UNSUPPORTED = {
-    "tree-mask": ({"tree_mask": torch.ones(5, 5).bool()}, "tree_mask must be None"),
-    "causal": ({"causal": torch.ones(5).bool()}, "causal must be True or False.*got Tensor"),
-    "quantised": (
-        {name: torch.zeros(1, 7, 2, 16).char() for name in ("k_cache", "v_cache")},
-        "quantised caches are not supported yet, got torch.int8",
-    ),
     "gradient": (
         {"q": torch.zeros(5, 4, 16, requires_grad=True)},
         "q must not require a gradient, a paged cache has no backward pass",
+    ),
+    "shared-prefix": (
+        {"shared_prefix": True, "window_size": (3, 0)},
+        "shared_prefix and a window closed on the left do not go together",
     ),
 }
 

@@ -12,6 +12,7 @@ import torch
 
 from attn_core import backends
 from attn_paged import UnsupportedProblemError, _torch, append_to_cache, ops, paged_attention
+from attn_paged.options import AppendOptions
 from attn_paged.reference import append_to_cache as append_reference
 
 
@@ -25,8 +26,14 @@ def attention_args(*, is_ragged):
     lens = torch.tensor([6, 3], dtype=torch.int32)
     bounds = torch.tensor([0, 3, 4], dtype=torch.int32) if is_ragged else None
     q = torch.randn(4 if is_ragged else 2, 4, 8)
-    extras = (bounds, torch.rand(4), torch.randn(4)) if is_ragged else (None, None, None)
-    return (q, *cache_of(), tables, lens, *extras, 0.3, 5, 0, 2.0, "auto")
+    extras = (None,) * 7
+    if is_ragged:
+        is_causal, tree = torch.tensor([True, False]), torch.ones(10, dtype=torch.bool)
+        extras = (bounds, torch.rand(4), torch.randn(4), None, None, is_causal, tree)
+    return (q, *cache_of(), tables, lens, *extras, 0.3, 5, 0, 2.0, False, False, "auto")
+
+
+NO_OPTIONS = (None, None, None, None, None, False)
 
 
 @pytest.mark.parametrize("is_ragged", [False, True], ids=["decode", "ragged"])
@@ -36,14 +43,24 @@ def test_attention_passes_opcheck(is_ragged):
 
 def test_append_passes_opcheck():
     k, v = torch.randn(2, 3, 2, 8).unbind(0)
-    args = (k.clone(), v.clone(), *cache_of(), torch.tensor([5, -1, 23]), "auto")
+    args = (k.clone(), v.clone(), *cache_of(), torch.tensor([5, -1, 23]), *NO_OPTIONS, "auto")
+    torch.library.opcheck(ops.append_to_cache.overload, args)
+
+
+def test_quantising_append_passes_opcheck():
+    k, v = torch.randn(2, 3, 2, 8).unbind(0)
+    caches = [torch.zeros(6, 4, 2, 8, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.ones(6, 4, 2) for _ in range(2)]
+    angles = [torch.rand(9, 4) for _ in range(2)]
+    slots, positions = torch.tensor([5, -1, 23]), torch.tensor([3, 99, 8])
+    args = (k.clone(), v.clone(), *caches, slots, *scales, *angles, positions, False, "auto")
     torch.library.opcheck(ops.append_to_cache.overload, args)
 
 
 def test_append_declares_what_it_changes():
     arguments = ops.append_to_cache.overload._schema.arguments
     written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    assert written == ["k_cache", "v_cache"]
+    assert written == ["k_cache", "v_cache", "k_scale", "v_scale"]
 
 
 def separate(caches):
@@ -85,9 +102,9 @@ def test_operators_refuse_gradients():
     args = attention_args(is_ragged=False)
     with pytest.raises(UnsupportedProblemError, match="no backward pass"):
         torch.ops.attn_paged.attention(args[0].requires_grad_(), *args[1:])
-    k = torch.randn(1, 2, 8, requires_grad=True)
+    k, slots = torch.randn(1, 2, 8, requires_grad=True), torch.tensor([0])
     with pytest.raises(UnsupportedProblemError, match="no backward pass"):
-        torch.ops.attn_paged.append_to_cache(k, k, *cache_of(), torch.tensor([0]), "auto")
+        torch.ops.attn_paged.append_to_cache(k, k, *cache_of(), slots, *NO_OPTIONS, "auto")
 
 
 def test_typical_problems_run_on_the_torch_backend():
@@ -110,7 +127,7 @@ def test_append_writes_kept_tokens_and_nothing_else(tokens, kept, index_dtype):
     v_cache = torch.full((6, 4, 2, 5), torch.nan)
     expected = [k_cache.clone(), v_cache.clone()]
     slots = slots_of(tokens, kept).to(index_dtype)
-    append_reference(k, v, *expected, slots)
+    append_reference(k, v, *expected, slots, AppendOptions())
     assert append_to_cache(k, v, k_cache, v_cache, slots) is None
     assert torch.equal(k_cache, expected[0])
     assert torch.equal(v_cache.nan_to_num(7.0), expected[1].nan_to_num(7.0))
@@ -128,7 +145,8 @@ def test_append_writes_through_packed_views():
 def test_append_reads_nothing_back_from_a_device():
     caches = (cache.to("meta") for cache in cache_of())
     k = torch.zeros(3, 2, 8, device="meta")
-    _torch.append_to_cache(k, k, *caches, torch.zeros(3, dtype=torch.int64, device="meta"))
+    slots = torch.zeros(3, dtype=torch.int64, device="meta")
+    _torch.append_to_cache(k, k, *caches, slots, AppendOptions())
 
 
 @pytest.mark.parametrize(
@@ -140,8 +158,16 @@ def test_append_reads_nothing_back_from_a_device():
         ({"slot_mapping": torch.zeros(2).long()}, r"slot_mapping must have shape \(T,\) = \(3,\)"),
         ({"slot_mapping": torch.zeros(3)}, "slot_mapping must have dtype int64, int32"),
         ({"k": torch.zeros(3, 2, 8, requires_grad=True)}, "k must not require a gradient"),
+        (
+            {"rotary_cos": torch.zeros(9, 4)},
+            "given together, got None for rotary_sin and positions",
+        ),
+        (
+            {"k_cache": torch.zeros(6, 4, 2, 8).char(), "v_cache": torch.zeros(6, 4, 2, 8).char()},
+            "k_scale must be given where the cache is torch.int8",
+        ),
     ],
-    ids=["k", "v", "dtype", "slots", "slot-dtype", "gradient"],
+    ids=["k", "v", "dtype", "slots", "slot-dtype", "gradient", "rotary", "scale"],
 )
 def test_append_names_bad_arguments(changes, message):
     k_cache, v_cache = cache_of()

@@ -5,19 +5,29 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
-from attn_core.device import triton_refusal
+from attn_core.device import device_info, triton_refusal
 from attn_paged.checks import AppendProblem, AttentionProblem
 from attn_paged.ops import APPEND, ATTENTION
 
+_FLOAT8_CAPABILITY = 89  # Ada: the first GPUs whose instructions convert e4m3
+
 
 def _torch_supports(op: str, problem: AttentionProblem | AppendProblem) -> str | None:
+    is_invariant = isinstance(problem, AttentionProblem) and problem.batch_invariant
+    if is_invariant and problem.device.type != "cpu":
+        return "batch_invariant needs the lengths of sequences, which are on another device"
     return None
 
 
 def _triton_supports(op: str, problem: AttentionProblem | AppendProblem) -> str | None:
     if problem.dtype == torch.float64:
         return "it computes in float16, bfloat16 and float32, not float64"
-    return triton_refusal(problem.device)
+    refusal = triton_refusal(problem.device)
+    if refusal is None and problem.cache_dtype == torch.float8_e4m3fn:
+        info = device_info(problem.device)
+        if info.capability < _FLOAT8_CAPABILITY:
+            return f"float8_e4m3fn needs compute capability 8.9 or newer, {info.name} has not"
+    return refusal
 
 
 def _typical_attention(device: torch.device) -> AttentionProblem:
@@ -38,6 +48,7 @@ def _typical_attention(device: torch.device) -> AttentionProblem:
         softcap=0.0,
         has_alibi=False,
         has_sinks=False,
+        cache_dtype=_typical_dtype(device),
     )
 
 
@@ -50,6 +61,7 @@ def _typical_append(device: torch.device) -> AppendProblem:
         head_dim=128,
         head_dim_v=128,
         block_size=16,
+        cache_dtype=_typical_dtype(device),
     )
 
 

@@ -9,8 +9,8 @@ import torch
 
 from attn_core import backends
 from attn_core.checks import require_rank
-from attn_core.errors import UnsupportedProblemError
 from attn_paged import checks, ops
+from attn_paged.options import AppendOptions, AttentionOptions
 
 OPEN_WINDOW = (-1, -1)
 
@@ -24,12 +24,16 @@ def paged_attention(
     *,
     cu_seqlens_q: torch.Tensor | None = None,
     softmax_scale: float | None = None,
-    causal: bool = True,
+    causal: bool | torch.Tensor = True,
     window_size: Sequence[int] = OPEN_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+    shared_prefix: bool = False,
     return_lse: bool = False,
     backend: str = backends.AUTO,
 ) -> Any:
@@ -46,9 +50,10 @@ def paged_attention(
         Queries of all sequences, one sequence after the other, float16, bfloat16, float32 or
         float64; D from 1 to 576. Without `cu_seqlens_q` one query a sequence, so T = B.
     k_cache : Tensor, shape (num_blocks, block_size, H_KV, D)
-        Keys, of q's dtype and device. Any block size from 1 and any strides: a cache whose heads
-        come before the slots is passed as a transposed view, one that packs keys and values as two
-        slices. H must be a multiple of H_KV: query head h reads key head ``h // (H // H_KV)``.
+        Keys on q's device, of q's dtype, or float8_e4m3fn or int8 with `k_scale` and `v_scale`.
+        Any block size from 1 and any strides: a cache whose heads come before the slots is passed
+        as a transposed view, one that packs keys and values as two slices. H must be a multiple of
+        H_KV: query head h reads key head ``h // (H // H_KV)``.
     v_cache : Tensor, shape (num_blocks, block_size, H_KV, D_v)
         Values; D_v from 1 to 576.
     block_tables : Tensor, shape (B, max_blocks), int32
@@ -62,8 +67,8 @@ def paged_attention(
         past the last entry are padding: out 0, lse -inf.
     softmax_scale : float, default 1 / sqrt(D)
         Factor of the scores.
-    causal : bool, default True
-        The query at position p sees keys up to p.
+    causal : bool or Tensor, shape (B,), bool, default True
+        The query at position p sees keys up to p; a tensor says for which sequences.
     window_size : pair of int, default (-1, -1)
         The query at position p sees keys ``p - left`` to ``p + right``; -1 leaves a side open.
     softcap : float, default 0.0
@@ -72,8 +77,21 @@ def paged_attention(
         The score of key j gets ``-slope * abs(p - j)`` added, after softcapping.
     sinks : Tensor, shape (H,), float32 or q's dtype, optional
         Score of one more key in each head, whose value is 0.
-    tree_mask : Tensor, optional
-        Must be None: tree masks are not supported yet.
+    tree_mask : Tensor, shape (sum of M * M,) or (T, W), bool, optional
+        Which keys a query may see, besides `causal` and `window_size`. Flat: of each sequence in
+        turn the M by M matrix of its new tokens, as speculative decoding verifies a tree of them.
+        With rows: ``tree_mask[t, w]`` is about key ``N - W + w`` of the sequence of query t. Keys
+        before those the mask is about may be seen.
+    k_scale, v_scale : Tensor, shape (num_blocks, block_size, H_KV), (H_KV,) or (), float32
+        Only with quantised caches: a key is its number times its scale.
+    batch_invariant : bool, default False
+        The result of a sequence has the same bits whatever else is in the batch. Keys are still
+        attended to in parallel, in parts of fixed size; a backend may be slower for it.
+    shared_prefix : bool, default False
+        Look on the device for sequences whose leading blocks are the same and attend to those
+        blocks once for all of them. The result is the same up to rounding. Not with
+        `alibi_slopes`, a window closed on the left, a tree_mask (T, W) or `batch_invariant`.
+        Backend "torch" attends to each sequence by itself.
     return_lse : bool, default False
         Also return lse.
     backend : str, default "auto"
@@ -93,7 +111,7 @@ def paged_attention(
     ValueError
         A shape, dtype, device or number does not fit; the message names it.
     UnsupportedProblemError
-        A feature that is not supported yet, an input that requires a gradient, or no backend
+        Features that do not go together, an input that requires a gradient, or no backend
         computes the problem.
     BackendUnavailableError
         No backend of that name exists.
@@ -101,7 +119,8 @@ def paged_attention(
     References
     ----------
     Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-    PagedAttention", 2023. ALiBi: Press et al., "Train Short, Test Long", 2022. Sinks: Xiao et al.,
+    PagedAttention", 2023. Shared prefixes: Juravsky et al., "Hydragen", 2024. Trees: Miao et al.,
+    "SpecInfer", 2024. ALiBi: Press et al., "Train Short, Test Long", 2022. Sinks: Xiao et al.,
     "Efficient Streaming Language Models with Attention Sinks", 2024.
 
     Examples
@@ -124,34 +143,23 @@ def paged_attention(
     >>> out.shape, lse.shape
     (torch.Size([4, 8, 64]), torch.Size([8, 4]))
     """
-    if tree_mask is not None:
-        raise UnsupportedProblemError("tree_mask must be None: tree masks are not supported yet")
-    window = checks.window(causal, window_size)
-    problem = checks.attention_problem(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        context_lens,
-        cu_seqlens_q,
-        alibi_slopes,
-        sinks,
+    window, is_causal = checks.window(causal, window_size)
+    require_rank("q", q, "(T, H, D)")
+    options = AttentionOptions(
+        checks.softmax_scale(softmax_scale, q.shape[2]),
         window,
         checks.softcap(softcap),
+        *(cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, is_causal, tree_mask),
+        bool(batch_invariant),
+        bool(shared_prefix),
     )
+    arguments = (q, k_cache, v_cache, block_tables, context_lens)
+    problem = checks.attention_problem(*arguments, options)
     name = backends.resolve(ops.ATTENTION, problem, backend)
     out, lse = ops.attention(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        context_lens,
-        cu_seqlens_q,
-        alibi_slopes,
-        sinks,
-        checks.softmax_scale(softmax_scale, problem.head_dim),
-        *window,
-        float(softcap),
+        *arguments,
+        *(cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, is_causal, tree_mask),
+        *(options.scale, *window, options.softcap, options.batch_invariant, options.shared_prefix),
         name,
     )
     return (out, lse) if return_lse else out
@@ -230,23 +238,41 @@ def append_to_cache(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
     backend: str = backends.AUTO,
 ) -> None:
     """Write the keys and values of new tokens into their slots, in place.
 
+    Keys may be turned by their position on the way, and both may be quantised.
+
     Parameters
     ----------
     k : Tensor, shape (T, H_KV, D)
-        Keys of the new tokens, of the caches' dtype and device.
+        Keys of the new tokens: float16, bfloat16, float32 or float64, on the caches' device.
     v : Tensor, shape (T, H_KV, D_v)
         Their values.
     k_cache : Tensor, shape (num_blocks, block_size, H_KV, D)
-        Keys to write to; any strides.
+        Keys to write to, of k's dtype, float8_e4m3fn or int8; any strides.
     v_cache : Tensor, shape (num_blocks, block_size, H_KV, D_v)
         Values to write to; any strides.
     slot_mapping : Tensor, shape (T,), int64 or int32
         Slot of each token, ``block * block_size + offset``; a negative slot skips its token. Slots
         that are not negative must differ from each other.
+    k_scale, v_scale : Tensor, float32, optional
+        Needed for quantised caches. Of shape (num_blocks, block_size, H_KV): written with the scale
+        of each token and head, its largest magnitude over the largest number of the cache's dtype.
+        Of shape (H_KV,) or (): the scales to use; what exceeds their range is clamped.
+    rotary_cos, rotary_sin : Tensor, shape (positions, R / 2), float32 or k's dtype, optional
+        Cosines and sines of the rotary embedding; R up to D, the rest of a key is not turned.
+    positions : Tensor, shape (T,), int64 or int32, optional
+        Row of `rotary_cos` and `rotary_sin` for each token; needed with them.
+    rotary_interleaved : bool, default False
+        Turn neighbouring entries of a key together, instead of one of each half.
     backend : str, default "auto"
         As in `paged_attention`.
 
@@ -273,6 +299,12 @@ def append_to_cache(
     >>> k_cache[2, 1].sum().item(), k_cache.sum().item()
     (128.0, 256.0)
     """
-    problem = checks.append_problem(k, v, k_cache, v_cache, slot_mapping)
+    rotary = checks.rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
+    arguments = (k, v, k_cache, v_cache, slot_mapping)
+    problem = checks.append_problem(*arguments, AppendOptions(k_scale, v_scale, rotary))
     name = backends.resolve(ops.APPEND, problem, backend)
-    ops.append_to_cache(k, v, k_cache, v_cache, slot_mapping, name)
+    ops.append_to_cache(
+        *arguments,
+        *(k_scale, v_scale, rotary_cos, rotary_sin, positions, bool(rotary_interleaved)),
+        name,
+    )

@@ -149,6 +149,16 @@ class PagedKVCache:
         return self._storage[0].device
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache."""
+        return self._manager.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._manager.block_size
+
+    @property
     def num_free_blocks(self) -> int:
         """Blocks that no sequence uses."""
         return self._manager.num_free_blocks

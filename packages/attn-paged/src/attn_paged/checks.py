@@ -10,6 +10,7 @@ import torch
 
 from attn_core import checks
 from attn_core.errors import UnsupportedProblemError
+from attn_paged.options import QUANTISED_DTYPES, AppendOptions, AttentionOptions, Rotary
 
 MAX_HEAD_DIM = 576
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,6 +39,11 @@ class AttentionProblem(NamedTuple):
     softcap: float
     has_alibi: bool
     has_sinks: bool
+    cache_dtype: torch.dtype
+    has_tree: bool = False
+    is_causal_by_sequence: bool = False
+    batch_invariant: bool = False
+    shared_prefix: bool = False
     needs_grad: bool = False
 
 
@@ -51,6 +57,7 @@ class AppendProblem(NamedTuple):
     head_dim: int
     head_dim_v: int
     block_size: int
+    cache_dtype: torch.dtype
     needs_grad: bool = False
 
 
@@ -60,29 +67,42 @@ def attention_problem(
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    window: tuple[int, int],
-    softcap: float,
+    options: AttentionOptions,
 ) -> AttentionProblem:
     """Validate the arguments of `paged_attention` and describe the problem they pose."""
     checks.require_rank("q", q, "(T, H, D)")
     checks.require_dtype("q", q, DTYPES)
-    _check_caches(k_cache, v_cache)
-    checks.require_like("k_cache", k_cache, "q", q)
+    _check_caches(k_cache, v_cache, options.k_scale, options.v_scale, "q", q)
     _check_heads(q, k_cache)
-    _check_tables(q, block_tables, context_lens, cu_seqlens_q)
-    if alibi_slopes is not None:
-        _check_alibi_slopes(alibi_slopes, q, block_tables)
-    if sinks is not None:
-        checks.require_shape("sinks", sinks, "(H,)", (q.shape[1],))
-        checks.require_dtype("sinks", sinks, (torch.float32, q.dtype))
-        checks.require_device("sinks", sinks, "q", q)
-    require_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks)
-    return describe_attention(
-        q, k_cache, v_cache, block_tables, cu_seqlens_q, alibi_slopes, sinks, window, softcap
+    _check_tables(q, block_tables, context_lens, options.cu_seqlens_q)
+    sequences = block_tables.shape[0]
+    for name, scale in (("k_scale", options.k_scale), ("v_scale", options.v_scale)):
+        if scale is not None:
+            _check_scale(name, scale, k_cache)
+    if options.alibi_slopes is not None:
+        _check_alibi_slopes(options.alibi_slopes, q, block_tables)
+    if options.sinks is not None:
+        checks.require_shape("sinks", options.sinks, "(H,)", (q.shape[1],))
+        checks.require_dtype("sinks", options.sinks, (torch.float32, q.dtype))
+        checks.require_device("sinks", options.sinks, "q", q)
+    if options.is_causal is not None:
+        checks.require_shape("causal", options.is_causal, "(B,)", (sequences,))
+        checks.require_dtype("causal", options.is_causal, (torch.bool,))
+        checks.require_device("causal", options.is_causal, "q", q)
+    if options.tree_mask is not None:
+        _check_tree_mask(options.tree_mask, q)
+    if options.shared_prefix:
+        _check_shared_prefix(options)
+    require_no_grad(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        alibi_slopes=options.alibi_slopes,
+        sinks=options.sinks,
+        k_scale=options.k_scale,
+        v_scale=options.v_scale,
     )
+    return describe_attention(q, k_cache, v_cache, block_tables, options)
 
 
 def describe_attention(
@@ -90,11 +110,7 @@ def describe_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    window: tuple[int, int],
-    softcap: float,
+    options: AttentionOptions,
 ) -> AttentionProblem:
     """Describe valid arguments of `paged_attention`."""
     tokens, heads, head_dim = q.shape
@@ -111,11 +127,16 @@ def describe_attention(
         head_dim_v,
         block_size,
         max_blocks,
-        cu_seqlens_q is not None,
-        window,
-        softcap,
-        alibi_slopes is not None,
-        sinks is not None,
+        options.cu_seqlens_q is not None,
+        options.window,
+        options.softcap,
+        options.alibi_slopes is not None,
+        options.sinks is not None,
+        k_cache.dtype,
+        options.tree_mask is not None,
+        options.is_causal is not None,
+        options.batch_invariant,
+        options.shared_prefix,
     )
 
 
@@ -125,12 +146,12 @@ def append_problem(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    options: AppendOptions,
 ) -> AppendProblem:
     """Validate the arguments of `append_to_cache` and describe the problem they pose."""
     checks.require_rank("k", k, "(T, H_KV, D)")
     checks.require_dtype("k", k, DTYPES)
-    _check_caches(k_cache, v_cache)
-    checks.require_like("k_cache", k_cache, "k", k)
+    _check_caches(k_cache, v_cache, options.k_scale, options.v_scale, "k", k)
     checks.require_like("v", v, "k", k)
     tokens = k.shape[0]
     checks.require_shape("k", k, "(T, H_KV, D)", (tokens, *k_cache.shape[2:]))
@@ -138,7 +159,19 @@ def append_problem(
     checks.require_shape("slot_mapping", slot_mapping, "(T,)", (tokens,))
     checks.require_dtype("slot_mapping", slot_mapping, (torch.int64, torch.int32))
     checks.require_device("slot_mapping", slot_mapping, "k", k)
-    require_no_grad(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    for name, scale in (("k_scale", options.k_scale), ("v_scale", options.v_scale)):
+        if scale is not None:
+            _check_scale(name, scale, k_cache)
+    if options.rotary is not None:
+        _check_rotary(options.rotary, k)
+    require_no_grad(
+        k=k,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k_scale=options.k_scale,
+        v_scale=options.v_scale,
+    )
     return describe_append(k, v, k_cache)
 
 
@@ -146,8 +179,28 @@ def describe_append(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor) -> 
     """Describe valid arguments of `append_to_cache`."""
     tokens, heads_kv, head_dim = k.shape
     return AppendProblem(
-        k.device, k.dtype, tokens, heads_kv, head_dim, v.shape[2], k_cache.shape[1]
+        *(k.device, k.dtype, tokens, heads_kv, head_dim, v.shape[2]),
+        *(k_cache.shape[1], k_cache.dtype),
     )
+
+
+def rotary(
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+) -> Rotary | None:
+    """Return the rotation of keys, None for none."""
+    given = {"rotary_cos": cos, "rotary_sin": sin, "positions": positions}
+    missing = [name for name, tensor in given.items() if tensor is None]
+    if len(missing) == len(given):
+        return None
+    if cos is None or sin is None or positions is None:
+        raise ValueError(
+            "rotary_cos, rotary_sin and positions must be given together, got None for "
+            f"{' and '.join(missing)}"
+        )
+    return Rotary(cos, sin, positions, bool(interleaved))
 
 
 def require_no_grad(**tensors: torch.Tensor | None) -> None:
@@ -178,29 +231,42 @@ def softcap(value: Any) -> float:
     return float(value)
 
 
-def window(causal: Any, window_size: Sequence[int]) -> tuple[int, int]:
-    """Return (left, right) with -1 for an open side; causal closes the right side at 0."""
-    if not isinstance(causal, bool):
-        raise UnsupportedProblemError(
-            "causal must be True or False: a value for each sequence is not supported yet, got "
-            f"{type(causal).__name__}"
-        )
+def window(
+    causal: bool | torch.Tensor, window_size: Sequence[int]
+) -> tuple[tuple[int, int], torch.Tensor | None]:
+    """Return (left, right), -1 for an open side, and which sequences close the right one at 0."""
     if len(window_size) != 2:
         raise ValueError(f"window_size must have two entries (left, right), got {window_size!r}")
-    left, right = int(window_size[0]), int(window_size[1])
-    if causal:
-        right = 0
-    return (left if left >= 0 else -1), (right if right >= 0 else -1)
+    left, right = (side if side >= 0 else -1 for side in map(int, window_size))
+    if isinstance(causal, torch.Tensor):
+        return (left, right), causal
+    if not isinstance(causal, bool):
+        raise ValueError(
+            f"causal must be True, False or a tensor of them, got {type(causal).__name__}"
+        )
+    return (left, 0 if causal else right), None
 
 
-def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+def _check_caches(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    rows_name: str,
+    rows: torch.Tensor,
+) -> None:
     checks.require_rank("k_cache", k_cache, CACHE_SYMBOLS)
     checks.require_rank("v_cache", v_cache, "(num_blocks, block_size, H_KV, D_v)")
-    if k_cache.dtype not in DTYPES:
-        raise UnsupportedProblemError(
-            f"k_cache must have the dtype of the keys: quantised caches are not supported yet, got "
-            f"{k_cache.dtype}"
-        )
+    if k_cache.dtype in QUANTISED_DTYPES:
+        checks.require_device("k_cache", k_cache, rows_name, rows)
+        if k_scale is None or v_scale is None:
+            name = "k_scale" if k_scale is None else "v_scale"
+            raise ValueError(f"{name} must be given where the cache is {k_cache.dtype}, got None")
+    else:
+        checks.require_like("k_cache", k_cache, rows_name, rows)
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                raise ValueError(f"{name} must be None where the cache is {k_cache.dtype}")
     checks.require_like("v_cache", v_cache, "k_cache", k_cache)
     expected = (*k_cache.shape[:3], v_cache.shape[3])
     checks.require_shape("v_cache", v_cache, "(num_blocks, block_size, H_KV, D_v)", expected)
@@ -208,6 +274,55 @@ def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         raise ValueError(f"k_cache must have a slot, got shape {tuple(k_cache.shape)}")
     checks.require_range("the head dimension of k_cache", k_cache.shape[3], 1, MAX_HEAD_DIM)
     checks.require_range("the head dimension of v_cache", v_cache.shape[3], 1, MAX_HEAD_DIM)
+
+
+def _check_scale(name: str, scale: torch.Tensor, cache: torch.Tensor) -> None:
+    checks.require_tensor(name, scale)
+    slots = tuple(cache.shape[:3])
+    if tuple(scale.shape) not in ((), slots[2:], slots):
+        raise ValueError(
+            f"{name} must have shape (num_blocks, block_size, H_KV) = {slots}, (H_KV,) or (), got "
+            f"{tuple(scale.shape)}"
+        )
+    checks.require_dtype(name, scale, (torch.float32,))
+    checks.require_device(name, scale, "k_cache", cache)
+
+
+def _check_tree_mask(mask: torch.Tensor, q: torch.Tensor) -> None:
+    checks.require_tensor("tree_mask", mask)
+    if mask.ndim not in (1, 2):
+        raise ValueError(
+            f"tree_mask must have shape (T, W) or one dimension, got {tuple(mask.shape)}"
+        )
+    if mask.ndim == 2:
+        checks.require_shape("tree_mask", mask, "(T, W)", (q.shape[0], mask.shape[1]))
+    checks.require_dtype("tree_mask", mask, (torch.bool,))
+    checks.require_device("tree_mask", mask, "q", q)
+
+
+def _check_shared_prefix(options: AttentionOptions) -> None:
+    """A prefix is attended to by queries at several positions at once, so none may matter."""
+    for is_given, name in (
+        (options.alibi_slopes is not None, "alibi_slopes"),
+        (options.window[0] >= 0, "a window closed on the left"),
+        (options.tree_mask is not None and options.tree_mask.ndim == 2, "a tree_mask (T, W)"),
+        (options.batch_invariant, "batch_invariant"),
+    ):
+        if is_given:
+            raise UnsupportedProblemError(f"shared_prefix and {name} do not go together")
+
+
+def _check_rotary(rotary: Rotary, k: torch.Tensor) -> None:
+    cos, sin, positions, _ = rotary
+    checks.require_rank("rotary_cos", cos, "(positions, R / 2)")
+    checks.require_dtype("rotary_cos", cos, (torch.float32, k.dtype))
+    checks.require_like("rotary_sin", sin, "rotary_cos", cos)
+    checks.require_shape("rotary_sin", sin, "(positions, R / 2)", cos.shape)
+    checks.require_range("twice the columns of rotary_cos", 2 * cos.shape[1], 2, k.shape[2])
+    checks.require_shape("positions", positions, "(T,)", (k.shape[0],))
+    checks.require_dtype("positions", positions, (torch.int64, torch.int32))
+    for name, tensor in (("rotary_cos", cos), ("positions", positions)):
+        checks.require_device(name, tensor, "k", k)
 
 
 def _check_heads(q: torch.Tensor, k_cache: torch.Tensor) -> None:

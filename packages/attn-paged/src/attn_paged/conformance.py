@@ -16,9 +16,11 @@ from attn_core.testing.inputs import random_tensor
 from attn_paged import reference
 from attn_paged.api import append_to_cache, paged_attention
 from attn_paged.ops import APPEND, ATTENTION
+from attn_paged.options import AppendOptions, AttentionOptions
 
 _STALE = (-12345, 2**30)
 _NUM_BLOCKS = 6
+_REQUIRED = ("q", "k_cache", "v_cache", "block_tables", "context_lens")
 
 
 class _Sizes(NamedTuple):
@@ -107,12 +109,14 @@ def _attention_reference(
     *, options: dict[str, Any], **inputs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     left, right = options.get("window_size", (-1, -1))
-    return reference.attention(
-        **{"alibi_slopes": None, "sinks": None, **inputs},
-        scale=inputs["q"].shape[2] ** -0.5,
+    q, k_cache, v_cache, block_tables, context_lens = (inputs.pop(name) for name in _REQUIRED)
+    every_option = AttentionOptions(
+        scale=q.shape[2] ** -0.5,
         window=(left, 0 if options.get("causal", True) else right),
         softcap=options.get("softcap", 0.0),
+        **inputs,
     )
+    return reference.attention(q, k_cache, v_cache, block_tables, context_lens, every_option)
 
 
 def _attention_case(
@@ -164,7 +168,7 @@ def _append_reference(
     slot_mapping: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     caches = k_cache.clone(), v_cache.clone()
-    reference.append_to_cache(k, v, *caches, slot_mapping)
+    reference.append_to_cache(k, v, *caches, slot_mapping, AppendOptions())
     return caches
 
 

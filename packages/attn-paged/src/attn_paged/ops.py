@@ -14,6 +14,7 @@ from attn_core import backends
 from attn_core.errors import UnsupportedProblemError
 from attn_core.library import Operator
 from attn_paged.checks import describe_append, describe_attention
+from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 ATTENTION = "attn_paged::attention"
 APPEND = "attn_paged::append_to_cache"
@@ -28,31 +29,31 @@ def _attention(
     cu_seqlens_q: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    is_causal: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
     softcap: float,
+    batch_invariant: bool,
+    shared_prefix: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    window = (window_left, window_right)
-    if backend == backends.AUTO:  # only a compiled graph leaves the choice to this point
-        problem = describe_attention(
-            q, k_cache, v_cache, block_tables, cu_seqlens_q, alibi_slopes, sinks, window, softcap
-        )
-        backend = backends.resolve(ATTENTION, problem)
-    return backends.implementation(ATTENTION, backend)(  # type: ignore[no-any-return]
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        context_lens,
-        cu_seqlens_q,
-        alibi_slopes,
-        sinks,
+    options = AttentionOptions(
         scale,
-        window,
+        (window_left, window_right),
         softcap,
+        *(cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, is_causal, tree_mask),
+        batch_invariant,
+        shared_prefix,
     )
+    arguments = (q, k_cache, v_cache, block_tables, context_lens, options)
+    if backend == backends.AUTO:  # only a compiled graph leaves the choice to this point
+        problem = describe_attention(q, k_cache, v_cache, block_tables, options)
+        backend = backends.resolve(ATTENTION, problem)
+    return backends.implementation(ATTENTION, backend)(*arguments)  # type: ignore[no-any-return]
 
 
 def _attention_fake(
@@ -69,11 +70,21 @@ def _append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    rotary_interleaved: bool,
     backend: str,
 ) -> None:
+    rotary = None
+    if rotary_cos is not None and rotary_sin is not None and positions is not None:
+        rotary = Rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
+    options = AppendOptions(k_scale, v_scale, rotary)
     if backend == backends.AUTO:
         backend = backends.resolve(APPEND, describe_append(k, v, k_cache))
-    backends.implementation(APPEND, backend)(k, v, k_cache, v_cache, slot_mapping)
+    backends.implementation(APPEND, backend)(k, v, k_cache, v_cache, slot_mapping, options)
 
 
 def _append_fake(*_: Any) -> None:
@@ -94,8 +105,9 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 attention = Operator(
     ATTENTION,
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"
-    " Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sinks, float scale, int window_left,"
-    " int window_right, float softcap, str backend) -> (Tensor, Tensor)",
+    " Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale,"
+    " Tensor? is_causal, Tensor? tree_mask, float scale, int window_left, int window_right,"
+    " float softcap, bool batch_invariant, bool shared_prefix, str backend) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
     autograd=_refuse_gradient,
@@ -103,7 +115,8 @@ attention = Operator(
 append_to_cache = Operator(
     APPEND,
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
-    " str backend) -> ()",
+    " Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? rotary_cos, Tensor? rotary_sin,"
+    " Tensor? positions, bool rotary_interleaved, str backend) -> ()",
     _append,
     _append_fake,
     autograd=_refuse_gradient,

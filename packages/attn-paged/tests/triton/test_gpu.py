@@ -14,6 +14,7 @@ import torch
 
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_paged import append_to_cache, ops, paged_attention, reference
+from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 pytestmark = pytest.mark.gpu
 
@@ -92,19 +93,33 @@ def attend(inputs, **options):
         return paged_attention(**inputs, **options, return_lse=True, backend=BACKEND)
 
 
-def plain(inputs, dtype, *, window_size=(-1, 0), softcap=0.0, softmax_scale=None):
-    absent = dict.fromkeys(("alibi_slopes", "sinks"))
-    tensors = {
-        name: x.to(dtype) if x is not None and x.is_floating_point() else x
-        for name, x in (absent | inputs).items()
-    }
-    scale = softmax_scale or inputs["q"].shape[2] ** -0.5
-    return reference.attention(**tensors, scale=scale, window=window_size, softcap=softcap)
+def plain(inputs, dtype, *, causal=True, window_size=(-1, 0), softmax_scale=None, **options):
+    """What the reference gives in `dtype`; quantised numbers stay what they are."""
+    names = ("q", "k_cache", "v_cache", "block_tables", "context_lens")
+    extras = {name: x for name, x in inputs.items() if name not in names}
+    floats = (torch.float16, BFLOAT, FLOAT)
+    tensors = [x.to(dtype) if x.dtype in floats else x for x in (inputs[n] for n in names)]
+    for name in ("alibi_slopes", "sinks"):
+        if name in extras:
+            extras[name] = extras[name].to(dtype)
+    for name in ("batch_invariant", "shared_prefix"):
+        options.pop(name, None)
+    if isinstance(causal, torch.Tensor):
+        extras["is_causal"] = causal
+    right = 0 if causal is True else window_size[1]
+    return reference.attention(
+        *tensors,
+        AttentionOptions(
+            scale=softmax_scale or inputs["q"].shape[2] ** -0.5,
+            window=(window_size[0], right),
+            **extras,
+            **options,
+        ),
+    )
 
 
 def check(inputs, **options):
-    causal = options.get("window_size", (-1, 0))[1] == 0
-    out, lse = attend(inputs, causal=causal, **options)
+    out, lse = attend(inputs, **options)
     dtype = inputs["q"].dtype
     assert (out.dtype, lse.dtype) == (dtype, FLOAT)
     same_dtype, exact = (plain(inputs, x, **options) for x in (dtype, torch.float64))
@@ -168,7 +183,7 @@ def test_everything(sizes, device):
 @BOTH
 @pytest.mark.parametrize("window", [(100, 0), (100, 30), (-1, -1)], ids=str)
 def test_windows(window, sizes, device):
-    check(make(sizes, device), window_size=window)
+    check(make(sizes, device), window_size=window, causal=window[1] == 0)
 
 
 def test_large_scores(device):
@@ -262,22 +277,27 @@ def test_graph_of_a_step_appends_and_attends(device):
         rows.normal_()
         slots.copy_(torch.tensor(new_slots))
         expected = [cache.clone() for cache in caches]
-        reference.append_to_cache(*rows, *expected, slots)
+        reference.append_to_cache(*rows, *expected, slots, AppendOptions())
         graph.replay()
         assert same_bits(caches, expected)
         check_outputs(outputs, inputs)
 
 
 def test_nothing_compiles_anew_as_sequences_grow(device):
-    from attn_paged._triton import attention, merge
+    from attn_paged._triton import attention, merge, worklist
 
     def compiled():
-        kernels = (attention._paged_attention_kernel, merge._merge_splits_kernel)
+        kernels = (
+            attention._paged_attention_kernel,
+            merge._merge_parts_kernel,
+            worklist._count_work_kernel,
+        )
         return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
 
-    attend(make(Sizes((4000,) * 5), device))
+    for lens_k in ((4000,) * 5, (4096,) * 32):  # equal parts, and shares of the work
+        attend(make(Sizes(lens_k), device))
     before = compiled()
-    for lens_k in ((4001,) * 5, (100,) * 5, (5000,) * 7, (4096,) * 32, (9000,)):
+    for lens_k in ((4001,) * 5, (100,) * 5, (5000,) * 7, (5001,) * 40, (9000,)):
         attend(make(Sizes(lens_k), device))
     assert compiled() == before
 
@@ -293,17 +313,133 @@ def test_same_bits_every_time(sizes, device):
         assert same_bits(attend(inputs), first)
 
 
-def test_a_sequence_alone_is_the_sequence_in_the_batch(device, monkeypatch):
-    from attn_paged._triton import configs
+@BOTH
+def test_a_sequence_alone_is_the_sequence_in_the_batch(sizes, device):
+    inputs = make(sizes, device)
+    out, lse = check(inputs, batch_invariant=True)
+    bounds = [*accumulate(sizes.lens_q or (1,) * len(sizes.lens_k), initial=0)]
+    for b in (0, 3, 5):
+        rows, row = slice(bounds[b], bounds[b + 1]), slice(b, b + 1)
+        alone = {name: inputs[name][row] for name in ("block_tables", "context_lens")}
+        alone["q"] = inputs["q"][rows]
+        if sizes.lens_q:
+            alone["cu_seqlens_q"] = int32([0, sizes.lens_q[b]], device)
+        assert same_bits(attend(inputs | alone, batch_invariant=True), (out[rows], lse[:, rows]))
 
-    monkeypatch.setattr(configs, "num_splits", lambda *args: 4)
-    inputs = make(DECODE, device)
-    out, lse = attend(inputs)
-    for b in (0, 5, 9):
-        row = slice(b, b + 1)
-        names = ("q", "block_tables", "context_lens")
-        alone = attend(inputs | {name: inputs[name][row] for name in names})
-        assert same_bits(alone, (out[row], lse[:, row]))
+
+# --- trees, quantised caches, shared prefixes -----------------------------------------------------
+
+
+def tree_of(count, device):
+    """Each token follows an earlier one, and sees itself and its ancestors."""
+    mask = torch.eye(count, dtype=torch.bool, device=device)
+    for i in range(1, count):
+        mask[i] |= mask[int(torch.randint(i, ()))]
+    return mask
+
+
+SPECULATIVE = Sizes((700, 64, 8, 3333, 65), (8, 8, 8, 1, 7))
+
+
+@pytest.mark.parametrize("sizes", [SPECULATIVE, MIXED], ids=["speculative", "mixed"])
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "invariant"])
+def test_flat_trees(batch_invariant, sizes, device):
+    trees = torch.cat([tree_of(count, device).flatten() for count in sizes.lens_q])
+    check(make(sizes, device), tree_mask=trees, batch_invariant=batch_invariant)
+
+
+@BOTH
+def test_trees_with_rows(sizes, device):
+    tokens = sum(sizes.lens_q) if sizes.lens_q else len(sizes.lens_k)
+    mask = torch.rand(tokens, 1400, device=device) < 0.5
+    check(make(sizes, device), tree_mask=mask, causal=False, window_size=(-1, -1))
+
+
+def test_causal_by_sequence(device):
+    is_causal = torch.tensor([True, False, True, False, False, True], device=device)
+    check(make(MIXED, device), causal=is_causal, window_size=(-1, -1))
+    check(make(MIXED, device), causal=is_causal, window_size=(100, 7))
+
+
+def quantise(inputs, dtype):
+    """Caches of `dtype` with the scales of the reference; unused slots hold the worst there is."""
+    limit = torch.finfo(dtype).max if dtype.is_floating_point else 127
+    scales = {}
+    for name in ("k", "v"):
+        cache = inputs[f"{name}_cache"].float()
+        peak = cache.abs().amax(-1)
+        scales[f"{name}_scale"] = peak / limit
+        numbers = (cache / (peak / limit)[..., None]).clamp(-limit, limit)
+        numbers = numbers if dtype.is_floating_point else numbers.round().nan_to_num(127)
+        inputs[f"{name}_cache"] = numbers.to(dtype)
+    return inputs | scales
+
+
+@BOTH
+@pytest.mark.parametrize("block_size", [16, 64, 5])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_caches(dtype, block_size, sizes, device):
+    check(quantise(make(sizes._replace(block_size=block_size), device), dtype))
+
+
+@BOTH
+def test_quantised_caches_of_half(sizes, device):
+    check(quantise(make(sizes, device, torch.float16), torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [BFLOAT, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_append_turns_and_quantises(dtype, interleaved, device):
+    rows = torch.randn(2, 50, 8, 128, dtype=BFLOAT, device=device)
+    caches = torch.zeros(2, 9, 7, 8, 128, device=device).to(dtype)
+    scales = [None, None] if dtype == BFLOAT else [*torch.zeros(2, 9, 7, 8, device=device)]
+    slots = torch.randperm(63, device=device)[:50]
+    slots[::7] = -1
+    positions = torch.randint(1000, (50,), device=device)
+    cos, sin = (torch.rand(1000, 32, device=device) for _ in range(2))
+    rotary = Rotary(cos, sin, positions, interleaved)
+    expected = [cache.clone() for cache in caches]
+    wanted = [x if x is None else x.clone() for x in scales]
+    reference.append_to_cache(*rows, *expected, slots, AppendOptions(*wanted, rotary))
+    append_to_cache(
+        *rows, *caches, slots, k_scale=scales[0], v_scale=scales[1], rotary_cos=cos,
+        rotary_sin=sin, positions=positions, rotary_interleaved=interleaved, backend=BACKEND,
+    )  # fmt: skip
+    for actual, right in zip((*caches, *scales), (*expected, *wanted), strict=True):
+        if actual is not None:
+            step = {BFLOAT: 0.008, torch.int8: 1.01}.get(dtype, 0.13)
+            torch.testing.assert_close(actual.float(), right.float(), atol=step, rtol=step)
+
+
+def share_prefixes(inputs, groups):
+    """Let the sequences of each group begin with the same blocks: (members, how many)."""
+    tables = inputs["block_tables"]
+    for members, count in groups:
+        for b in members[1:]:
+            tables[b, :count] = tables[members[0], :count]
+    return inputs
+
+
+@pytest.mark.parametrize("lens_q", [(), (1, 30, 5, 1, 2, 64, 1)], ids=["decode", "mixed"])
+def test_shared_prefixes(lens_q, device):
+    sizes = Sizes((1000, 700, 640, 1, 0, 900, 2000), lens_q)
+    inputs = share_prefixes(make(sizes, device), [((0, 2, 6), 37), ((1, 5), 20)])
+    check(inputs, shared_prefix=True, softcap=30.0)
+    inputs["sinks"] = torch.randn(sizes.H, device=device)
+    check(inputs, shared_prefix=True)
+
+
+def test_graph_of_shared_prefixes_follows_tables(device):
+    inputs = full_cache(Sizes((900, 700, 300, 640)), device)
+    tables = inputs["block_tables"]
+    graph, outputs = capture(
+        lambda: paged_attention(**inputs, shared_prefix=True, return_lse=True, backend=BACKEND)
+    )
+    for members, count in (((0, 1), 40), ((1, 2, 3), 18), ((0,), 0), ((0, 1, 2, 3), 1)):
+        tables.copy_(torch.randint_like(tables, len(inputs["k_cache"])))
+        share_prefixes(inputs, [(members, count)])
+        graph.replay()
+        check_outputs(outputs, inputs)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -349,7 +485,7 @@ def test_append(dims, dtype, index_dtype, device):
     slots = torch.randperm(63, device=device)[:50].to(index_dtype)
     slots[::3] = -1
     expected = [cache.clone() for cache in caches]
-    reference.append_to_cache(*rows, *expected, slots)
+    reference.append_to_cache(*rows, *expected, slots, AppendOptions())
     append_to_cache(*rows, *caches, slots, backend=BACKEND)
     for actual, wanted in zip(caches, expected, strict=True):
         assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0))
@@ -360,7 +496,7 @@ def test_append(dims, dtype, index_dtype, device):
 
 def test_opcheck(device):
     inputs = make(MIXED, device)
-    problem = (None, None, 0.1, -1, 0, 0.0, BACKEND)
+    problem = (*(None,) * 6, 0.1, -1, 0, 0.0, False, False, BACKEND)
     torch.library.opcheck(
         ops.attention.overload, (*inputs.values(), *problem), test_utils="test_faketensor"
     )

@@ -15,10 +15,11 @@ from attn_core.testing.conformance import Suite
 from attn_core.tuning import TileConfig
 from attn_paged import reference
 from attn_paged.conformance import CASES
+from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 pytest.importorskip("triton")
 
-from attn_paged._triton import append, attention, configs, problem
+from attn_paged._triton import append, attention, cascade, configs, problem
 
 pytestmark = pytest.mark.interpret
 
@@ -28,10 +29,14 @@ FACTORS = {FLOAT: 4.0, HALF: 2.0}
 STALE = 2**30
 
 
-def use(monkeypatch, *, tiles=(16, 16), splits=1):
-    """Fix what is otherwise chosen for the device."""
-    monkeypatch.setattr(configs, "tiles", lambda *args: TileConfig(*tiles))
-    monkeypatch.setattr(configs, "num_splits", lambda *args: splits)
+def use(monkeypatch, *, tiles=(16, 16), splits=1, shares=0):
+    """Fix what is otherwise chosen for the device: equal parts, or shares of the work."""
+
+    def schedule(plan, *args):
+        return plan._replace(num_splits=shares or splits, is_shared=shares > 0)
+
+    monkeypatch.setattr(configs.Choice, "tiles", lambda *args: TileConfig(*tiles))
+    monkeypatch.setattr(configs, "schedule", schedule)
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +91,16 @@ class Inputs(NamedTuple):
     cu_seqlens_q: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    is_causal: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
+
+    def split(self, **options):
+        """The tensors every call has, and the options."""
+        return *self[:5], AttentionOptions(
+            **dict(zip(self._fields[5:], self[5:], strict=True)), **options
+        )
 
 
 def int32(values):
@@ -124,15 +139,17 @@ def make(sizes, dtype=FLOAT, *, order=LAYOUTS["nhd"], std=1.0):
     )
 
 
-def attend(inputs, *, scale=0.3, window=(-1, 0), softcap=0.0):
+def attend(inputs, *, scale=0.3, **options):
     """Outputs of the kernels, which find nothing but NaN in fresh memory."""
     with poison_new_allocations():
-        return attention.attention(*inputs, scale, window, softcap)
+        return attention.attention(*inputs.split(scale=scale, **options))
 
 
-def plain(inputs, dtype, *, scale=0.3, window=(-1, 0), softcap=0.0):
-    inputs = (x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs)
-    return reference.attention(*inputs, scale, window, softcap)
+def plain(inputs, dtype, *, scale=0.3, **options):
+    names = ("q", "k_cache", "v_cache", "alibi_slopes", "sinks")
+    tensors = ((name, getattr(inputs, name)) for name in names)
+    cast = {name: x if x is None else x.to(dtype) for name, x in tensors}
+    return reference.attention(*inputs._replace(**cast).split(scale=scale, **options))
 
 
 def check(inputs, **options):
@@ -148,12 +165,23 @@ def check(inputs, **options):
 # --- tiles and splits -----------------------------------------------------------------------------
 
 
-@BOTH
+SCHEDULES = [{"splits": 1}, {"splits": 5}, {"shares": 1}, {"shares": 3}]
+
+
+def name_of(schedule):
+    [(word, count)] = schedule.items()
+    return f"{count}-{word}"
+
+
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (7, 0), (6, 5)], ids=str)
-@pytest.mark.parametrize("splits", [1, 5])
-@pytest.mark.parametrize("tiles", [(16, 16), (64, 16)], ids=str)
-def test_tiles_and_splits(tiles, splits, window, sizes, monkeypatch):
-    use(monkeypatch, tiles=tiles, splits=splits)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
+@pytest.mark.parametrize(
+    "sizes, tiles",
+    [(DECODE, (16, 16)), (MIXED, (16, 16)), (MIXED, (64, 16))],
+    ids=["decode", "mixed", "mixed-large-tiles"],
+)
+def test_tiles_and_schedules(sizes, tiles, schedule, window, monkeypatch):
+    use(monkeypatch, tiles=tiles, **schedule)
     check(make(sizes), window=window)
 
 
@@ -315,15 +343,156 @@ def test_a_sequence_alone_is_the_sequence_in_the_batch(splits, monkeypatch):
     assert torch.equal(alone[1], lse[:, start:end])
 
 
+@pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_batch_invariance(sizes, monkeypatch):
+    monkeypatch.setattr(configs, "_INVARIANT_KEYS", 16)
+    inputs = make(sizes, HALF)
+    out, lse = attend(inputs, batch_invariant=True)
+    bounds = [*accumulate(sizes.lens_q or (1,) * len(sizes.lens_k), initial=0)]
+    for b in (2, 3):
+        rows, row = slice(bounds[b], bounds[b + 1]), slice(b, b + 1)
+        alone = inputs._replace(
+            q=inputs.q[rows],
+            block_tables=inputs.block_tables[row, : -(-sizes.lens_k[b] // sizes.block_size)],
+            context_lens=inputs.context_lens[row],
+            cu_seqlens_q=int32([0, rows.stop - rows.start]) if sizes.lens_q else None,
+        )
+        result = attend(alone, batch_invariant=True)
+        assert torch.equal(result[0], out[rows])
+        assert torch.equal(result[1], lse[:, rows])
+    check(inputs, batch_invariant=True)
+
+
+# --- trees, quantised caches, shared prefixes -----------------------------------------------------
+
+
+TREES = [{"splits": 1}, {"shares": 2}]
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (64, 16)], ids=str)
+@pytest.mark.parametrize("schedule", TREES, ids=name_of)
+def test_flat_trees(schedule, tiles, monkeypatch):
+    use(monkeypatch, tiles=tiles, **schedule)
+    flat = torch.rand(sum(m * m for m in MIXED.lens_q)) < 0.5
+    check(make(MIXED)._replace(tree_mask=flat))
+
+
+@BOTH
+@pytest.mark.parametrize("tiles", [(16, 16), (64, 16)], ids=str)
+@pytest.mark.parametrize("width", [1, 20, 64])
+def test_trees_with_rows(width, tiles, sizes, monkeypatch):
+    use(monkeypatch, tiles=tiles)
+    inputs = make(sizes)
+    mask = torch.rand(width, len(inputs.q)).t() < 0.5
+    check(inputs._replace(tree_mask=mask), window=(-1, -1))
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (7, 3)], ids=str)
+@pytest.mark.parametrize("schedule", TREES, ids=name_of)
+def test_causal_by_sequence(schedule, window, monkeypatch):
+    use(monkeypatch, **schedule)
+    is_causal = torch.tensor([True, False, False, True, False, True])
+    check(make(MIXED)._replace(is_causal=is_causal), window=window)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", ["slots", "heads", "one"])
+def test_quantised_caches(shape, dtype, sizes):
+    inputs = make(sizes._replace(D=24, D_v=40))
+    slots = inputs.k_cache.shape[:3]
+    scales = [
+        torch.rand({"slots": slots, "heads": slots[2:], "one": ()}[shape]) / 9 for _ in range(2)
+    ]
+    if shape == "slots":
+        for scale in scales:
+            scale[inputs.k_cache[..., 0].isnan()] = torch.nan
+    caches = [(9 * x).nan_to_num(99).to(dtype) for x in (inputs.k_cache, inputs.v_cache)]
+    changes = dict(
+        zip(("k_cache", "v_cache", "k_scale", "v_scale"), (*caches, *scales), strict=True)
+    )
+    check_quantised(inputs._replace(**changes))
+
+
+def check_quantised(inputs):
+    out, lse = attend(inputs)
+    required, options = inputs.split(scale=0.3)[:5], inputs.split(scale=0.3)[5]
+    exact = reference.attention(required[0].double(), *required[1:], options)
+    torch.testing.assert_close(out.double(), exact[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(lse.double(), exact[1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lens_q", [(), (1, 9, 5, 1, 2, 20, 1)], ids=["decode", "mixed"])
+@pytest.mark.parametrize("block_size", [8, 5])
+def test_shared_prefixes(block_size, lens_q):
+    sizes = Sizes((60, 33, 40, 1, 0, 50, 60), lens_q, block_size=block_size)
+    inputs = make(sizes)
+    for member, leader, count in ((2, 0, 4), (6, 0, 7), (5, 1, 2)):
+        inputs.block_tables[member, :count] = inputs.block_tables[leader, :count]
+    check(inputs, shared_prefix=True)
+    check(inputs._replace(sinks=torch.randn(4)), shared_prefix=True, softcap=2.0)
+
+
+def test_shared_prefixes_are_read_once():
+    """Only the leader's table leads to the prefix: entries of the others are compared, not used."""
+    inputs = make(Sizes((60, 50, 41), ()))
+    for member in (1, 2):
+        inputs.block_tables[member, :5] = inputs.block_tables[0, :5]
+    seen = []
+    cascade.attend_in_halves(
+        lambda *args: seen.append((args[3], args[4], args[5].cu_seqlens_q)),
+        *inputs.split(scale=0.3),
+        *(torch.zeros(3, 4, 16), torch.zeros(4, 3)),
+    )
+    (_, prefix_lens, bounds), (rest_table, rest_lens, _) = seen
+    assert prefix_lens.tolist() == [40, 0, 0]
+    assert bounds.tolist() == [0, 3, 3, 3]
+    assert rest_lens.tolist() == [20, 10, 1]
+    assert torch.equal(rest_table[0, :3], inputs.block_tables[0, 5:8])
+
+
 # --- append ---------------------------------------------------------------------------------------
 
 
-def check_append(k, v, k_cache, v_cache, slots):
-    expected = [cache.clone() for cache in (k_cache, v_cache)]
-    reference.append_to_cache(k, v, *expected, slots)
-    append.append_to_cache(k, v, k_cache, v_cache, slots)
-    for actual, wanted in zip((k_cache, v_cache), expected, strict=True):
-        assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0))
+def check_append(k, v, k_cache, v_cache, slots, scales=(None, None), rotary=None):
+    written = [x for x in (k_cache, v_cache, *scales) if x is not None]
+    expected = [x.clone() for x in written]
+    options = AppendOptions(*(expected[2:] or scales), rotary)
+    reference.append_to_cache(k, v, *expected[:2], slots, options)
+    append.append_to_cache(k, v, k_cache, v_cache, slots, AppendOptions(*scales, rotary))
+    for pair in zip(written, expected, strict=True):
+        actual, wanted = (x.float().nan_to_num(7.0) for x in pair)
+        torch.testing.assert_close(actual, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (24, 7)], ids=str)
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+def test_append_quantises(is_given, dims):
+    """To int8: Triton 3.6's interpreter errs where rounding to float8 carries to the exponent."""
+    rows = [torch.randn(5, 3, dim) for dim in dims]
+    rows[1][2, 1] = 0.0
+    caches = [torch.zeros(4, 7, 3, dim, dtype=torch.int8) for dim in dims]
+    shape = (3,) if is_given else (4, 7, 3)
+    scales = [torch.rand(shape) / 100 + 1e-3 for _ in range(2)]
+    check_append(*rows, *caches, torch.tensor([27, -1, 0, 9, -5]), scales)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [1, 5, 8])
+def test_append_rotates(pairs, interleaved):
+    cos, sin = (torch.rand(2 * pairs, 9).t()[:, ::2] for _ in range(2))
+    positions = torch.tensor([3, 8, 0, 10**6], dtype=torch.int32)
+    rotary = Rotary(cos, sin, positions, interleaved)
+    rows, caches = torch.randn(2, 4, 3, 16), torch.full((2, 3, 2, 3, 16), torch.nan)
+    check_append(*rows, *caches, torch.tensor([5, 0, 3, -1]), rotary=rotary)
+
+
+def test_append_rotates_and_quantises():
+    cos, sin = torch.rand(2, 9, 8)
+    rotary = Rotary(cos, sin, torch.tensor([3, 8, 0]))
+    caches = torch.zeros(2, 3, 2, 3, 16, dtype=torch.int8)
+    scales = [*torch.zeros(2, 3, 2, 3)]
+    check_append(*torch.randn(2, 3, 3, 16), *caches, torch.tensor([5, 0, 3]), scales, rotary)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
@@ -351,29 +520,4 @@ def test_append_of_more_heads_than_a_tile_has(monkeypatch):
 def test_append_of_nothing(tokens, heads):
     rows = torch.randn(2, tokens, heads, 8)
     caches = torch.randn(2, 3, 4, heads, 8)
-    append.append_to_cache(*rows, *caches.clone(), torch.arange(tokens))
-
-
-# --- splits from shapes ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "programs, tiles, splits",
-    [
-        (1, 999, 256),
-        (8, 128, 33),
-        (8, 3, 3),
-        (64, 128, 4),
-        (200, 128, 1),
-        (512, 512, 2),
-        (4096, 512, 1),
-    ],
-)
-def test_number_of_splits(programs, tiles, splits, monkeypatch):
-    monkeypatch.undo()
-
-    class Device:
-        num_sms = 132
-
-    monkeypatch.setattr(configs, "device_info", lambda device: Device)
-    assert configs.num_splits("cuda", TileConfig(16, 64), programs, tiles) == splits
+    append.append_to_cache(*rows, *caches.clone(), torch.arange(tokens), AppendOptions())

@@ -1,8 +1,9 @@
 """Decode, prefill and what lies between, in one kernel.
 
 A tile has BLOCK_Q queries of one sequence, each with GROUP heads that share a key head: one row for
-each pair. A program attends with the rows of a tile to the keys they see, or to one of `num_splits`
-parts of them; then `merge` puts the parts together.
+each pair. A program attends with the rows of a tile to one of `num_splits` parts of the keys they
+see; or, where the work is shared, to its share of the keys of all tiles, one tile after the other
+(Osama et al., "Stream-K", 2023). Then `merge` puts the parts together. `configs` chooses.
 """
 
 import torch
@@ -10,40 +11,19 @@ import triton
 import triton.language as tl
 
 from attn_core.launch import Launcher
-from attn_core.tiles.masks import is_visible, key_blocks
+from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile
+from attn_core.tiles.scores import first_state, tanh
 from attn_core.tiles.softmax import (
     LOG2_E,
     finish_softmax,
     online_softmax,
     online_softmax_masked,
 )
-from attn_paged._triton import configs, merge, problem
-
-
-@triton.jit
-def _queries_of_tile(
-    tile, cu_seqlens_ptr, stride_cu, T, B, IS_RAGGED: tl.constexpr, BLOCK_Q: tl.constexpr
-):
-    """Return the sequence of a tile, its first query's row, its rank in the sequence, and M.
-
-    The tiles of sequence b begin at ``cu_seqlens[b] // BLOCK_Q + b``: room for all of them, found
-    without a sum over the sequences before. Rows past the last sequence make up sequence B.
-    """
-    if IS_RAGGED:
-        b = 0
-        high = B
-        while b < high:
-            middle = (b + high + 1) // 2
-            first_tile = tl.load(cu_seqlens_ptr + middle * stride_cu) // BLOCK_Q + middle
-            b = tl.where(first_tile <= tile, middle, b)
-            high = tl.where(first_tile <= tile, high, middle - 1)
-        begin = tl.load(cu_seqlens_ptr + b * stride_cu)
-        end = tl.load(cu_seqlens_ptr + (b + 1) * stride_cu, mask=b < B, other=T)
-        start_m = (tile - begin // BLOCK_Q - b) * BLOCK_Q
-        return b, begin + start_m, start_m, end - begin
-    else:  # noqa: RET505 - Triton compiles what follows a return
-        return tile, tile, 0, 1
+from attn_paged._triton import cascade, configs, merge, problem, worklist
+from attn_paged._triton.merge import rows_of_tile, share_of_work
+from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_of_unit
+from attn_paged.options import AttentionOptions
 
 
 @triton.jit
@@ -63,15 +43,6 @@ def _block_ids(
     return tl.load(table_ptr + offs_n // BLOCK_SIZE * stride_tn, mask=mask_n, other=0)
 
 
-@triton.jit
-def _tanh(x):
-    """1 - 2 / (exp(2 x) + 1), exact at both infinities, and a series where that would cancel."""
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    far = 1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2_E)) + 1.0)
-    return tl.where(square < 0.0625, series, far)
-
-
 # fmt: off
 @triton.jit
 def _bend(
@@ -81,7 +52,7 @@ def _bend(
     # fmt: on
     """Scale scores to units of log2, cap them and add the bias of distance."""
     if HAS_SOFTCAP:
-        scores = softcap_log2 * _tanh(scores * (scale_log2 / softcap_log2))
+        scores = softcap_log2 * tanh(scores * (scale_log2 / softcap_log2))
     else:
         scores = scores * scale_log2
     if HAS_ALIBI:
@@ -90,17 +61,27 @@ def _bend(
     return scores
 
 
+@triton.jit
+def _dequantised(x, dtype: tl.constexpr, IS_QUANTISED: tl.constexpr):
+    """By way of float32, from which two numbers at a time are rounded to bfloat16."""
+    return x.to(tl.float32).to(dtype) if IS_QUANTISED else x
+
+
 # fmt: off
 @triton.jit
 def _attend(
     acc, m_i, l_i, blocks, q, q_tail, position, slopes,
     k_ptr, stride_kb, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vd,
+    k_scale_ptr, stride_ksb, stride_ksn,
+    v_scale_ptr, stride_vsb, stride_vsn,
     table_ptr, stride_tn,
+    tree_ptrs, stride_mn, mask_m, tree_start, tree_width,
     lo, hi, first, stop, N, scale_log2, softcap_log2, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -124,12 +105,20 @@ def _attend(
         v_ptrs = v_rows + offs_dv[None, :] * stride_vd
         k = load_tile(k_ptrs, mask_n, mask_d, MASKED, HEAD_DIM < BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, HEAD_DIM_V < BLOCK_DV)  # [.., BLOCK_DV]
+        k = _dequantised(k, q.dtype, IS_QUANTISED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if TAIL_D > 0:
             offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
             k_ptrs = k_rows + offs_tail[None, :] * stride_kd
             k = load_tile(k_ptrs, mask_n, offs_tail < HEAD_DIM, MASKED, HEAD_DIM < BLOCK_D + TAIL_D)
+            k = _dequantised(k, q.dtype, IS_QUANTISED)
             scores = tl.dot(q_tail, tl.trans(k), scores, input_precision=PRECISION)
+        if IS_QUANTISED:
+            k_scale_ptrs = k_scale_ptr + far_blocks * stride_ksb + slots * stride_ksn
+            v_scale_ptrs = v_scale_ptr + far_blocks * stride_vsb + slots * stride_vsn
+            scores *= tl.load(k_scale_ptrs, mask=mask_n, other=0.0)[None, :]
+            v = v.to(tl.float32) * tl.load(v_scale_ptrs, mask=mask_n, other=0.0)[:, None]
+        v = v.to(q.dtype)
         blocks = _block_ids(
             table_ptr, stride_tn, start_n + BLOCK_N, first, stop, BLOCK_SIZE, BLOCK_N
         )
@@ -143,6 +132,11 @@ def _attend(
             visible = is_visible(
                 position[:, None], offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
             )
+            if HAS_TREE:
+                column = offs_n - tree_start
+                is_about = mask_m[:, None] & ((column >= 0) & (column < tree_width))[None, :]
+                entries = tree_ptrs[:, None] + (column * stride_mn)[None, :]
+                visible = visible & (tl.load(entries, mask=is_about, other=1) != 0)
             m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
@@ -151,29 +145,11 @@ def _attend(
     return acc, m_i, l_i, blocks
 
 
-# fmt: off
 @triton.jit
-def _first_state(
-    sinks_ptr, stride_sinks, heads, mask_m, HAS_SINKS: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    # fmt: on
-    """Running maximum and sum before the first key: a sink is a key whose value is 0."""
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    if HAS_SINKS:
-        sinks = tl.load(sinks_ptr + heads * stride_sinks, mask=mask_m, other=-float("inf"))
-        m_i = sinks.to(tl.float32) * LOG2_E
-    return m_i, tl.where(m_i == -float("inf"), 0.0, 1.0)
-
-
-@triton.jit
-def _keys_of_split(
-    lo, full_lo, full_hi, hi, split, num_splits, BLOCK_N: tl.constexpr
-):
-    """Cut the runs of `key_blocks` down to one of `num_splits` equal parts."""
-    key_tiles = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N)
-    size = tl.cdiv(key_tiles, num_splits) * BLOCK_N
-    lo += split * size
-    hi = tl.maximum(tl.minimum(hi, lo + size), lo)
+def _keys_of_part(lo, full_lo, full_hi, hi, first_part, last_part, BLOCK_N: tl.constexpr):
+    """Cut the runs of `key_blocks` down to some of their tiles, counted from lo."""
+    hi = tl.maximum(tl.minimum(hi, lo + last_part * BLOCK_N), lo)
+    lo = tl.minimum(lo + first_part * BLOCK_N, hi)
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
     return lo, full_lo, full_hi, hi
@@ -185,118 +161,198 @@ def _paged_attention_kernel(
     q_ptr, stride_qt, stride_qh, stride_qd,
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
+    k_scale_ptr, stride_ksb, stride_ksn, stride_ksh,
+    v_scale_ptr, stride_vsb, stride_vsn, stride_vsh,
     table_ptr, stride_tb, stride_tn,
     lens_ptr, stride_lens,
     cu_seqlens_ptr, stride_cu,
+    causal_ptr, stride_causal,
     slopes_ptr, stride_sb, stride_sh,
     sinks_ptr, stride_sinks,
-    out_ptr,  # [num_splits, T, H, D_v], contiguous
-    lse_ptr,  # [num_splits, H, T], contiguous
-    T, B, num_tiles, num_splits,
-    scale_log2, softcap_log2, left, right,
-    GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    IS_RAGGED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    tree_ptr, stride_mask, stride_mn,
+    tree_starts_ptr,  # [B], where a flat tree begins for each sequence
+    ends_ptr,  # [num_tiles], from `worklist`
+    rows_ptr,  # [T], the row of q of each query
+    out_ptr,  # [T, H, D_v], contiguous
+    lse_ptr,  # [H, T], contiguous
+    parts_ptr,  # [slots, BLOCK_M, D_v], contiguous
+    parts_lse_ptr,  # [slots, BLOCK_M], in units of log2
+    T, B, num_tiles, num_splits, least_m, most_m, steps,
+    num_halvings, chunk, tree_width, left, right,
+    scale_log2, softcap_log2,
+    IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
+    GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
-    # Neighbours read the heads of the same slots. The last queries of a sequence see the most keys,
-    # so they go first.
+    if IS_CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        if IS_SHARED:
+            tl.extra.cuda.gdc_wait()
+    # Neighbours read the heads of the same slots.
     pid = tl.program_id(0)
     head_tile = pid % HEAD_TILES
-    split = pid // HEAD_TILES % num_splits
-    tile = num_tiles - 1 - pid // HEAD_TILES // num_splits
-    b, first_token, start_m, M = _queries_of_tile(
-        tile, cu_seqlens_ptr, stride_cu, T, B, IS_RAGGED, BLOCK_Q
-    )
-    if start_m >= M:
-        return
-    N = tl.load(lens_ptr + b * stride_lens, mask=b < B, other=0)
-
+    group = pid // HEAD_TILES
     h_kv = (head_tile % H_KV).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_q = offs_m // TILE_GROUP
-    offs_g = head_tile // H_KV * TILE_GROUP + offs_m % TILE_GROUP
-    mask_m = (offs_q < BLOCK_Q) & (start_m + offs_q < M) & (offs_g < GROUP)
-    heads = h_kv * GROUP + offs_g
-    tokens = first_token + offs_q.to(tl.int64)
-    position = N - M + start_m + offs_q
-
     offs_d = tl.arange(0, BLOCK_D)
-    q_rows = q_ptr + (tokens * stride_qt + heads * stride_qh)[:, None]
-    q_ptrs = q_rows + offs_d[None, :] * stride_qd
-    q = load_tile(q_ptrs, mask_m, offs_d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
-    q_tail = q
-    if TAIL_D > 0:
-        offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
-        q_ptrs = q_rows + offs_tail[None, :] * stride_qd
-        q_tail = load_tile(q_ptrs, mask_m, offs_tail < HEAD_DIM, True, True)
-    if NEGATE_Q:  # a running maximum needs a scale that is not negative
-        q = -q
-        q_tail = -q_tail
-    slopes = scale_log2
-    if HAS_ALIBI:
-        slopes_ptrs = slopes_ptr + b.to(tl.int64) * stride_sb + heads * stride_sh
-        slopes = tl.load(slopes_ptrs, mask=mask_m, other=0.0) * LOG2_E
-
-    lo, full_lo, full_hi, hi = key_blocks(
-        start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N
-    )
-    first = tl.maximum(N - M + start_m - left, 0) if HAS_LEFT else 0
-    lo, full_lo, full_hi, hi = _keys_of_split(lo, full_lo, full_hi, hi, split, num_splits, BLOCK_N)
-    table_ptr += b.to(tl.int64) * stride_tb
+    offs_dv = tl.arange(0, BLOCK_DV)
     k_ptr += h_kv * stride_kh
     v_ptr += h_kv * stride_vh
-    blocks = _block_ids(table_ptr, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
-    m_i, l_i = _first_state(
-        sinks_ptr, stride_sinks, heads, tl.where((b < B) & (split == 0), mask_m, False),
-        HAS_SINKS, BLOCK_M,
-    )
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
-    PEEL: tl.constexpr = BLOCK_M > 32
-    if PEEL:
-        if HAS_LEFT:
+    if IS_QUANTISED:
+        k_scale_ptr += h_kv * stride_ksh
+        v_scale_ptr += h_kv * stride_vsh
+
+    unit = group
+    stop = group + 1
+    if IS_SHARED:
+        share = share_of_work(ends_ptr, num_tiles, num_splits)
+        unit = group * share
+        stop = tl.minimum(unit + share, tl.load(ends_ptr + num_tiles - 1))
+    start = unit
+    while unit < stop:
+        # The last queries of a sequence see the most keys, so equal parts of theirs go first.
+        tile = num_tiles - 1 - unit // num_splits
+        begin = unit
+        if IS_SHARED:
+            tile = tile_of_unit(unit, ends_ptr, num_tiles, num_halvings)
+            begin = tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
+        b, first_token, start_m, M = queries_of_tile(
+            tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
+            IS_RAGGED, ONE_TILE_EACH, BLOCK_Q,
+        )  # fmt: skip
+        N, right_b, lo, full_lo, full_hi, hi = keys_of_tile(
+            b, start_m, M, B, lens_ptr, stride_lens, causal_ptr, stride_causal, left, right,
+            HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
+        )  # fmt: skip
+        key_tiles = tl.cdiv(hi - lo, BLOCK_N)
+        if IS_SHARED:
+            first_part = unit - begin
+            last_part = tl.minimum(tl.maximum(key_tiles, 1), stop - begin)
+            is_whole = (first_part == 0) & (last_part >= key_tiles)
+            has_first = first_part == 0
+            slot = 2 * group + tl.where(unit == start, 0, 1)
+            unit = begin + last_part
+        else:
+            split = unit % num_splits
+            size = tl.cdiv(key_tiles, num_splits)
+            first_part = split * size
+            if chunk > 0:  # parts of the same keys whatever the batch
+                size = chunk
+                first_part = split * size - lo // BLOCK_N
+            last_part = tl.maximum(first_part + size, 0)
+            first_part = tl.maximum(first_part, 0)
+            is_whole = num_splits == 1
+            has_first = split == 0
+            slot = split * num_tiles + tile
+            unit = stop
+
+        heads, tokens, mask_m = rows_of_tile(
+            head_tile, first_token, start_m, M, rows_ptr, offs_m, GROUP, TILE_GROUP, H_KV, BLOCK_Q
+        )
+        position = N - M + start_m + offs_m // TILE_GROUP
+        q_rows = q_ptr + (tokens * stride_qt + heads * stride_qh)[:, None]
+        q_ptrs = q_rows + offs_d[None, :] * stride_qd
+        q = load_tile(q_ptrs, mask_m, offs_d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
+        q_tail = q
+        if TAIL_D > 0:
+            offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
+            q_ptrs = q_rows + offs_tail[None, :] * stride_qd
+            q_tail = load_tile(q_ptrs, mask_m, offs_tail < HEAD_DIM, True, True)
+        if NEGATE_Q:  # a running maximum needs a scale that is not negative
+            q = -q
+            q_tail = -q_tail
+        slopes = scale_log2
+        if HAS_ALIBI:
+            slopes_ptrs = slopes_ptr + b.to(tl.int64) * stride_sb + heads * stride_sh
+            slopes = tl.load(slopes_ptrs, mask=mask_m, other=0.0) * LOG2_E
+        sinks_ptrs = sinks_ptr
+        if HAS_SINKS:
+            sinks_ptrs += heads * stride_sinks
+        tree_ptrs = tree_ptr
+        tree_start = N
+        width = tree_width
+        if HAS_TREE:
+            if tree_starts_ptr is None:
+                tree_ptrs += tokens * stride_mask
+            else:
+                width = M
+                rank = (start_m + offs_m // TILE_GROUP).to(tl.int64)
+                tree = tl.load(tree_starts_ptr + b, mask=start_m < M, other=0)
+                tree_ptrs += (tree + rank * M) * stride_mn
+            tree_start = N - width
+            full_hi = tl.minimum(full_hi, tl.maximum(tree_start, 0) // BLOCK_N * BLOCK_N)
+            full_hi = tl.maximum(full_hi, full_lo)
+
+        first = tl.maximum(N - M + start_m - left, 0) if HAS_LEFT else 0
+        lo, full_lo, full_hi, hi = _keys_of_part(
+            lo, full_lo, full_hi, hi, first_part, last_part, BLOCK_N
+        )
+        table = table_ptr + b.to(tl.int64) * stride_tb
+        blocks = _block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
+        m_i, l_i = first_state(sinks_ptrs, mask_m & (b < B) & has_first, HAS_SINKS, BLOCK_M)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
+        PEEL: tl.constexpr = BLOCK_M > 32
+        if PEEL:
+            if HAS_LEFT:
+                acc, m_i, l_i, blocks = _attend(
+                    acc, m_i, l_i, blocks, q, q_tail, position, slopes,
+                    k_ptr, stride_kb, stride_kn, stride_kd,
+                    v_ptr, stride_vb, stride_vn, stride_vd,
+                    k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
+                    table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
+                    lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right_b,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+                    HAS_TREE, IS_QUANTISED, True, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
+                )  # fmt: skip
             acc, m_i, l_i, blocks = _attend(
                 acc, m_i, l_i, blocks, q, q_tail, position, slopes,
-                k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-                table_ptr, stride_tn,
-                lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right,
+                k_ptr, stride_kb, stride_kn, stride_kd,
+                v_ptr, stride_vb, stride_vn, stride_vd,
+                k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
+                table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
+                full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                True, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
+                HAS_TREE, IS_QUANTISED, False, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
             )  # fmt: skip
+            lo = full_hi
         acc, m_i, l_i, blocks = _attend(
             acc, m_i, l_i, blocks, q, q_tail, position, slopes,
-            k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-            table_ptr, stride_tn,
-            full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right,
+            k_ptr, stride_kb, stride_kn, stride_kd,
+            v_ptr, stride_vb, stride_vn, stride_vd,
+            k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
+            table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
+            lo, hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
             HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-            False, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
+            HAS_TREE, IS_QUANTISED, True, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
         )  # fmt: skip
-        lo = full_hi
-    acc, m_i, l_i, blocks = _attend(
-        acc, m_i, l_i, blocks, q, q_tail, position, slopes,
-        k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-        table_ptr, stride_tn,
-        lo, hi, first, hi, N, scale_log2, softcap_log2, left, right,
-        HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-        True, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
-    )  # fmt: skip
 
-    out, lse = finish_softmax(m_i, l_i, acc)
-    part = split.to(tl.int64) * (H_KV * GROUP)
-    tl.store(lse_ptr + (part + heads) * T + tokens, lse, mask=mask_m)
-    out_rows = (part * T + tokens * (H_KV * GROUP) + heads) * HEAD_DIM_V
-    offs_dv = tl.arange(0, BLOCK_DV)
-    tl.store(
-        out_ptr + out_rows[:, None] + offs_dv[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_dv < HEAD_DIM_V)[None, :],
-    )
+        out, lse = finish_softmax(m_i, l_i, acc)
+        mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
+        if is_whole:
+            tl.store(lse_ptr + heads * T + tokens, lse, mask=mask_m)
+            out_rows = (tokens * (H_KV * GROUP) + heads) * HEAD_DIM_V
+            out_ptrs = out_ptr + out_rows[:, None] + offs_dv[None, :]
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_dv)
+        else:
+            rows = (slot * HEAD_TILES + head_tile).to(tl.int64) * BLOCK_M + offs_m
+            lse_log2 = m_i + tl.math.log2(l_i)
+            tl.store(parts_lse_ptr + rows, lse_log2, mask=mask_m)
+            has_keys = mask_m & (lse_log2 > -float("inf"))
+            parts_ptrs = parts_ptr + rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
+            tl.store(
+                parts_ptrs,
+                out.to(parts_ptr.dtype.element_ty),
+                mask=has_keys[:, None] & mask_dv,
+            )
 
 
 _launch = Launcher(_paged_attention_kernel)
@@ -309,78 +365,164 @@ def attention(
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    window: tuple[int, int],
-    softcap: float,
+    options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (T, H, D) over paged sequences: out (T, H, D_v) and lse (H, T)."""
-    (T, H, D), (B, max_blocks) = q.shape, block_tables.shape
-    _, block_size, H_KV, D_v = v_cache.shape
+    (T, H, _), D_v = q.shape, v_cache.shape[3]
     out = q.new_empty((T, H, D_v))
     lse = q.new_empty((H, T), dtype=torch.float32)
     if T * H == 0:
         return out, lse
-    left, right = (min(side, _FAR) for side in window)
+    arguments = (q, k_cache, v_cache, block_tables, context_lens, options)
+    if options.shared_prefix and len(context_lens) > 1:
+        cascade.attend_in_halves(attend, *arguments, out, lse)
+    else:
+        attend(*arguments, out, lse)
+    return out, lse
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: AttentionOptions,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """Write attention to out (T, H, D_v) and lse (H, T).
+
+    `rows` (T,) are the rows of q, out and lse that cu_seqlens_q counts, where they are not in
+    order.
+    """
+    is_ragged = options.cu_seqlens_q is not None
+    are_long = rows is not None  # queries of many sequences one after the other
+    for plan in configs.plans(q, k_cache, v_cache, block_tables, is_ragged, are_long, options):
+        _attend_by(plan, q, k_cache, v_cache, block_tables, context_lens, options, out, lse, rows)
+
+
+def _attend_by(
+    plan: configs.Plan,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: AttentionOptions,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rows: torch.Tensor | None,
+) -> None:
+    (T, H, D), B = q.shape, len(block_tables)
+    _, block_size, H_KV, D_v = v_cache.shape
+    config = plan.config
+    cu_seqlens_q, is_causal, tree = options.cu_seqlens_q, options.is_causal, options.tree_mask
     is_ragged = cu_seqlens_q is not None
-    config = configs.tiles(q, v_cache, B)
-    tile_group = min(H // H_KV, config.block_m)
-    block_q = config.block_m // tile_group if is_ragged else 1
-    num_tiles = T // block_q + B + 1 if is_ragged else T
-    head_tiles = H_KV * problem.ceil_div(H // H_KV, tile_group)
-    span = max_blocks * block_size
-    if left >= 0 and right >= 0:
-        span = min(span, left + right + block_q + config.block_n)
-    num_splits = configs.num_splits(
-        q.device, config, num_tiles * head_tiles, problem.ceil_div(span, config.block_n)
-    )
+    left, right = (min(side, _FAR) for side in options.window)
+    if is_causal is not None and right < 0:
+        right = _FAR
+    # The only query of a sequence is its last token: no key is to its right.
+    sides = {"HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0 and is_ragged}
+    tiling = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
+    limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
+    is_chained = problem.are_chained(q.device)
+    ends = None
+    if plan.is_shared:
+        ends = worklist.count_work(
+            context_lens, cu_seqlens_q, is_causal,
+            {
+                **tiling, **sides,
+                "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n, "IS_CHAINED": is_chained,
+            },
+            T=T, B=B, num_tiles=plan.num_tiles, **limits, left=left, right=right,
+        )  # fmt: skip
     parts, parts_lse = out, lse
-    if num_splits > 1:
-        parts = q.new_empty((num_splits, T, H, D_v), dtype=torch.float32)
-        parts_lse = q.new_empty((num_splits, H, T), dtype=torch.float32)
-    block_d, tail_d = problem.split_head_dim(D)
-    slopes_strides = (0, 0) if alibi_slopes is None else alibi_slopes.expand(B, H).stride()
+    if plan.slots:
+        parts = q.new_empty((plan.slots, config.block_m, D_v), dtype=torch.float32)
+        parts_lse = q.new_empty((plan.slots, config.block_m), dtype=torch.float32)
+    tree_strides, tree_width, tree_starts = _tree_layout(tree, cu_seqlens_q, B)
+    k_scale, v_scale = (
+        None if scale is None else scale.expand(k_cache.shape[:3])
+        for scale in (options.k_scale, options.v_scale)
+    )
+    slopes = None if options.alibi_slopes is None else options.alibi_slopes.expand(B, H)
+    sinks = options.sinks
     q_strides, k_strides, v_strides = q.stride(), k_cache.stride(), v_cache.stride()
-    table_strides, lens_strides = block_tables.stride(), context_lens.stride()
-    cu_strides = (0,) if cu_seqlens_q is None else cu_seqlens_q.stride()
-    sinks_strides = (0,) if sinks is None else sinks.stride()
-    sinks_dtype = None if sinks is None else sinks.dtype
+    ks_strides, vs_strides = (problem.strides_of(scale, 3) for scale in (k_scale, v_scale))
+    table_strides, slopes_strides = block_tables.stride(), problem.strides_of(slopes, 2)
+    lens_strides, cu_strides, causal_strides, sinks_strides = (
+        problem.strides_of(vector, 1) for vector in (context_lens, cu_seqlens_q, is_causal, sinks)
+    )
+    sizes = {"T": T, "B": B, "num_tiles": plan.num_tiles, "num_splits": plan.num_splits, **limits}
+    shape = {
+        **tiling, "IS_SHARED": plan.is_shared,
+        "GROUP": H // H_KV, "TILE_GROUP": plan.tile_group, "H_KV": H_KV, "HEAD_DIM_V": D_v,
+        "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q, "IS_CHAINED": is_chained,
+    }  # fmt: skip
+    block_d, tail_d = problem.split_head_dim(D)
     _launch(
-        num_tiles * num_splits * head_tiles,
+        plan.num_programs,
         strides=(
-            q_strides, k_strides, v_strides, table_strides[1], lens_strides, cu_strides,
-            slopes_strides, sinks_strides, sinks_dtype, parts.dtype,
+            q_strides, k_strides, v_strides, ks_strides, vs_strides, table_strides[1],
+            lens_strides, cu_strides, causal_strides, slopes_strides, sinks_strides,
+            tree_strides[1], k_cache.dtype, out.dtype, parts.dtype,
+            None if sinks is None else sinks.dtype,
+            is_causal is None, tree_starts is None, rows is None,
         ),
         args=(
             q, *q_strides,
             k_cache, *k_strides,
             v_cache, *v_strides,
+            k_scale, *ks_strides,
+            v_scale, *vs_strides,
             block_tables, *table_strides,
             context_lens, *lens_strides,
             cu_seqlens_q, *cu_strides,
-            alibi_slopes, *slopes_strides,
+            is_causal, *causal_strides,
+            slopes, *slopes_strides,
             sinks, *sinks_strides,
+            tree, *tree_strides,
+            tree_starts,
+            ends,
+            rows,
+            out,
+            lse,
             parts,
             parts_lse,
-            T, B, num_tiles, num_splits,
-            abs(scale) * problem.LOG2_E, softcap * problem.LOG2_E, left, right,
+            *sizes.values(), plan.num_tiles.bit_length(), plan.chunk, tree_width, left, right,
+            abs(options.scale) * problem.LOG2_E, options.softcap * problem.LOG2_E,
         ),
         constexprs={
-            "GROUP": H // H_KV, "TILE_GROUP": tile_group, "H_KV": H_KV,
-            "HEAD_DIM": D, "HEAD_DIM_V": D_v, "BLOCK_SIZE": block_size,
-            "IS_RAGGED": is_ragged, "HAS_LEFT": left >= 0,
-            # The only query of a sequence is its last token: no key is to its right.
-            "HAS_RIGHT": right >= 0 and is_ragged,
-            "HAS_SOFTCAP": softcap > 0, "HAS_ALIBI": alibi_slopes is not None,
-            "HAS_SINKS": sinks is not None,
-            "NEGATE_Q": scale < 0, "PRECISION": problem.dot_precision(q),
-            "BLOCK_M": config.block_m, "BLOCK_Q": block_q, "BLOCK_N": config.block_n,
-            "BLOCK_D": block_d, "TAIL_D": tail_d, "BLOCK_DV": problem.padded(D_v),
+            **shape, "HEAD_DIM": D, "BLOCK_SIZE": block_size, **sides,
+            "HAS_SOFTCAP": options.softcap > 0, "HAS_ALIBI": slopes is not None,
+            "HAS_SINKS": sinks is not None, "HAS_TREE": tree is not None,
+            "IS_QUANTISED": k_scale is not None,
+            "NEGATE_Q": options.scale < 0, "PRECISION": problem.dot_precision(q),
+            "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
+            "BLOCK_DV": problem.padded(D_v),
         },
         config=config,
+        # Only the list of work may still be in the making: what else is read must be there.
+        options={"launch_pdl": True} if is_chained and plan.is_shared else {},
     )  # fmt: skip
-    if num_splits > 1:
-        merge.merge_splits(parts, parts_lse, out, lse)
-    return out, lse
+    if plan.slots:
+        merge.merge_parts(
+            *(parts, parts_lse, cu_seqlens_q, rows, ends, out, lse, sizes, shape),
+            plan.head_tiles,
+        )
+
+
+def _tree_layout(
+    tree: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None, sequences: int
+) -> tuple[tuple[int, int], int, torch.Tensor | None]:
+    """Strides and width of a tree mask, and where that of each sequence begins if it is flat."""
+    if tree is None:
+        return (0, 0), 0, None
+    if tree.ndim == 2:
+        return (tree.stride(0), tree.stride(1)), tree.shape[1], None
+    if cu_seqlens_q is None:
+        return (0, tree.stride(0)), 0, torch.arange(sequences, device=tree.device)
+    areas = cu_seqlens_q.diff().long() ** 2
+    return (0, tree.stride(0)), 0, areas.cumsum(0) - areas

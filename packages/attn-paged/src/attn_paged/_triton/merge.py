@@ -1,66 +1,209 @@
-"""The parts of attention that splits of the keys give, put together in the order of the splits."""
+"""The parts of attention that programs have shared, put together in the order of the keys."""
 
 import torch
 import triton
 import triton.language as tl
 
 from attn_core.launch import Launcher
-from attn_core.tiles.softmax import LOG2_E, finish_softmax, online_softmax_masked
+from attn_core.tiles.merge import merge_states
+from attn_core.tiles.softmax import finish_softmax
 from attn_core.tuning import TileConfig
 from attn_paged._triton import problem
+from attn_paged._triton.queries import queries_of_tile
 
 _TILE = 4096  # elements of parts that a program holds
+_ROWS_OF_SHARED_TILE = {16: 4}  # of BLOCK_M; 16 of any other
+
+
+@triton.jit
+def rows_of_tile(
+    head_tile, first_token, start_m, M, rows_ptr, offs_m,
+    GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Return the head, the row of q and whether there is one, for rows `offs_m` of a tile."""
+    offs_q = offs_m // TILE_GROUP
+    offs_g = head_tile // H_KV * TILE_GROUP + offs_m % TILE_GROUP
+    mask_m = (offs_q < BLOCK_Q) & (start_m + offs_q < M) & (offs_g < GROUP)
+    heads = (head_tile % H_KV).to(tl.int64) * GROUP + offs_g
+    tokens = first_token + offs_q.to(tl.int64)
+    if rows_ptr is not None:
+        tokens = tl.load(rows_ptr + tokens, mask=mask_m, other=0).to(tl.int64)
+    return heads, tokens, mask_m
+
+
+@triton.jit
+def share_of_work(ends_ptr, num_tiles, num_shares):
+    """Units of work that each of `num_shares` programs takes."""
+    return tl.maximum(tl.cdiv(tl.load(ends_ptr + num_tiles - 1), num_shares), 1)
 
 
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
-def _merge_splits_kernel(
-    parts_ptr,  # [num_splits, T, H, D_v], contiguous
-    parts_lse_ptr,  # [num_splits, H, T], contiguous
+def _merge_parts_kernel(
+    parts_ptr,  # [slots, BLOCK_M, D_v], contiguous
+    parts_lse_ptr,  # [slots, BLOCK_M], in units of log2
+    cu_seqlens_ptr, stride_cu,
+    rows_ptr,
+    ends_ptr,
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
-    T, H, num_splits,
-    HEAD_DIM_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    T, B, num_tiles, num_splits, least_m, most_m, steps,
+    IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
+    GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CHAINED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Merge one row: a split is a key whose score is its lse and whose value is its output."""
-    row = tl.program_id(0).to(tl.int64)
-    num_rows = T.to(tl.int64) * H
-    lse_row = row % H * T + row // H
-    offs_s = tl.arange(0, BLOCK_S)
+    """Merge rows of a tile: a part is a key whose score is its lse and whose value its output."""
+    HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
+    RUNS: tl.constexpr = BLOCK_M // BLOCK_R
+    if IS_CHAINED:
+        tl.extra.cuda.gdc_wait()
+    pid = tl.program_id(0)
+    head_tile = pid // RUNS % HEAD_TILES
+    tile = pid // RUNS // HEAD_TILES
+    # Part i of a tile is in slot first + i * step, but for the first of a shared tile.
+    count = num_splits
+    first = tile
+    step = num_tiles
+    shift = 0
+    if IS_SHARED:
+        share = share_of_work(ends_ptr, num_tiles, num_splits)
+        begin = tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
+        end = tl.load(ends_ptr + tile)
+        program = begin // share
+        count = tl.where(end > begin, (end - 1) // share - program + 1, 0)
+        first = 2 * program
+        step = 2
+        shift = tl.where(begin == program * share, 0, 1)
+        if count <= 1:  # one program had it all
+            return
+    b, first_token, start_m, M = queries_of_tile(
+        tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
+        IS_RAGGED, ONE_TILE_EACH, BLOCK_Q,
+    )  # fmt: skip
+    if start_m >= M:
+        return
+    offs_m = pid % RUNS * BLOCK_R + tl.arange(0, BLOCK_R)
+    heads, tokens, mask_m = rows_of_tile(
+        head_tile, first_token, start_m, M, rows_ptr, offs_m, GROUP, TILE_GROUP, H_KV, BLOCK_Q
+    )
     offs_d = tl.arange(0, BLOCK_DV)
-    mask_d = (offs_d < HEAD_DIM_V)[None, :]
-    m_i = tl.full([1], -float("inf"), tl.float32)
-    l_i = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_DV], tl.float32)
-    for start_s in range(0, num_splits, BLOCK_S):
-        splits = start_s + offs_s
-        mask_s = splits < num_splits
-        lse = tl.load(parts_lse_ptr + splits * num_rows + lse_row, mask=mask_s, other=-float("inf"))
-        rows = (splits * num_rows + row) * HEAD_DIM_V
-        parts_ptrs = parts_ptr + rows[:, None] + offs_d[None, :]
-        parts = tl.load(parts_ptrs, mask=mask_s[:, None] & mask_d, other=0.0)  # [BLOCK_S, BLOCK_DV]
-        m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, lse[None, :], LOG2_E, mask_s[None, :])
-        acc = acc * alpha[:, None] + tl.sum(tl.trans(p) * parts, 0)[None, :]
+    mask_d = offs_d < HEAD_DIM_V
+    m_i = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    for start_s in range(0, count, BLOCK_S):
+        offs_s = start_s + tl.arange(0, BLOCK_S)
+        slots = first + offs_s * step + tl.where(offs_s == 0, shift, 0)
+        slots = (slots * HEAD_TILES + head_tile).to(tl.int64)
+        rows = slots[:, None] * BLOCK_M + offs_m[None, :]  # [BLOCK_S, BLOCK_R]
+        mask = (offs_s < count)[:, None] & mask_m[None, :]
+        lse = tl.load(parts_lse_ptr + rows, mask=mask, other=-float("inf"))
+        has_keys = (lse > -float("inf"))[:, :, None] & mask_d[None, None, :]
+        parts_ptrs = parts_ptr + rows[:, :, None] * HEAD_DIM_V + offs_d[None, None, :]
+        parts = tl.load(parts_ptrs, mask=has_keys, other=0.0)  # [BLOCK_S, BLOCK_R, BLOCK_DV]
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.math.exp2(m_i - pivot)
+        p = tl.math.exp2(lse - pivot[None, :])
+        l_i = l_i * alpha + tl.sum(p, 0)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * parts, 0)
+        m_i = m_new
 
     out, lse = finish_softmax(m_i, l_i, acc)
-    tl.store(lse_ptr + lse_row + tl.arange(0, 1), lse)
-    out_ptrs = out_ptr + row * HEAD_DIM_V + offs_d[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(lse_ptr + heads * T + tokens, lse, mask=mask_m)
+    out_rows = (tokens * (H_KV * GROUP) + heads) * HEAD_DIM_V
+    tl.store(
+        out_ptr + out_rows[:, None] + offs_d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_d[None, :],
+    )
 
 
-_launch = Launcher(_merge_splits_kernel)
+_launch = Launcher(_merge_parts_kernel)
 
 
-def merge_splits(
-    parts: torch.Tensor, parts_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+def merge_parts(
+    parts: torch.Tensor,
+    parts_lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sizes: dict[str, int],
+    constexprs: dict[str, bool | int],
+    head_tiles: int,
 ) -> None:
-    """Merge parts (S, T, H, D_v) by parts_lse (S, H, T) into out (T, H, D_v) and lse (H, T)."""
-    num_splits, T, H, D_v = parts.shape
+    """Merge the parts of all tiles into out (T, H, D_v) and lse (H, T).
+
+    With `ends` the parts are those of programs that share the work, else of equal splits.
+    """
+    D_v = out.shape[2]
+    block_m = int(constexprs["BLOCK_M"])
     block_dv = problem.padded(D_v)
-    config = TileConfig(max(1, _TILE // block_dv), block_dv, 4, 1)
+    block_r = 1 if ends is None else _ROWS_OF_SHARED_TILE.get(block_m, 16)
+    block_s = max(1, _TILE // block_dv // block_r)
+    strides = problem.strides_of(cu_seqlens_q, 1)
     _launch(
-        T * H,
+        sizes["num_tiles"] * head_tiles * (block_m // block_r),
+        strides=(strides, out.dtype, rows is None),
+        args=(
+            parts,
+            parts_lse,
+            cu_seqlens_q, *strides,
+            rows,
+            ends,
+            out,
+            lse,
+            *sizes.values(),
+        ),
+        constexprs={
+            **constexprs, "BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_DV": block_dv,
+        },
+        config=TileConfig(block_s, block_dv, 4, 1),
+        options={"launch_pdl": True} if constexprs["IS_CHAINED"] else {},
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _merge_halves_kernel(
+    halves_ptr,  # [2, T, H, D_v], contiguous
+    halves_lse_ptr,  # [2, H, T], contiguous
+    out_ptr,  # [T, H, D_v], contiguous
+    lse_ptr,  # [H, T], contiguous
+    T, H,
+    HEAD_DIM_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    num_rows = T.to(tl.int64) * H
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = rows < num_rows
+    lse_rows = rows % H * T + rows // H
+    offs_d = tl.arange(0, BLOCK_DV)
+    mask = mask_r[:, None] & (offs_d < HEAD_DIM_V)[None, :]
+    offsets = rows[:, None] * HEAD_DIM_V + offs_d[None, :]
+    lse_a = tl.load(halves_lse_ptr + lse_rows, mask=mask_r, other=-float("inf"))
+    lse_b = tl.load(halves_lse_ptr + num_rows + lse_rows, mask=mask_r, other=-float("inf"))
+    out_a = tl.load(halves_ptr + offsets, mask=mask, other=0.0)
+    out_b = tl.load(halves_ptr + num_rows * HEAD_DIM_V + offsets, mask=mask, other=0.0)
+    out, lse = merge_states(out_a, lse_a, out_b, lse_b)
+    tl.store(lse_ptr + lse_rows, lse, mask=mask_r)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_launch_halves = Launcher(_merge_halves_kernel)
+
+
+def merge_halves(
+    halves: torch.Tensor, halves_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Merge halves (2, T, H, D_v) by halves_lse (2, H, T) into out (T, H, D_v) and lse (H, T)."""
+    T, H, D_v = out.shape
+    block_dv = problem.padded(D_v)
+    block_r = max(1, _TILE // block_dv)
+    _launch_halves(
+        problem.ceil_div(T * H, block_r),
         strides=(out.dtype,),
-        args=(parts, parts_lse, out, lse, T, H, num_splits),
-        constexprs={"HEAD_DIM_V": D_v, "BLOCK_S": config.block_m, "BLOCK_DV": block_dv},
-        config=config,
+        args=(halves, halves_lse, out, lse, T, H),
+        constexprs={"HEAD_DIM_V": D_v, "BLOCK_R": block_r, "BLOCK_DV": block_dv},
+        config=TileConfig(block_r, block_dv, 4, 1),
     )

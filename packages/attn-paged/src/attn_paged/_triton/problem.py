@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.device import device_info, triton_version
+
 # Integers that change from call to call: compiled for any value.
-NOT_SPECIALIZED = ["T", "B", "H", "num_tiles", "num_splits", "stride_tb", "left", "right"]
+NOT_SPECIALIZED = [
+    *("T", "B", "H", "num_tiles", "num_splits", "num_shares", "chunk", "least_m", "most_m"),
+    *(
+        "steps",
+        "num_halvings",
+        "stride_tb",
+        "stride_mask",
+        "tree_width",
+        "left",
+        "right",
+        "num_blocks",
+    ),
+]
 LOG2_E = 1.4426950408889634
 _MIN_DOT = 16  # what tl.dot accepts along each side
+
+
+def are_chained(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before ends, and wait for it where it must.
+
+    Programmatic dependent launch, CUDA C++ Programming Guide: compute capability 9.0.
+    """
+    is_new_enough = (triton_version() or (0, 0)) >= (3, 6)
+    return is_new_enough and device_info(device).capability >= 90
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -35,3 +58,8 @@ def dot_precision(tensor: torch.Tensor) -> str:
     if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+def strides_of(tensor: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
+    """Strides of a tensor of `ndim` dimensions that may be absent."""
+    return (0,) * ndim if tensor is None else tensor.stride()

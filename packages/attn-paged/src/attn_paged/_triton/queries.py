@@ -1,0 +1,75 @@
+"""Which queries a tile holds, and which keys they see: what all kernels of attention agree on."""
+
+import triton
+import triton.language as tl
+
+from attn_core.tiles.masks import key_blocks
+
+
+# fmt: off
+@triton.jit
+def queries_of_tile(
+    tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
+    IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, BLOCK_Q: tl.constexpr,
+):
+    # fmt: on
+    """Return the sequence of a tile, the row of its first query, its rank in the sequence, and M.
+
+    `tile` is a number or a block of them. The tiles of sequence b begin at
+    ``cu_seqlens[b] // BLOCK_Q + b``: room for all of them, found in `steps` halvings without a sum
+    over the sequences before. Rows past the last sequence make up sequence B. Sequences with
+    fewer than `least_m` or more than `most_m` queries are another launch's and count as having
+    none.
+    """
+    if IS_RAGGED:
+        b = tile
+        start_m = tile * 0
+        if not ONE_TILE_EACH:
+            b = tile * 0
+            high = b + B
+            for _ in range(steps):
+                middle = (b + high + 1) // 2
+                first_tile = tl.load(cu_seqlens_ptr + middle * stride_cu) // BLOCK_Q + middle
+                b = tl.where(first_tile <= tile, middle, b)
+                high = tl.where(first_tile <= tile, high, middle - 1)
+        begin = tl.load(cu_seqlens_ptr + b * stride_cu, mask=b <= B, other=T)
+        end = tl.load(cu_seqlens_ptr + (b + 1) * stride_cu, mask=b < B, other=T)
+        if not ONE_TILE_EACH:
+            start_m = (tile - begin // BLOCK_Q - b) * BLOCK_Q
+        M = end - begin
+        M = tl.where((least_m <= M) & (most_m >= M), M, 0)
+        return b, begin + start_m, start_m, M
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        return tile, tile, tile * 0, tile * 0 + 1
+
+
+# fmt: off
+@triton.jit
+def keys_of_tile(
+    b, start_m, M, B, lens_ptr, stride_lens, causal_ptr, stride_causal, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    """Return N, the right side of the window, and the runs of `key_blocks`."""
+    mask = (b < B) & (start_m < M)
+    N = tl.load(lens_ptr + b * stride_lens, mask=mask, other=0)
+    if causal_ptr is not None:
+        is_causal = tl.load(causal_ptr + b * stride_causal, mask=mask, other=0)
+        right = tl.where(is_causal != 0, 0, right)
+    lo, full_lo, full_hi, hi = key_blocks(
+        start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N
+    )
+    return N, right, lo, full_lo, full_hi, tl.maximum(hi, lo)
+
+
+@triton.jit
+def tile_of_unit(unit, ends_ptr, num_tiles, steps):
+    """Find the tile that unit of work belongs to: the first whose end is past it."""
+    low = 0
+    high = num_tiles - 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        is_past = tl.load(ends_ptr + middle) > unit
+        high = tl.where(is_past, middle, high)
+        low = tl.where(is_past, low, tl.minimum(middle + 1, high))
+    return low

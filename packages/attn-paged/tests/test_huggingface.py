@@ -1,0 +1,118 @@
+"""A Hugging Face model through the paged cache: the tokens of generate()."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_paged.huggingface import ContinuousBatching, cache_for
+
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = (5, 1, 37, 18, 9, 24)
+NEW_TOKENS = (12, 20, 6, 15, 1, 9)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral-window"])
+def model(request):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.5,  # logits far apart: rounding decides nothing
+        "tie_word_embeddings": False,
+    }
+    if request.param == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    else:
+        config = transformers.MistralConfig(**sizes, sliding_window=8)
+        model = transformers.MistralForCausalLM(config)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(97, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(model, prompts):
+    model.set_attn_implementation("sdpa")
+    return [generate(model, *pair) for pair in zip(prompts, NEW_TOKENS, strict=True)]
+
+
+def generate(model, prompt, count, eos=None):
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+    result = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return result[0, len(prompt) :].tolist()
+
+
+def run(batching, prompts, *, every=0):
+    """Results in the order of the prompts; a new request joins after `every` steps."""
+    names, results, waiting = [], {}, list(zip(prompts, NEW_TOKENS, strict=True))
+    steps = 0
+    while waiting or not batching.is_idle:
+        while waiting and (not every or steps % every == 0):
+            names.append(batching.add(*waiting.pop(0)))
+            if every:
+                break
+        results.update(batching.step())
+        batching.cache.check_invariants()
+        steps += 1
+    return [results[name] for name in names]
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("every", [0, 2], ids=["all-at-once", "one-by-one"])
+def test_tokens_are_those_of_generate(model, prompts, expected, every, chunk):
+    batching = ContinuousBatching(model, cache_for(model, 64, 4), chunk=chunk)
+    assert run(batching, prompts, every=every) == expected
+    assert batching.num_preemptions == 0
+    assert batching.cache.num_free_blocks == 64
+
+
+@pytest.mark.parametrize("host_blocks", [0, 64], ids=["recomputed", "swapped"])
+def test_requests_that_run_out_of_blocks_are_resumed(model, prompts, expected, host_blocks):
+    cache = cache_for(model, 15, 4, num_host_blocks=host_blocks)
+    batching = ContinuousBatching(model, cache)
+    assert run(batching, prompts) == expected
+    assert batching.num_preemptions > 0
+    assert (cache.num_free_blocks, cache.num_free_host_blocks) == (15, host_blocks)
+
+
+def test_an_end_token_ends_a_request(model, prompts, expected):
+    eos = expected[0][4]
+    batching = ContinuousBatching(model, cache_for(model, 64, 4))
+    batching.add(prompts[0], NEW_TOKENS[0], eos=[eos])
+    [(_, tokens)] = batching.run()
+    assert tokens == expected[0][: expected[0].index(eos) + 1]
+
+
+def test_a_common_prompt_is_computed_once(model, prompts, expected):
+    batching = ContinuousBatching(model, cache_for(model, 64, 4))
+    results = []
+    for _ in range(2):
+        batching.add(prompts[2], NEW_TOKENS[2])
+        results += [tokens for _, tokens in batching.run()]
+    sequence = batching.cache.allocate(prompts[2])
+    assert batching.cache.written(sequence) == 36
+    assert results == [expected[2], expected[2]]
+
+
+def test_bad_requests_are_named(model):
+    batching = ContinuousBatching(model, cache_for(model, 4, 4))
+    with pytest.raises(ValueError, match="prompt must have a token"):
+        batching.add([], 3)
+    with pytest.raises(ValueError, match="at most the cache's 16 tokens, got 17"):
+        batching.add([1, 2], 15)
+    with pytest.raises(ValueError, match="cache must have the model's 2 layers, got 1"):
+        ContinuousBatching(model, cache_for(model, 4, 4, num_layers=1))
+    with pytest.raises(ValueError, match="paged_cache and paged_batch must be passed"):
+        model(torch.tensor([[1, 2]]))
