@@ -6,6 +6,7 @@ import torch
 
 from attn_core import backends
 from attn_core.device import triton_refusal
+from attn_flash._hopper import support as hopper
 from attn_flash.checks import AttentionProblem
 from attn_flash.ops import ATTENTION, ATTENTION_BACKWARD
 
@@ -20,6 +21,10 @@ def _triton_supports(op: str, problem: AttentionProblem) -> str | None:
     if problem.features or problem.head_dim != problem.head_dim_v:
         return "it only computes plain attention"
     return _refuse_paged_gradient(problem) or triton_refusal(problem.device)
+
+
+def _hopper_supports(op: str, problem: AttentionProblem) -> str | None:
+    return hopper.refusal(problem)
 
 
 def _refuse_paged_gradient(problem: AttentionProblem) -> str | None:
@@ -57,6 +62,17 @@ def register() -> None:
             },
             priority=10,
             supports=_triton_supports,
+        )
+    )
+    backends.register(
+        backends.Backend(
+            name="hopper",
+            ops={
+                ATTENTION: "attn_flash._hopper.attention:attention",
+                ATTENTION_BACKWARD: "attn_flash._hopper.attention:attention_backward",
+            },
+            priority=20,
+            supports=_hopper_supports,
         )
     )
     backends.register_example(ATTENTION, _typical_problem)

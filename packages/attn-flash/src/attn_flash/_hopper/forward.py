@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_flash._hopper import configs, problem
-from attn_flash._hopper.descriptors import rows_descriptor
+from attn_flash._hopper import problem
+from attn_flash._hopper.launch import Launcher, Rows
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     arrive_at,
@@ -38,9 +38,8 @@ from attn_flash._hopper.primitives import (
     record,
     store_rows,
 )
-
-_ROWS = gl.constexpr(64)  # queries of one consumer
-_LN_2 = gl.constexpr(0.6931471805599453)
+from attn_flash._hopper.schedules import Schedule
+from attn_flash._hopper.softmax import ROWS, scale_rows, store_lse, thread_sums
 
 # Named barriers; those below 6 are the compiler's.
 _K_EMPTY = gl.constexpr(6)  # and the next two
@@ -52,7 +51,7 @@ _TURN = gl.constexpr(12)  # one for each consumer
 class _Tensors:
     """What the copy engine reads and writes, as [B, H or H_KV, M or N, D]."""
 
-    q: tma.tensor_descriptor  # in tiles of _ROWS, as out
+    q: tma.tensor_descriptor  # in tiles of ROWS, as out
     k: tma.tensor_descriptor  # in tiles of BLOCK_N, as v
     v: tma.tensor_descriptor
     out: tma.tensor_descriptor
@@ -63,10 +62,10 @@ class _Tensors:
 class _Shared:
     """Shared memory of a program, and the barriers that say what is in it."""
 
-    q: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, _ROWS, BLOCK_D]
+    q: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, ROWS, BLOCK_D]
     k: gl.shared_memory_descriptor  # [K_STAGES, BLOCK_N, BLOCK_D]
     v: gl.shared_memory_descriptor  # [V_STAGES, BLOCK_N, BLOCK_D]
-    out: gl.shared_memory_descriptor  # [CONSUMERS, _ROWS, BLOCK_D], with STAGES_OUT
+    out: gl.shared_memory_descriptor  # [CONSUMERS, ROWS, BLOCK_D], with STAGES_OUT
     tile: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, 1]: the number of q's tile
     q_full: gl.shared_memory_descriptor  # of each buffer of q, as q_empty
     q_empty: gl.shared_memory_descriptor
@@ -147,24 +146,23 @@ def _next_number(problem, number):
         total = problem.num_tiles * problem.num_heads
         if taken == total - 1:  # the last of all programs leaves the counter as it was
             gl.store(problem.next_ptr, 0)
-        return taken + gl.num_programs(0)
-    else:
-        return number + gl.num_programs(0)
+        number = taken
+    return number + gl.num_programs(0)
 
 
 @gluon.jit
-def _load_queries(tensors, shared, problem, tile, number, round):
-    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+def _load_queries(tensors, shared, problem, tile, number, visit):
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
     STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for w in gl.static_range(CONSUMERS):
-        i = round % STAGES * CONSUMERS + w
+        i = visit % STAGES * CONSUMERS + w
         full = shared.q_full.index(i)
-        mbarrier.wait(shared.q_empty.index(i), (round // STAGES + 1) & 1)
+        mbarrier.wait(shared.q_empty.index(i), (visit // STAGES + 1) & 1)
         if problem.DYNAMIC:
             shared.tile.index(i).store(gl.full([1], number, gl.int32, LAYOUT))
         if number < problem.num_tiles * problem.num_heads:
-            row = tile.m * problem.BLOCK_M + w * _ROWS
+            row = tile.m * problem.BLOCK_M + w * ROWS
             mbarrier.expect(full, tensors.q.block_type.nbytes)
             load_rows(tensors.q, tile.b, tile.h, row, full, shared.q.index(i))
         else:
@@ -201,34 +199,28 @@ def _load(tensors, shared, problem):
     total = problem.num_tiles * problem.num_heads
     number = gl.program_id(0)
     tile = _tile(problem, number)
-    round = 0
+    visit = 0
     count = 0  # blocks of values so far
-    _load_queries(tensors, shared, problem, tile, number, round)
-    _load_block(
-        tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, tile.last - 1, count
-    )
+    _load_queries(tensors, shared, problem, tile, number, visit)
+    _load_block(tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, tile.last - 1, count)
     while number < total:
         for block in range(tile.last - 1, tile.first, -1):
             _load_block(
                 tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, block - 1, count + 1
             )
-            _load_block(
-                tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, block, count
-            )
+            _load_block(tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, block, count)
             count += 1
         number = _next_number(problem, number)
         following = _tile(problem, number)
-        round += 1
+        visit += 1
         if problem.DYNAMIC or number < total:
-            _load_queries(tensors, shared, problem, following, number, round)
+            _load_queries(tensors, shared, problem, following, number, visit)
         if number < total:
             _load_block(
                 tensors.k, shared.k, shared.k_full, _K_EMPTY,
                 problem, following, following.last - 1, count + 1,
             )  # fmt: skip
-        _load_block(
-            tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, tile.first, count
-        )
+        _load_block(tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, tile.first, count)
         count += 1
         tile = following
     _absorb(shared.k, _K_EMPTY, problem, count)
@@ -257,13 +249,13 @@ def _mask(s, problem, row, key):
 
 @gluon.jit
 def _crosses_edge(problem, row, key):
-    """Whether the window hides any of BLOCK_N keys from `key` for _ROWS queries from `row`."""
+    """Whether the window hides any of BLOCK_N keys from `key` for ROWS queries from `row`."""
     position = row + problem.N - problem.M
     crosses = key < 0
     if problem.HAS_RIGHT:
         crosses = key + problem.BLOCK_N - 1 > position + problem.right
     if problem.HAS_LEFT:
-        crosses = crosses | (key < position + _ROWS - 1 - problem.left)
+        crosses = crosses | (key < position + ROWS - 1 - problem.left)
     return crosses
 
 
@@ -273,12 +265,6 @@ def _row_max(s):
     parts = gl.max(gl.reshape(s, [s.shape[0], s.shape[1] // 8, 8]), axis=1)
     LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     return gl.convert_layout(gl.max(parts, axis=1), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _thread_sums(p):
-    """Sum of each thread's columns, [_ROWS, 8]: threads add theirs up once a tile."""
-    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), axis=1)
 
 
 @gluon.jit
@@ -293,12 +279,6 @@ def _softmax(s, m_i, problem):
     alpha = exp2(m_i * problem.scale_log2 - pivot)
     p = exp2(s * problem.scale_log2 - gl.expand_dims(pivot, 1))
     return p, m_new, alpha
-
-
-@gluon.jit
-def _scale_rows(x, factor):
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    return x * gl.expand_dims(gl.convert_layout(factor, LAYOUT, assert_trivial=True), 1)
 
 
 @gluon.jit
@@ -317,12 +297,10 @@ def _store_registers(tensors, problem, tile, row, out):
 def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.constexpr):
     """Normalise a tile's output, and write it and lse."""
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
-    row = tile.m * problem.BLOCK_M + W * _ROWS
-    offs_m = row + gl.arange(0, _ROWS, layout=m_i.type.layout)
-    lse = gl.where(l_i > 0.0, (m_i * problem.scale_log2 + gl.log2(l_i)) * _LN_2, float("-inf"))
-    lse_row = (tile.b * problem.H + tile.h).to(gl.int64) * problem.M
-    gl.store(lse_ptr + lse_row + offs_m, lse, mask=offs_m < problem.M)
-    out = _scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
+    row = tile.m * problem.BLOCK_M + W * ROWS
+    head = (tile.b * problem.H + tile.h).to(gl.int64) * problem.M
+    store_lse(lse_ptr + head, m_i, l_i, row, problem)
+    out = scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
     if problem.STAGES_OUT:
         tma.store_wait(0)  # the last tile has left the buffer
         shared.out.index(W).store(out)
@@ -335,20 +313,19 @@ def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.conste
 @gluon.jit
 def _start_scores(shared, problem, q, count, W: gl.constexpr):
     """Start S of the program's block `count`, in this consumer's turn."""
-    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
     STAGES: gl.constexpr = shared.k.shape[0]
     LAYOUT: gl.constexpr = accumulator_layout(problem.BLOCK_N)
     i = count % STAGES
     mbarrier.wait(shared.k_full.index(i), (count // STAGES) & 1)
     if problem.TAKES_TURNS:
         meet_at(_TURN + W, 256)
-    zeros = gl.zeros([_ROWS, problem.BLOCK_N], gl.float32, LAYOUT)
+    zeros = gl.zeros([ROWS, problem.BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(q, shared.k.index(i).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _pass_turn(problem, W: gl.constexpr):
-    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
     if problem.TAKES_TURNS:
         arrive_at(_TURN + (W + 1) % CONSUMERS, 256)
 
@@ -379,7 +356,7 @@ def _tile_at(shared, problem, number, i):
 @gluon.jit
 def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     """Compute rows [64 W, 64 W + 64) of each of the program's tiles."""
-    CONSUMERS: gl.constexpr = problem.BLOCK_M // _ROWS
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
     Q_STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
     BLOCK_N: gl.constexpr = problem.BLOCK_N
     BLOCK_D: gl.constexpr = shared.q.shape[2]
@@ -389,13 +366,12 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     IS_MASKED: gl.constexpr = problem.HAS_LEFT or problem.HAS_RIGHT or not problem.EVEN_N
     NO_MAX: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
     total = problem.num_tiles * problem.num_heads
-    if problem.TAKES_TURNS:
-        if W == CONSUMERS - 1:
-            arrive_at(_TURN, 256)
+    if problem.TAKES_TURNS and W == CONSUMERS - 1:
+        arrive_at(_TURN, 256)
 
     number = gl.program_id(0)
     tile = _tile(problem, number)
-    round = 0
+    visit = 0
     count = 0  # blocks of keys so far
     q = shared.q.index(W)
     mbarrier.wait(shared.q_full.index(W), 0)
@@ -403,14 +379,14 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     _pass_turn(problem, W)
     s = warpgroup_mma_wait(0, deps=(s,))
     _release(shared.k, _K_EMPTY, problem, count)
-    row = tile.m * problem.BLOCK_M + W * _ROWS
+    row = tile.m * problem.BLOCK_M + W * ROWS
     if IS_MASKED:
         s = _mask(s, problem, row, (tile.last - 1) * BLOCK_N)
-    none = gl.full([_ROWS], float("-inf"), gl.float32, NO_MAX)
+    none = gl.full([ROWS], float("-inf"), gl.float32, NO_MAX)
     p, m_i, _ = _softmax(s, none, problem)
-    sums = _thread_sums(p)
+    sums = thread_sums(p)
     p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
-    acc = gl.zeros([_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
     while number < total:
         for block in range(tile.last - 2, tile.first - 1, -1):
             s = _start_scores(shared, problem, q, count + 1, W)
@@ -418,36 +394,36 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             _pass_turn(problem, W)
             s = warpgroup_mma_wait(1, deps=(s,))
             _release(shared.k, _K_EMPTY, problem, count + 1)
-            if problem.HAS_LEFT or problem.HAS_RIGHT:
+            if problem.HAS_LEFT or problem.HAS_RIGHT:  # noqa: SIM102 - known to the compiler
                 if _crosses_edge(problem, row, block * BLOCK_N):
                     s = _mask(s, problem, row, block * BLOCK_N)
             p, m_i, alpha = _softmax(s, m_i, problem)
-            sums = _scale_rows(sums, alpha) + _thread_sums(p)
+            sums = scale_rows(sums, alpha) + thread_sums(p)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(shared.v, _V_EMPTY, problem, count)
-            acc = _scale_rows(acc, alpha)
+            acc = scale_rows(acc, alpha)
             p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
             count += 1
         # Between two tiles: the last output of this one under the first scores of the next.
-        mbarrier.arrive(shared.q_empty.index(round % Q_STAGES * CONSUMERS + W), count=1)
-        round += 1
-        i = round % Q_STAGES * CONSUMERS + W
+        mbarrier.arrive(shared.q_empty.index(visit % Q_STAGES * CONSUMERS + W), count=1)
+        visit += 1
+        i = visit % Q_STAGES * CONSUMERS + W
         if problem.DYNAMIC:
-            mbarrier.wait(shared.q_full.index(i), (round // Q_STAGES) & 1)
+            mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
             number, following = _tile_at(shared, problem, number, i)
         else:
             number += gl.num_programs(0)
             following = _tile(problem, number)
         if number < total:
             if not problem.DYNAMIC:
-                mbarrier.wait(shared.q_full.index(i), (round // Q_STAGES) & 1)
+                mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
             q = shared.q.index(i)
             s = _start_scores(shared, problem, q, count + 1, W)
             acc = _start_output(shared, p_operand, acc, count)
             _pass_turn(problem, W)
             s = warpgroup_mma_wait(1, deps=(s,))
             _release(shared.k, _K_EMPTY, problem, count + 1)
-            row = following.m * problem.BLOCK_M + W * _ROWS
+            row = following.m * problem.BLOCK_M + W * ROWS
             if IS_MASKED:
                 s = _mask(s, problem, row, (following.last - 1) * BLOCK_N)
             p, m_new, _ = _softmax(s, none, problem)
@@ -455,8 +431,8 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             _release(shared.v, _V_EMPTY, problem, count)
             _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W)
             m_i = m_new
-            sums = _thread_sums(p)
-            acc = gl.zeros([_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+            sums = thread_sums(p)
+            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
             p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
             count += 1
             tile = following
@@ -465,9 +441,8 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     _release(shared.v, _V_EMPTY, problem, count)
     _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W)
     tma.store_wait(0)
-    if problem.TAKES_TURNS:
-        if W == 0:  # the turn that the last consumer passed on
-            meet_at(_TURN, 256)
+    if problem.TAKES_TURNS and W == 0:  # the turn that the last consumer passed on
+        meet_at(_TURN, 256)
 
 
 @gluon.jit
@@ -501,17 +476,17 @@ def _attention_forward_kernel(
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):
     # fmt: on
-    CONSUMERS: gl.constexpr = BLOCK_M // _ROWS
+    CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     DTYPE: gl.constexpr = q_desc.dtype
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shared = _Shared(
-        gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, _ROWS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, ROWS, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(DTYPE, [K_STAGES, BLOCK_N, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(DTYPE, [V_STAGES, BLOCK_N, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(
-            DTYPE, [CONSUMERS if STAGES_OUT else 1, _ROWS, BLOCK_D if STAGES_OUT else 64], SWIZZLED
+            DTYPE, [CONSUMERS if STAGES_OUT else 1, ROWS, BLOCK_D if STAGES_OUT else 64], SWIZZLED
         ),
         gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS, 1], FLAT),
         gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
@@ -555,37 +530,46 @@ def _attention_forward_kernel(
         )
 
 
-def attention(
+_launch = Launcher(_attention_forward_kernel)
+_MAX_REGISTERS = {2: 168, 3: 128}  # of a thread at the start; warp_specialize shares them out
+
+
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     scale: float,
     window: tuple[int, int],
-    schedule=None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
+    schedule: Schedule,
+) -> None:
+    """Compute out (B, M, H, D) and lse (B, H, M) of q (B, M, H, D) and k, v (B, N, H_KV, D)."""
     B, M, H, D = q.shape
     _, N, H_KV, _ = k.shape
-    out = q.new_empty((B, M, H, D))
-    lse = q.new_empty((B, H, M), dtype=torch.float32)
     left, right = window
+    block_m, block_n = ROWS.value * schedule.consumers, schedule.block_n
     block_d = problem.padded_head_dim(D)
-    sch = schedule or configs.Schedule()
-    block_m = 64 * sch.consumers
     num_tiles = -(-M // block_m)
-    total = num_tiles * B * H
-    grid = min(total, problem.num_sms(q.device)) if sch.is_persistent else total
-    k_rows = sch.block_n
-    kernel = _attention_forward_kernel[(grid,)](
-        rows_descriptor(q, 64, block_d), rows_descriptor(k, k_rows, block_d),
-        rows_descriptor(v, k_rows, block_d), rows_descriptor(out, 64, block_d),
-        out, lse, problem.counter(q.device),
-        M, N, H, H // H_KV, num_tiles, B * H, problem.heads_per_group(k),
-        max(abs(scale) * problem.LOG2_E, 1e-30), left, right,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, EVEN_N=N % k_rows == 0, NEGATE=scale < 0,
-        DYNAMIC=sch.is_dynamic, TAKES_TURNS=sch.takes_turns, STAGES_OUT=block_d <= 128, HEAD_DIM=D,
-        BLOCK_M=block_m, BLOCK_N=k_rows, BLOCK_D=block_d,
-        Q_STAGES=sch.q_stages, K_STAGES=sch.k_stages, V_STAGES=sch.v_stages,
-        num_warps=4, maxnreg={1: 248, 2: 168, 3: 128}[sch.consumers],
-    )
-    return out, lse
+    num_programs = min(num_tiles * B * H, problem.num_sms(q.device))
+    _launch(
+        num_programs,
+        rows=(
+            Rows(q, ROWS.value, block_d), Rows(k, block_n, block_d), Rows(v, block_n, block_d),
+            Rows(out, ROWS.value, block_d),
+        ),
+        args=(
+            out, lse, problem.tile_counter(q.device) if schedule.is_dynamic else lse,
+            M, N, H, H // H_KV, num_tiles, B * H, problem.heads_per_group(k),
+            problem.scale_log2(scale), left, right,
+        ),
+        constants={
+            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "EVEN_N": N % block_n == 0,
+            "NEGATE": scale < 0, "DYNAMIC": schedule.is_dynamic,
+            "TAKES_TURNS": schedule.takes_turns, "STAGES_OUT": schedule.stages_out, "HEAD_DIM": D,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
+            "Q_STAGES": schedule.q_stages, "K_STAGES": schedule.k_stages,
+            "V_STAGES": schedule.v_stages,
+        },
+        maxnreg=_MAX_REGISTERS[schedule.consumers],
+    )  # fmt: skip

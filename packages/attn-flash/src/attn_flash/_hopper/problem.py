@@ -1,4 +1,4 @@
-"""What the Hopper launchers derive from a problem, and which problems they take."""
+"""What the Hopper launchers derive from a problem."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import functools
 
 import torch
 
-from attn_core.device import device_info, triton_version
-
+from attn_core.device import device_info
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
@@ -22,10 +21,8 @@ NOT_SPECIALIZED = [
     "right",
 ]
 LOG2_E = 1.4426950408889634
-TRITON_VERSIONS = ((3, 6),)
-"""Those that the kernels compile and were measured with: Gluon changes between releases."""
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
-_LENGTH_LIMIT = 1 << 30  # coordinates of the copy engine are 32-bit integers
+_SMALLEST_SCALE = 1e-30
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -45,6 +42,23 @@ def heads_per_group(k: torch.Tensor) -> int:
     return max(1, _L2_SHARE // max(head_bytes, 1))
 
 
+def scale_log2(scale: float) -> float:
+    """Return the positive factor of scores in powers of two; 0 would make NaN of hidden ones."""
+    return max(abs(scale) * LOG2_E, _SMALLEST_SCALE)
+
+
+def tile_counter(device: torch.device) -> torch.Tensor:
+    """Return a counter that is 0, and that kernels leave at 0.
+
+    Kernels on two streams may run at once, so each stream has its own; what a graph captures keeps
+    belongs to the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return _counter(device, stream)
+
+
 @functools.lru_cache(maxsize=None)
-def counter(device):
+def _counter(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)

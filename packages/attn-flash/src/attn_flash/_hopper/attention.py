@@ -1,0 +1,59 @@
+"""The backend's functions: each chooses the kernel and the schedule of a problem."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_flash._hopper import backward, schedules
+from attn_flash._hopper.descriptors import addressable
+from attn_flash._hopper.forward import forward
+from attn_flash._hopper.forward_short import forward_short
+from attn_flash._triton import backward as portable
+from attn_flash.options import Options
+
+_WIDEST_BACKWARD = 128  # head dimension
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
+    B, M, H, D = q.shape
+    N = k.shape[1]
+    out = q.new_empty((B, M, H, D))
+    lse = q.new_empty((B, H, M), dtype=torch.float32)
+    if B * M * H == 0:
+        return out, lse
+    if N == 0:
+        return out.zero_(), lse.fill_(-float("inf"))
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    scale, window = options.scale, options.window
+    consumers = schedules.short_consumers(q, k, window)
+    if consumers:
+        forward_short(q, k, v, out, lse, scale, consumers)
+    else:
+        forward(q, k, v, out, lse, scale, window, schedules.schedule(q, k, window))
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needs_dbias: bool,
+    options: Options,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of q, k, v, given those of out (dout) and, maybe, lse (dlse).
+
+    Wider heads leave the kernel for Hopper no registers; Triton's portable one takes them.
+    """
+    if q.shape[3] > _WIDEST_BACKWARD:
+        return portable.attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias, options)
+    grads = backward.attention_backward(
+        dout, dlse, q, k, v, out, lse, options.scale, options.window, options.deterministic
+    )
+    return *grads, None, None

@@ -1,0 +1,71 @@
+"""How the forward kernels run: tiles, the depth of rings, and who computes when.
+
+Measured on an H200 with Triton 3.6.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from attn_flash._hopper import problem
+
+
+class Schedule(NamedTuple):
+    """How the forward kernel runs.
+
+    Attributes
+    ----------
+    consumers : int
+        Warpgroups that compute, 64 queries each.
+    block_n : int
+        Keys of one step.
+    q_stages, k_stages, v_stages : int
+        Buffers of queries (for each consumer), keys and values.
+    takes_turns : bool
+        Whether consumers start their products one after another, so that one's softmax runs under
+        the other's products.
+    is_dynamic : bool
+        Whether programs take the next tile when they are free, at the price of an atomic addition
+        a tile, instead of every n-th.
+    stages_out : bool
+        Whether out leaves through shared memory rather than straight from registers.
+    """
+
+    consumers: int = 2
+    block_n: int = 128
+    q_stages: int = 2
+    k_stages: int = 2
+    v_stages: int = 2
+    takes_turns: bool = True
+    is_dynamic: bool = False
+    stages_out: bool = True
+
+
+_WIDE = Schedule(block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_out=False)
+_LONG = 4096  # keys from which 192 queries at a time pay
+_SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
+_FEW_KEYS = 208  # whose scores leave registers for a third warpgroup
+
+
+def schedule(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> Schedule:
+    """Choose the schedule of q (B, M, H, D) and k (B, N, H_KV, D)."""
+    block_d = problem.padded_head_dim(q.shape[3])
+    is_closed = window != (-1, -1)  # tiles then differ in length
+    if block_d == 256:
+        return _WIDE._replace(is_dynamic=is_closed)
+    if block_d == 64 and k.shape[1] >= _LONG:
+        return Schedule(3, is_dynamic=is_closed)
+    return Schedule(is_dynamic=is_closed)
+
+
+def short_consumers(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> int:
+    """Return the warpgroups of the kernel for short sequences, 0 where it is not the best."""
+    B, M, H, D = q.shape
+    N = k.shape[1]
+    if window != (-1, -1) or D > 64 or max(M, N) > _SHORT:
+        return 0
+    if problem.num_sms(q.device) > B * H:
+        return 0
+    return 3 if N <= _FEW_KEYS else 2

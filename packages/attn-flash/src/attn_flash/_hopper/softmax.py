@@ -1,0 +1,27 @@
+"""Device functions on the rows of a warpgroup's tile that both forward kernels share."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ROWS = gl.constexpr(64)  # queries of one warpgroup
+_LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def thread_sums(p):
+    """Sum of each thread's columns, [ROWS, 8]: threads add theirs up once a tile."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), axis=1)
+
+
+@gluon.jit
+def scale_rows(x, factor):
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    return x * gl.expand_dims(gl.convert_layout(factor, LAYOUT, assert_trivial=True), 1)
+
+
+@gluon.jit
+def store_lse(lse_ptr, m_i, l_i, row, problem):
+    """Write lse of ROWS queries from `row` of a head."""
+    offs_m = row + gl.arange(0, ROWS, layout=m_i.type.layout)
+    lse = gl.where(l_i > 0.0, (m_i * problem.scale_log2 + gl.log2(l_i)) * _LN_2, float("-inf"))
+    gl.store(lse_ptr + offs_m, lse, mask=offs_m < problem.M)
