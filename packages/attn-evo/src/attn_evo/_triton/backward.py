@@ -44,6 +44,7 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     add_column_sums,
+    bias_rows,
     column_sums,
     inverse_counts,
     inverse_denominator,
@@ -68,11 +69,13 @@ from attn_evo._triton.tiles import (
     table_row,
     total_sums,
     triangle,
+    twice_gated,
 )
 from attn_evo.weights import EvoWeights
 
 # Of the column sums of a program: what it hands on to other programs of its head.
 _CHUNK = tl.constexpr(6)
+_ROWS = tl.constexpr(128)  # of the programs whose shares a step adds up
 
 
 # fmt: off
@@ -116,7 +119,7 @@ def _attention_backward_ratio_kernel(
     mask_ptr, stride_mb, stride_ml,
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
-    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
     half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
     inverse_ptr,  # [B * H, L, BLOCK_D], contiguous: 1 / denominator, with the sign of stat
@@ -136,8 +139,11 @@ def _attention_backward_ratio_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+    b_q = bias_rows(biases_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+    b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+    b_g = bias_rows(biases_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, v_ptr.dtype.element_ty, False)
     if IS_CAUSAL:
         stat_i = stat_before(
@@ -161,16 +167,16 @@ def _attention_backward_ratio_kernel(
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
             _, stat = running_stat(
                 v, ones, tl.load(row + offs_d), stat_i,
-                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, vectors_ptr,
+                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
                 PRECISION, IS_NVIDIA, BLOCK_D,
             )  # fmt: skip
             row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
             stat_i += tl.load(row + offs_d)
         else:
             stat = stat_i[None, :]
-        local = linear(v, w_l, vectors_ptr, W_L, PRECISION, BLOCK_D)
+        local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
         inverse = inverse_denominator(stat, local, IS_NVIDIA)
-        half_ratio = linear(v, w_q, vectors_ptr, W_Q, PRECISION, BLOCK_D) * inverse
+        half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D) * inverse
         inverse = tl.where(stat < 0, -inverse, inverse)
 
         mask = (offs_m < L - start)[:, None]
@@ -187,7 +193,7 @@ def _attention_backward_norm_kernel(
     mask_ptr, stride_mb, stride_ml,
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
-    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
     dout_ptr, stride_dob, stride_doh, stride_dol, stride_dod,
     half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
@@ -214,6 +220,7 @@ def _attention_backward_norm_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
+    b_f = bias_rows(biases_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, dtype, False)
     if not IS_CAUSAL:
         context_i, _ = total_sums(
@@ -237,9 +244,9 @@ def _attention_backward_norm_kernel(
         mask = (offs_m < L - start)[:, None]
         ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
         half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        s = sigmoid_of_double(half_ratio, IS_NVIDIA, IS_BFLOAT16)
-        gate = rounded(2.0 * half_ratio * s * v.to(tl.float32), dtype)
-        final = linear(gate, w_f, vectors_ptr, W_F, PRECISION, BLOCK_D)
+        gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
+        gate = rounded(gate, dtype)
+        final = linear(gate, w_f, b_f, PRECISION, BLOCK_D)
         final = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16)
         if IS_CAUSAL:
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
@@ -282,7 +289,7 @@ def _attention_backward_norm_kernel(
 def _attention_backward_gate_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
     mask_ptr, stride_mb, stride_ml,
-    matrices_ptr, vectors_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, chunk_sums_ptr,
     half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous; dq takes its place
     inverse_ptr,  # [B * H, L, BLOCK_D], contiguous
     dlocal_ptr,  # [B * H, L, BLOCK_D], contiguous
@@ -306,6 +313,7 @@ def _attention_backward_gate_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+    b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     sums = no_column_sums(BLOCK_D)
     first = pid_c * tiles_per_chunk
@@ -337,7 +345,7 @@ def _attention_backward_gate_kernel(
         sums = add_column_sums(sums, dstat, _CHUNK, PRECISION)
         if IS_CAUSAL:
             tl.store(df_ptrs, dstat, mask=mask)
-        local = linear(v, w_l, vectors_ptr, W_L, PRECISION, BLOCK_D)
+        local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
         dlocal = rounded(_times_sign(ddenominator, local), dtype)
         dv = tl.dot(dlocal, load_matrix(w_l, BLOCK_D), dv, input_precision=PRECISION)
         ptrs = scratch_ptrs(dlocal_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
@@ -405,7 +413,7 @@ def _attention_backward_stat_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
     mask_ptr, stride_mb, stride_ml,
     length_ptr,
-    matrices_ptr, vectors_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, chunk_sums_ptr,
     contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
     dsums_after_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     dstat_ptr,  # [B * H, L, BLOCK_D], contiguous
@@ -431,6 +439,7 @@ def _attention_backward_stat_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+    b_g = bias_rows(biases_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, dtype, False)
     ones_after = triangle(BLOCK_M, dtype, True)
     chunk_sums = table_row(chunk_sums_ptr, DSTAT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
@@ -455,7 +464,7 @@ def _attention_backward_stat_kernel(
         inverse_count = inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M)
         context = product(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
         mean = (context * inverse_count).to(dtype)  # [BLOCK_M, BLOCK_D]
-        gate = linear(mean, w_g, vectors_ptr, W_G, PRECISION, BLOCK_D)
+        gate = linear(mean, w_g, b_g, PRECISION, BLOCK_D)
         gate = sigmoid_of_double(gate, IS_NVIDIA, dtype == tl.bfloat16)
 
         mask = (offs_m < L - start)[:, None]
@@ -556,7 +565,7 @@ def _store_row(
     mask_d = offs_d < HEAD_DIM
     if row < HEAD_DIM:
         rows = partial_matrices_ptr + (WHICH * BLOCK_D + row) * BLOCK_D
-        total = sum_rows(rows, 0, num_programs, 4 * BLOCK_D * BLOCK_D, BLOCK_D, BLOCK_D, 128) * SCALE
+        total = sum_rows(rows, 0, num_programs, 4 * BLOCK_D * BLOCK_D, BLOCK_D, BLOCK_D, _ROWS) * SCALE
         tl.store(dw_ptr + row * HEAD_DIM + offs_d, total.to(dw_ptr.dtype.element_ty), mask=mask_d)
     else:
         _store_vector(db_ptr, partial_vectors_ptr, num_programs, WHICH, SCALE, HEAD_DIM, BLOCK_D)
@@ -571,7 +580,7 @@ def _store_vector(
     # fmt: on
     offs_d = tl.arange(0, BLOCK_D)
     rows = partial_vectors_ptr + WHICH * BLOCK_D
-    total = sum_rows(rows, 0, num_programs, 6 * BLOCK_D, BLOCK_D, BLOCK_D, 128) * SCALE
+    total = sum_rows(rows, 0, num_programs, 6 * BLOCK_D, BLOCK_D, BLOCK_D, _ROWS) * SCALE
     tl.store(ptr + offs_d, total.to(ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
@@ -645,7 +654,7 @@ def attention_backward(
     `dout` and `dsums_after` are the gradients of what `attention` returns.
     """
     B, H, _, D = v.shape
-    if D > most_head_dim(v.dtype):
+    if most_head_dim(v.dtype) < D:
         call = (v, weights, mask, sums, length, causal, accum_dtype, tiles)
         return wide.attention_backward(dout, dsums_after, *call)
     dv = v.new_empty(v.shape)
@@ -762,7 +771,7 @@ def _backward_gate(work: _Work) -> None:
         call.num_programs,
         strides=call.strides,
         args=(
-            *call.v, *call.mask, scratch.matrices, scratch.vectors, scratch.chunk_sums,
+            *call.v, *call.mask, scratch.matrices, scratch.biases, scratch.chunk_sums,
             work.half_ratio, work.inverse, work.dlocal, work.df, work.dv,
             *call.sizes_in(config.block_m),
         ),
@@ -798,7 +807,7 @@ def _backward_stat(work: _Work) -> None:
         strides=(call.strides, dsums_after[1:]),
         args=(
             *call.v, *call.mask, call.length,
-            scratch.matrices, scratch.vectors, scratch.chunk_sums, scratch.contexts,
+            scratch.matrices, scratch.biases, scratch.chunk_sums, scratch.contexts,
             *dsums_after, work.df, work.dcontext, work.dv, work.dsums, *work.partials, *call.sizes,
         ),
         constexprs={

@@ -27,23 +27,23 @@ def _rows(*rows: tuple[int, int, TileConfig]) -> dict[tuple[int | str, ...], Til
 FORWARD = Table(
     "attn_evo.forward",
     rows=_rows(
-        (128, 2, TileConfig(32, 1024, 8, 1)),
-        (16, 4, TileConfig(32, 1024, 4, 1)),
-        (32, 4, TileConfig(32, 1024, 4, 1)),
-        (64, 4, TileConfig(16, 1024, 8, 1)),
+        (128, 2, TileConfig(32, 2048, 8, 1)),
+        (16, 4, TileConfig(32, 2048, 4, 1)),
+        (32, 4, TileConfig(32, 2048, 4, 1)),
+        (64, 4, TileConfig(16, 2048, 8, 1)),
     ),
-    default=TileConfig(64, 1024, 4, 2),
+    default=TileConfig(64, 2048, 4, 3),
     sources=("attn_evo._triton.forward", "attn_evo._triton.tiles"),
 )
 BACKWARD = Table(
     "attn_evo.backward",
     rows=_rows(
-        (128, 2, TileConfig(32, 1024, 8, 1)),
-        (16, 4, TileConfig(16, 1024, 4, 1)),
-        (32, 4, TileConfig(16, 1024, 4, 1)),
-        (64, 4, TileConfig(16, 1024, 4, 1)),
+        (128, 2, TileConfig(32, 2048, 8, 1)),
+        (16, 4, TileConfig(16, 2048, 4, 1)),
+        (32, 4, TileConfig(16, 2048, 4, 1)),
+        (64, 4, TileConfig(16, 2048, 4, 1)),
     ),
-    default=TileConfig(64, 1024, 4, 2),
+    default=TileConfig(64, 2048, 4, 3),
     sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),
 )
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.

@@ -21,6 +21,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_evo._backends import most_head_dim
 from attn_evo._triton import configs, problem, wide
 from attn_evo._triton.tiles import (
+    BIAS_ROWS,
     CONTEXT,
     NORM_BIAS,
     NORM_WEIGHT,
@@ -31,6 +32,7 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     add_column_sums,
+    bias_rows,
     gated_values,
     inverse_counts,
     inverse_denominator,
@@ -51,6 +53,7 @@ from attn_evo._triton.tiles import (
     table_row,
     total_sums,
     triangle,
+    twice_gated,
 )
 from attn_evo.weights import EvoWeights
 
@@ -58,7 +61,7 @@ from attn_evo.weights import EvoWeights
 # fmt: off
 @triton.jit
 def _pack_linear(
-    w_ptr, stride_wo, stride_wi, b_ptr, stride_b, matrices_ptr, vectors_ptr,
+    w_ptr, stride_wo, stride_wi, b_ptr, stride_b, matrices_ptr, biases_ptr, vectors_ptr,
     WHICH: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -72,6 +75,11 @@ def _pack_linear(
         out_ptrs += tile_offsets(offs_row, BLOCK_D, offs_d, 1)
         tl.store(out_ptrs, rounded(w, matrices_ptr.dtype.element_ty))
     _pack_vector(b_ptr, stride_b, vectors_ptr, WHICH, SCALE, HEAD_DIM, BLOCK_D)
+    rest = tl.load(b_ptr + offs_d * stride_b, mask=mask_d, other=0.0).to(tl.float32) * SCALE
+    for row in range(BIAS_ROWS):  # the first three hold the bits of a float32
+        part = rounded(rest, biases_ptr.dtype.element_ty)
+        tl.store(biases_ptr + (WHICH * BIAS_ROWS + row) * BLOCK_D + offs_d, part)
+        rest -= part.to(tl.float32)
 
 
 # fmt: off
@@ -127,7 +135,7 @@ def _attention_sums_kernel(
     w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf,
     norm_weight_ptr, stride_nw,
     norm_bias_ptr, stride_nb,
-    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
     HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -137,20 +145,20 @@ def _attention_sums_kernel(
     pid_c = tl.program_id(0) % num_chunks
     if pid_bh == num_heads:  # the last program packs the weights
         _pack_linear(
-            w_q_ptr, stride_qo, stride_qi, b_q_ptr, stride_bq, matrices_ptr, vectors_ptr,
-            W_Q, 0.5, HEAD_DIM, BLOCK_D,
+            w_q_ptr, stride_qo, stride_qi, b_q_ptr, stride_bq, matrices_ptr,
+            biases_ptr, vectors_ptr, W_Q, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         _pack_linear(
-            w_l_ptr, stride_lo, stride_li, b_l_ptr, stride_bl, matrices_ptr, vectors_ptr,
-            W_L, 1.0, HEAD_DIM, BLOCK_D,
+            w_l_ptr, stride_lo, stride_li, b_l_ptr, stride_bl, matrices_ptr,
+            biases_ptr, vectors_ptr, W_L, 1.0, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         _pack_linear(
-            w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg, matrices_ptr, vectors_ptr,
-            W_G, 0.5, HEAD_DIM, BLOCK_D,
+            w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg, matrices_ptr,
+            biases_ptr, vectors_ptr, W_G, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         _pack_linear(
-            w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf, matrices_ptr, vectors_ptr,
-            W_F, 0.5, HEAD_DIM, BLOCK_D,
+            w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf, matrices_ptr,
+            biases_ptr, vectors_ptr, W_F, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         _pack_vector(norm_weight_ptr, stride_nw, vectors_ptr, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D)
         _pack_vector(norm_bias_ptr, stride_nb, vectors_ptr, NORM_BIAS, 1.0, HEAD_DIM, BLOCK_D)
@@ -172,7 +180,7 @@ def _attention_stat_kernel(
     mask_ptr, stride_mb, stride_ml,
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
-    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
     sums_after_ptr,  # [2, B, H, D], contiguous
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
@@ -190,6 +198,7 @@ def _attention_stat_kernel(
 
     offs_d = tl.arange(0, BLOCK_D)
     w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+    b_g = bias_rows(biases_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, v_ptr.dtype.element_ty, False)
     chunk_sums = table_row(chunk_sums_ptr, CONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
     context_i = sum_rows(chunk_sums, 0, pid_c, BLOCK_D, BLOCK_D, BLOCK_D)
@@ -207,7 +216,7 @@ def _attention_stat_kernel(
         )  # fmt: skip
         context = product(ones, v, PRECISION) + context_i[None, :]  # [BLOCK_M, BLOCK_D]
         mean = context * inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M)
-        gated = gated_values(v, mean, w_g, vectors_ptr, PRECISION, IS_NVIDIA, BLOCK_D)
+        gated = gated_values(v, mean, w_g, b_g, PRECISION, IS_NVIDIA, BLOCK_D)
         total = tl.sum(gated, 0)
 
         row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
@@ -230,7 +239,7 @@ def _attention_output_kernel(
     mask_ptr, stride_mb, stride_ml,
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
-    matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
     out_ptr,  # [B, H, L, D], contiguous
     sums_after_ptr,  # [2, B, H, D], contiguous
@@ -252,10 +261,14 @@ def _attention_output_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+    b_q = bias_rows(biases_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+    b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
+    b_f = bias_rows(biases_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     if IS_CAUSAL:
         w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+        b_g = bias_rows(biases_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
         ones = triangle(BLOCK_M, dtype, False)
         stat_i = stat_before(
             chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
@@ -279,7 +292,7 @@ def _attention_output_kernel(
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
             context, stat = running_stat(
                 v, ones, tl.load(row + offs_d), stat_i,
-                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, vectors_ptr,
+                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
                 PRECISION, IS_NVIDIA, BLOCK_D,
             )  # fmt: skip
             row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
@@ -288,12 +301,11 @@ def _attention_output_kernel(
             context = context_i[None, :]
             stat = stat_i[None, :]
 
-        local = linear(v, w_l, vectors_ptr, W_L, PRECISION, BLOCK_D)
-        half_ratio = linear(v, w_q, vectors_ptr, W_Q, PRECISION, BLOCK_D)
+        local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
+        half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D)
         half_ratio *= inverse_denominator(stat, local, IS_NVIDIA)
-        s = sigmoid_of_double(half_ratio, IS_NVIDIA, IS_BFLOAT16)
-        gate = rounded(2.0 * half_ratio * s * v.to(tl.float32), dtype)
-        final = linear(gate, w_f, vectors_ptr, W_F, PRECISION, BLOCK_D)
+        gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
+        final = linear(rounded(gate, dtype), w_f, b_f, PRECISION, BLOCK_D)
         x = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16) * context
         mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
         out = (x - mean) * scale * load_vector(vectors_ptr, NORM_WEIGHT, BLOCK_D)
@@ -327,7 +339,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """EvoAttention of v (B, H, L, D): out like v, and the sums (2, B, H, D) up to its end."""
     B, H, _, D = v.shape
-    if D > most_head_dim(v.dtype):
+    if most_head_dim(v.dtype) < D:
         return wide.attention(v, weights, mask, sums, length, causal, accum_dtype, tiles)
     out = v.new_empty(v.shape)
     sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)

@@ -27,6 +27,7 @@ NOT_SPECIALIZED = [
 ]
 MOST_CHUNKS = 256  # of a sequence: every program adds up the sums of those before its own
 _PROGRAMS_PER_SM = 4
+_BIAS_ROWS = 16
 
 
 class Chunks(NamedTuple):
@@ -97,6 +98,7 @@ class Scratch(NamedTuple):
     """What the launches of one pass hand on, in the order in which kernels take it."""
 
     matrices: torch.Tensor
+    biases: torch.Tensor
     vectors: torch.Tensor
     tile_sums: torch.Tensor
     chunk_sums: torch.Tensor
@@ -148,6 +150,7 @@ def scratch(call: Call) -> Scratch:
 
     return Scratch(
         matrices=v.new_empty((4, block_d, block_d)),
+        biases=v.new_empty((4, _BIAS_ROWS, block_d)),
         vectors=sums(6),
         tile_sums=sums(4, num_heads, num_tiles),
         chunk_sums=sums(4, num_heads, num_chunks),
@@ -177,4 +180,4 @@ def dot_precision(tensor: torch.Tensor) -> str:
 
 def weights_stay(v: torch.Tensor) -> bool:
     """Whether all four weights fit into shared memory; else each tile loads them again."""
-    return is_nvidia(v) and v.element_size() == 2 and padded_head_dim(v.shape[-1]) <= 64
+    return is_nvidia(v) and v.element_size() == 2

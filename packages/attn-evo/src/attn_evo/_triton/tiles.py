@@ -1,8 +1,10 @@
 """Device functions that the kernels of both passes share.
 
 Weights come packed, as the first launch of a pass lays them out: matrices [4, BLOCK_D, BLOCK_D] in
-the dtype of v and vectors [6, BLOCK_D] in float32, padded with zeros. W_q, W_g, W_f and their
-biases are halved, which is exact: sigmoid(x) = tanh(x / 2) / 2 + 1 / 2 then needs no scaling.
+the dtype of v and vectors [6, BLOCK_D] in float32, padded with zeros. The biases come a second time
+as 16 rows [4, 16, BLOCK_D] in the dtype of v, which add up to them: a product with ones brings a
+bias into an accumulator and costs the other units nothing. W_q, W_g, W_f and their biases are
+halved, which is exact: sigmoid(x) = tanh(x / 2) / 2 + 1 / 2 then needs no scaling.
 
 Tables of sums are [4, B * H, rows, BLOCK_D] in float32, with a row for each tile or each chunk.
 """
@@ -29,6 +31,7 @@ NORM_EPSILON = tl.constexpr(1e-5)
 _MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
 _LARGEST_HALF = tl.constexpr(65504.0)
 SUM_COLUMNS = tl.constexpr(16)  # the fewest that tl.dot accepts
+BIAS_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -44,11 +47,23 @@ def reciprocal(x, IS_NVIDIA: tl.constexpr):
 def sigmoid_of_double(x, IS_NVIDIA: tl.constexpr, IS_BFLOAT16: tl.constexpr):
     """sigmoid(2 x); next to bfloat16 the 2.5e-4 that tanh.approx errs are nothing."""
     if IS_NVIDIA and IS_BFLOAT16:
-        tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return tanh * 0.5 + 0.5
+        return _fast_tanh(x) * 0.5 + 0.5
     return reciprocal(1.0 + tl.exp2(x * _MINUS_2_LOG2_E), IS_NVIDIA)
+
+
+@triton.jit
+def twice_gated(y, x, IS_NVIDIA: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+    """2 sigmoid(2 x) y."""
+    if IS_NVIDIA and IS_BFLOAT16:
+        return _fast_tanh(x) * y + y
+    return 2.0 * reciprocal(1.0 + tl.exp2(x * _MINUS_2_LOG2_E), IS_NVIDIA) * y
+
+
+@triton.jit
+def _fast_tanh(x):
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -74,6 +89,22 @@ def matrix(matrices_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def bias_rows(biases_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A bias [16, BLOCK_D] as rows to add up; as `matrix` does, a pointer where it cannot stay."""
+    ptr = biases_ptr + WHICH * BIAS_ROWS * BLOCK_D
+    if STAYS:
+        ptr = _load_bias_rows(ptr, BLOCK_D)
+    return ptr
+
+
+@triton.jit
+def _load_bias_rows(b, BLOCK_D: tl.constexpr):
+    if b.dtype.is_ptr():
+        b = tl.load(b + tile_offsets(tl.arange(0, BIAS_ROWS), BLOCK_D, tl.arange(0, BLOCK_D), 1))
+    return b
+
+
+@triton.jit
 def load_matrix(w, BLOCK_D: tl.constexpr):
     """What `matrix` returned as a tile."""
     if w.dtype.is_ptr():
@@ -89,13 +120,11 @@ def load_vector(vectors_ptr, WHICH: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def linear(
-    x, weight, vectors_ptr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Compute x W^T + b in float32."""
-    return product(x, tl.trans(load_matrix(weight, BLOCK_D)), PRECISION) + load_vector(
-        vectors_ptr, BIAS, BLOCK_D
-    )
+def linear(x, weight, bias, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Compute x W^T + b in float32, of what `matrix` and `bias_rows` returned."""
+    ones = tl.full([x.shape[0], BIAS_ROWS], 1.0, x.dtype)
+    y = product(ones, _load_bias_rows(bias, BLOCK_D), PRECISION)
+    return tl.dot(x, tl.trans(load_matrix(weight, BLOCK_D)), y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -220,26 +249,26 @@ def inverse_counts(length_ptr, start, HAS_STATE: tl.constexpr, BLOCK_M: tl.const
 # fmt: off
 @triton.jit
 def running_stat(
-    v, ones, context, stat, inverse_count, w_g, vectors_ptr,
+    v, ones, context, stat, inverse_count, w_g, b_g,
     PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     """Context and stat [BLOCK_M, BLOCK_D] of a tile of tokens, from those [BLOCK_D] before it."""
     context = product(ones, v, PRECISION) + context[None, :]
     mean = context * inverse_count
-    gated = gated_values(v, mean, w_g, vectors_ptr, PRECISION, IS_NVIDIA, BLOCK_D)
+    gated = gated_values(v, mean, w_g, b_g, PRECISION, IS_NVIDIA, BLOCK_D)
     return context, scan(ones, gated, PRECISION) + stat[None, :]
 
 
 # fmt: off
 @triton.jit
 def gated_values(
-    v, mean, w_g, vectors_ptr,
+    v, mean, w_g, b_g,
     PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     """sigmoid(W_g mean + b_g) v, in float32."""
-    logit = linear(mean.to(v.dtype), w_g, vectors_ptr, W_G, PRECISION, BLOCK_D)
+    logit = linear(mean.to(v.dtype), w_g, b_g, PRECISION, BLOCK_D)
     return sigmoid_of_double(logit, IS_NVIDIA, v.dtype == tl.bfloat16) * v.to(tl.float32)
 
 
@@ -299,8 +328,14 @@ def no_column_sums(BLOCK_D: tl.constexpr):
 
 @triton.jit
 def add_column_sums(acc, x, which, PRECISION: tl.constexpr):
-    """Add the sum of the rows of x [BLOCK_M, BLOCK_D] to one column of acc, on tensor cores."""
-    columns = tl.arange(0, SUM_COLUMNS)[None, :] + tl.zeros([x.shape[0], 1], tl.int32)
+    """Add the sum of the rows of x [BLOCK_M, BLOCK_D] to one column of acc.
+
+    On tensor cores, which are idle; in float32 they would have to work three times for it.
+    """
+    columns = tl.arange(0, SUM_COLUMNS)[None, :]
+    if x.dtype == tl.float32:
+        return acc + tl.where(columns == which, tl.sum(x, 0)[:, None], 0.0)
+    columns = columns + tl.zeros([x.shape[0], 1], tl.int32)
     ones = tl.where(columns == which, 1.0, 0.0).to(x.dtype)
     return tl.dot(tl.trans(x), ones, acc, input_precision=PRECISION)
 
