@@ -39,16 +39,15 @@ class Tile(NamedTuple):
 
 
 class MatrixTile(NamedTuple):
-    """How forward_matrix.comp cuts one: `blocks` x 16 rows a subgroup, `columns` keys at a time."""
+    """How a matrix shader cuts one: 16 rows a subgroup, `columns` of the others at a time."""
 
     threads: int
-    blocks: int
     columns: int
 
     @property
     def rows(self) -> int:
         """Rows of a workgroup."""
-        return self.threads // _SUBGROUP * self.blocks * 16
+        return self.threads // _SUBGROUP * 16
 
 
 class Matrix2Tile(NamedTuple):
@@ -76,13 +75,13 @@ _BACKWARD_TILES = (
 )
 # By the largest padded head dimension they serve.
 _MATRIX_TILES = {
-    64: MatrixTile(128, 1, 64),
-    128: MatrixTile(128, 1, 64),
-    256: MatrixTile(128, 1, 32),
+    64: MatrixTile(128, 64),
+    128: MatrixTile(128, 64),
+    256: MatrixTile(128, 32),
 }
 _BACKWARD_MATRIX_TILES = {
-    64: (MatrixTile(128, 1, 64), MatrixTile(128, 1, 64)),
-    128: (MatrixTile(128, 1, 32), MatrixTile(128, 1, 32)),
+    64: (MatrixTile(128, 64), MatrixTile(128, 64)),
+    128: (MatrixTile(128, 32), MatrixTile(128, 32)),
 }
 _MATRIX2_TILES = {64: Matrix2Tile(128, 64, 64), 128: Matrix2Tile(256, 128, 64)}
 
@@ -192,7 +191,7 @@ def forward(device: Device, variant: str, problem: Problem, scale: float) -> Pla
         return Plan(
             f"forward_matrix_{problem.dtype}",
             _numbers(
-                *(tile.threads, *dims, tile.blocks, tile.columns, *flags),
+                *(tile.threads, *dims, tile.columns, *flags),
                 *(problem.block_size > 0, splits > 1, pack, scale <= 0),
             ),
             tile.rows,

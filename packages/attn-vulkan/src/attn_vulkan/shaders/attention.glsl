@@ -160,6 +160,11 @@ void write_float(uint64_t address, float value) {
     Float(address).value = value;
 }
 
+// Row of a query among the partial results of split keys.
+uint64_t part_row(Sequence s, uint split, uint head, uint i) {
+    return ((uint64_t(split) * p.batches + s.batch) * p.heads + head) * p.len_q + i;
+}
+
 // Elements d to d + 3 of a row, 0 past its end.
 vec4 load4(uint64_t row, int64_t stride, uint d, uint size, bool aligned) {
     if (aligned)

@@ -30,69 +30,6 @@ shared vec2 s_statistics[BC];  // lse and delta of each query
 
 #include "gradient.glsl"
 
-uint thread() {
-    return gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;
-}
-
-// x = this invocation's part of a tile of rows; `address` may use `row`.
-#define FETCH_TILE(x, address, view, size, in_range) \
-    [[unroll]] for (uint n = 0; n < FETCH; ++n) { \
-        uint e = thread() + n * WG, row = e / (D / 8); \
-        x[n] = uvec4(0); \
-        if (e < BC * (D / 8) && (in_range)) \
-            x[n] = load8(address, view.element, e % (D / 8) * 8, size, ALIGNED); \
-    }
-
-#define STORE_TILE(x, base) \
-    [[unroll]] for (uint n = 0; n < FETCH; ++n) { \
-        uint e = thread() + n * WG; \
-        if (e < BC * (D / 8)) \
-            s_tiles[base + e / (D / 8) * STRIDE + e % (D / 8)] = x[n]; \
-    }
-
-// The subgroup's 16 rows in registers, by way of shared memory.
-#define LOAD_ROWS(rows, address, view, size, in_range) \
-    for (uint e = thread(); e < BR * (D / 8); e += WG) { \
-        uint row = e / (D / 8); \
-        uvec4 x = uvec4(0); \
-        if (in_range) \
-            x = load8(address, view.element, e % (D / 8) * 8, size, ALIGNED); \
-        s_tiles[row * STRIDE + e % (D / 8)] = x; \
-    } \
-    barrier(); \
-    [[unroll]] for (uint d = 0; d < D / 16; ++d) \
-        coopMatLoad(rows[d], s_tiles, gl_SubgroupID * 16 * STRIDE + d * 2, STRIDE, gl_CooperativeMatrixLayoutRowMajor); \
-    barrier();
-
-// block = rows times the 16 rows of a tile from row c 16 on, transposed
-#define MULTIPLY(block, rows, base, c) \
-    block = ACCUMULATOR(0.0); \
-    [[unroll]] for (uint d = 0; d < D / 16; ++d) { \
-        MATRIX_B x; \
-        coopMatLoad(x, s_tiles, base + (c) * 16 * STRIDE + d * 2, STRIDE, gl_CooperativeMatrixLayoutColumnMajor); \
-        block = coopMatMulAdd(rows[d], x, block); \
-    }
-
-// acc += block times the 16 rows of a tile from row c 16 on
-#define ACCUMULATE(acc, block, base, c) { \
-    MATRIX_A operand; \
-    [[unroll]] for (uint e = 0; e < LENGTH; ++e) \
-        operand[e] = HALF(block[e]); \
-    [[unroll]] for (uint d = 0; d < D / 16; ++d) { \
-        MATRIX_B x; \
-        coopMatLoad(x, s_tiles, base + (c) * 16 * STRIDE + d * 2, STRIDE, gl_CooperativeMatrixLayoutRowMajor); \
-        acc[d] = coopMatMulAdd(operand, x, acc[d]); \
-    } }
-
-#define STORE_ROWS(acc, address, view, size, limit) \
-    [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) { \
-        uint row = my_row0 + lane_row(h * 4); \
-        if (row < limit) \
-            [[unroll]] for (uint d = 0; d < D / 16; ++d) \
-                [[unroll]] for (uint e = h * 4; e < h * 4 + 4; e += 2) \
-                    store2(address, view.element, d * 16 + lane_column(e), size, ALIGNED, acc[d][e], acc[d][e + 1]); \
-    }
-
 #ifdef DQ
 void main() {
     Sequence s = sequence(gl_WorkGroupID.z);
@@ -103,8 +40,8 @@ void main() {
     uint head = gl_WorkGroupID.y, head_kv = head / p.group;
     float slope = slope_of(s, head, HAS_SLOPES);
     MATRIX_A q[D / 16], dout[D / 16];
-    LOAD_ROWS(q, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
-    LOAD_ROWS(dout, query_address(p.dout, s, head, row0 + row), p.dout, p.head_dim_v, row0 + row < s.len_q)
+    LOAD_ROWS(q, BR, D, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
+    LOAD_ROWS(dout, BR, D, query_address(p.dout, s, head, row0 + row), p.dout, p.head_dim_v, row0 + row < s.len_q)
     ACCUMULATOR dq[D / 16];
     [[unroll]] for (uint d = 0; d < D / 16; ++d)
         dq[d] = ACCUMULATOR(0.0);
@@ -118,21 +55,21 @@ void main() {
     uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[FETCH], v_next[FETCH];
-    FETCH_TILE(k_next, key_address(p.k, s, head_kv, j_first + row, false), p.k, p.head_dim, j_first + row < s.len_k)
-    FETCH_TILE(v_next, key_address(p.v, s, head_kv, j_first + row, false), p.v, p.head_dim_v, j_first + row < s.len_k)
+    FETCH_TILE(k_next, BC, D, key_address(p.k, s, head_kv, j_first + row, false), p.k, p.head_dim, j_first + row < s.len_k)
+    FETCH_TILE(v_next, BC, D, key_address(p.v, s, head_kv, j_first + row, false), p.v, p.head_dim_v, j_first + row < s.len_k)
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
         barrier();
-        STORE_TILE(k_next, 0)
-        STORE_TILE(v_next, TILE)
+        STORE_TILE(k_next, BC, D, 0)
+        STORE_TILE(v_next, BC, D, TILE)
         barrier();
         uint j1 = j0 + BC;
-        FETCH_TILE(k_next, key_address(p.k, s, head_kv, j1 + row, false), p.k, p.head_dim, j1 + row < s.len_k)
-        FETCH_TILE(v_next, key_address(p.v, s, head_kv, j1 + row, false), p.v, p.head_dim_v, j1 + row < s.len_k)
+        FETCH_TILE(k_next, BC, D, key_address(p.k, s, head_kv, j1 + row, false), p.k, p.head_dim, j1 + row < s.len_k)
+        FETCH_TILE(v_next, BC, D, key_address(p.v, s, head_kv, j1 + row, false), p.v, p.head_dim_v, j1 + row < s.len_k)
         bool masked = !all_visible(s, my_row0, my_row0 + 15, j0, j0 + BC - 1);
         [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
             ACCUMULATOR scores, grads;
-            MULTIPLY(scores, q, 0, c)
-            MULTIPLY(grads, dout, TILE, c)
+            MULTIPLY(scores, q, D, 0, c)
+            MULTIPLY(grads, dout, D, TILE, c)
             [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
                 uint h = e / 4;
                 vec2 w;
@@ -142,10 +79,10 @@ void main() {
                     w = weight(s, head, my_row0 + lane_row(e), j0 + c * 16 + lane_column(e), scores[e], lse[h], slope);
                 grads[e] = w.x * (grads[e] - delta[h]) * w.y;
             }
-            ACCUMULATE(dq, grads, 0, c)
+            ACCUMULATE(dq, grads, D, 0, c)
         }
     }
-    STORE_ROWS(dq, query_address(p.dq, s, head, row), p.dq, p.head_dim, s.len_q)
+    STORE_ROWS(dq, D, query_address(p.dq, s, head, row), p.dq, p.head_dim, s.len_q)
 }
 #else
 void main() {
@@ -156,8 +93,8 @@ void main() {
     uint my_row0 = row0 + gl_SubgroupID * 16;
     uint head_kv = gl_WorkGroupID.y;
     MATRIX_A k[D / 16], v[D / 16];
-    LOAD_ROWS(k, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
-    LOAD_ROWS(v, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
+    LOAD_ROWS(k, BR, D, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
+    LOAD_ROWS(v, BR, D, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
     ACCUMULATOR dk[D / 16], dv[D / 16];
     [[unroll]] for (uint d = 0; d < D / 16; ++d)
         dk[d] = dv[d] = ACCUMULATOR(0.0);
@@ -167,12 +104,12 @@ void main() {
     for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
         float slope = slope_of(s, head, HAS_SLOPES);
         uvec4 q_next[FETCH], dout_next[FETCH];
-        FETCH_TILE(q_next, query_address(p.q, s, head, i_first + row), p.q, p.head_dim, i_first + row < s.len_q)
-        FETCH_TILE(dout_next, query_address(p.dout, s, head, i_first + row), p.dout, p.head_dim_v, i_first + row < s.len_q)
+        FETCH_TILE(q_next, BC, D, query_address(p.q, s, head, i_first + row), p.q, p.head_dim, i_first + row < s.len_q)
+        FETCH_TILE(dout_next, BC, D, query_address(p.dout, s, head, i_first + row), p.dout, p.head_dim_v, i_first + row < s.len_q)
         for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
             barrier();
-            STORE_TILE(q_next, 0)
-            STORE_TILE(dout_next, TILE)
+            STORE_TILE(q_next, BC, D, 0)
+            STORE_TILE(dout_next, BC, D, TILE)
             for (uint x = thread(); x < BC; x += WG) {
                 uint i = min(i0 + x, s.len_q - 1);
                 s_statistics[x] = vec2(
@@ -182,13 +119,13 @@ void main() {
             }
             barrier();
             uint i1 = i0 + BC;
-            FETCH_TILE(q_next, query_address(p.q, s, head, i1 + row), p.q, p.head_dim, i1 + row < s.len_q)
-            FETCH_TILE(dout_next, query_address(p.dout, s, head, i1 + row), p.dout, p.head_dim_v, i1 + row < s.len_q)
+            FETCH_TILE(q_next, BC, D, query_address(p.q, s, head, i1 + row), p.q, p.head_dim, i1 + row < s.len_q)
+            FETCH_TILE(dout_next, BC, D, query_address(p.dout, s, head, i1 + row), p.dout, p.head_dim_v, i1 + row < s.len_q)
             bool masked = !all_visible(s, i0, i0 + BC - 1, my_row0, my_row0 + 15);
             [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
                 ACCUMULATOR weights, grads;
-                MULTIPLY(weights, k, 0, c)
-                MULTIPLY(grads, v, TILE, c)
+                MULTIPLY(weights, k, D, 0, c)
+                MULTIPLY(grads, v, D, TILE, c)
                 [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
                     uint x = c * 16 + lane_column(e);
                     vec2 w, statistics = s_statistics[x];
@@ -199,12 +136,12 @@ void main() {
                     weights[e] = w.x;
                     grads[e] = w.x * (grads[e] - statistics.y) * w.y;
                 }
-                ACCUMULATE(dv, weights, TILE, c)
-                ACCUMULATE(dk, grads, 0, c)
+                ACCUMULATE(dv, weights, D, TILE, c)
+                ACCUMULATE(dk, grads, D, 0, c)
             }
         }
     }
-    STORE_ROWS(dk, key_address(p.dk, s, head_kv, row, false), p.dk, p.head_dim, s.len_k)
-    STORE_ROWS(dv, key_address(p.dv, s, head_kv, row, false), p.dv, p.head_dim_v, s.len_k)
+    STORE_ROWS(dk, D, key_address(p.dk, s, head_kv, row, false), p.dk, p.head_dim, s.len_k)
+    STORE_ROWS(dv, D, key_address(p.dv, s, head_kv, row, false), p.dv, p.head_dim_v, s.len_k)
 }
 #endif

@@ -162,7 +162,7 @@ void main() {
         float norm = l[r] > 0.0 ? keep / l[r] : 0.0;
         float lse = l[r] > 0.0 ? m[r] * LN_2 + log(l[r]) : MINUS_INFINITY;
         if (SPLIT) {
-            uint64_t part = ((uint64_t(split) * p.batches + s.batch) * p.heads + head) * p.len_q + i;
+            uint64_t part = part_row(s, split, head, i);
             if (cg == 0)
                 write_float(p.part_lse + part * 4, lse);
             [[unroll]] for (uint d = 0; d < DT; ++d)

@@ -72,3 +72,77 @@ void store2(uint64_t row, int64_t stride, uint d, uint size, bool aligned, float
     if (d + 1 < size)
         Element(row + (d + 1) * stride * T_BYTES).value = narrow(y);
 }
+
+void write_part(Sequence s, uint split, uint head, uint i, uint d, vec2 x) {
+    uint64_t row = p.part_out + part_row(s, split, head, i) * p.head_dim_v * 4;
+    if (d < p.head_dim_v)
+        write_float(row + d * 4, x.x);
+    if (d + 1 < p.head_dim_v)
+        write_float(row + (d + 1) * 4, x.y);
+}
+
+uint thread() {
+    return gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;
+}
+
+// Tiles of `count` rows of `dim` halves pass through s_tiles, a row every dim / 8 + 1 vectors, which
+// keeps the rows of a matrix in different banks. Arguments named `address` and `in_range` use `row`.
+
+// x = this invocation's vectors of a tile
+#define FETCH_TILE(x, count, dim, address, view, size, in_range) \
+    [[unroll]] for (uint n = 0; n < ((count) * (dim / 8) + WG - 1) / WG; ++n) { \
+        uint e = thread() + n * WG, row = e / (dim / 8); \
+        x[n] = uvec4(0); \
+        if (e < (count) * (dim / 8) && (in_range)) \
+            x[n] = load8(address, view.element, e % (dim / 8) * 8, size, ALIGNED); \
+    }
+
+#define STORE_TILE(x, count, dim, base) \
+    [[unroll]] for (uint n = 0; n < ((count) * (dim / 8) + WG - 1) / WG; ++n) { \
+        uint e = thread() + n * WG; \
+        if (e < (count) * (dim / 8)) \
+            s_tiles[base + e / (dim / 8) * (dim / 8 + 1) + e % (dim / 8)] = x[n]; \
+    }
+
+// The subgroup's 16 rows in registers, by way of shared memory.
+#define LOAD_ROWS(rows, count, dim, address, view, size, in_range) \
+    for (uint e = thread(); e < (count) * (dim / 8); e += WG) { \
+        uint row = e / (dim / 8); \
+        uvec4 x = uvec4(0); \
+        if (in_range) \
+            x = load8(address, view.element, e % (dim / 8) * 8, size, ALIGNED); \
+        s_tiles[row * (dim / 8 + 1) + e % (dim / 8)] = x; \
+    } \
+    barrier(); \
+    [[unroll]] for (uint d = 0; d < dim / 16; ++d) \
+        coopMatLoad(rows[d], s_tiles, gl_SubgroupID * 16 * (dim / 8 + 1) + d * 2, dim / 8 + 1, gl_CooperativeMatrixLayoutRowMajor); \
+    barrier();
+
+// block = rows times the 16 rows of a tile from row 16 c on, transposed
+#define MULTIPLY(block, rows, dim, base, c) { \
+    block = ACCUMULATOR(0.0); \
+    [[unroll]] for (uint d = 0; d < dim / 16; ++d) { \
+        MATRIX_B x; \
+        coopMatLoad(x, s_tiles, base + (c) * 16 * (dim / 8 + 1) + d * 2, dim / 8 + 1, gl_CooperativeMatrixLayoutColumnMajor); \
+        block = coopMatMulAdd(rows[d], x, block); \
+    } }
+
+// acc += block times the 16 rows of a tile from row 16 c on
+#define ACCUMULATE(acc, block, dim, base, c) { \
+    MATRIX_A operand; \
+    [[unroll]] for (uint e = 0; e < LENGTH; ++e) \
+        operand[e] = HALF(block[e]); \
+    [[unroll]] for (uint d = 0; d < dim / 16; ++d) { \
+        MATRIX_B x; \
+        coopMatLoad(x, s_tiles, base + (c) * 16 * (dim / 8 + 1) + d * 2, dim / 8 + 1, gl_CooperativeMatrixLayoutRowMajor); \
+        acc[d] = coopMatMulAdd(operand, x, acc[d]); \
+    } }
+
+// Indices that unrolling makes constant, or the accumulators would live in memory.
+#define STORE_ROWS(acc, dim, address, view, size, limit) \
+    [[unroll]] for (uint d = 0; d < dim / 16; ++d) \
+        [[unroll]] for (uint e = 0; e < LENGTH; e += 2) { \
+            uint row = my_row0 + lane_row(e); \
+            if (row < limit) \
+                store2(address, view.element, d * 16 + lane_column(e), size, ALIGNED, acc[d][e], acc[d][e + 1]); \
+        }
