@@ -4,7 +4,6 @@
 #extension GL_EXT_scalar_block_layout : require
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_EXT_shader_16bit_storage : require
-#extension GL_EXT_shader_explicit_arithmetic_types_int16 : require
 #extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
 
 // A tensor of (batch, row, head, element); strides count elements.
@@ -65,12 +64,11 @@ const float LOWEST = -1.0e30;
 const float MINUS_INFINITY = uintBitsToFloat(0xff800000u);
 
 #if DTYPE == 32
-#define T float
 #define T_BYTES 4
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer Element { float value; };
 layout(buffer_reference, scalar, buffer_reference_align = 16) buffer Element4 { vec4 value; };
-float widen(float x) { return x; }
-float narrow(float x) { return x; }
+float read_element(uint64_t address) { return Element(address).value; }
+void write_element(uint64_t address, float x) { Element(address).value = x; }
 vec4 widen4(vec4 x) { return x; }
 vec4 narrow4(vec4 x) { return x; }
 #else
@@ -78,28 +76,26 @@ vec4 narrow4(vec4 x) { return x; }
 layout(buffer_reference, scalar, buffer_reference_align = 2) buffer Element { uint16_t value; };
 layout(buffer_reference, scalar, buffer_reference_align = 8) buffer Element4 { uvec2 value; };
 #if DTYPE == 16
-float widen(uint16_t x) { return unpackHalf2x16(uint(x)).x; }
-uint16_t narrow(float x) { return uint16_t(packHalf2x16(vec2(x, 0.0))); }
+float widen(uint x) { return unpackHalf2x16(x).x; }
+uint narrow2(vec2 x) { return packHalf2x16(x); }
 vec4 widen4(uvec2 x) { return vec4(unpackHalf2x16(x.x), unpackHalf2x16(x.y)); }
-uvec2 narrow4(vec4 x) { return uvec2(packHalf2x16(x.xy), packHalf2x16(x.zw)); }
 #else
-float widen(uint16_t x) { return uintBitsToFloat(uint(x) << 16); }
+float widen(uint x) { return uintBitsToFloat(x << 16); }
 // Round to the nearest, ties to even; attention has no NaN to keep.
-uint rounded(float x) {
-    uint bits = floatBitsToUint(x);
-    return bits + 0x7fffu + (bits >> 16 & 1u);
+uint narrow2(vec2 x) {
+    uvec2 bits = floatBitsToUint(x);
+    bits += 0x7fffu + (bits >> 16 & 1u);
+    return bits.x >> 16 | (bits.y & 0xffff0000u);
 }
-uint16_t narrow(float x) { return uint16_t(rounded(x) >> 16); }
 vec4 widen4(uvec2 x) {
     return uintBitsToFloat(uvec4(x.x << 16, x.x & 0xffff0000u, x.y << 16, x.y & 0xffff0000u));
 }
-uvec2 narrow4(vec4 x) {
-    return uvec2(
-        rounded(x.x) >> 16 | (rounded(x.y) & 0xffff0000u),
-        rounded(x.z) >> 16 | (rounded(x.w) & 0xffff0000u)
-    );
-}
 #endif
+float read_element(uint64_t address) { return widen(uint(Element(address).value)); }
+void write_element(uint64_t address, float x) {
+    Element(address).value = uint16_t(narrow2(vec2(x, 0.0)));
+}
+uvec2 narrow4(vec4 x) { return uvec2(narrow2(x.xy), narrow2(x.zw)); }
 #endif
 
 // One sequence of the batch: its lengths and where its rows start.
@@ -172,7 +168,7 @@ vec4 load4(uint64_t row, int64_t stride, uint d, uint size, bool aligned) {
     vec4 x = vec4(0.0);
     [[unroll]] for (uint i = 0; i < 4; ++i)
         if (d + i < size)
-            x[i] = widen(Element(row + (d + i) * stride * T_BYTES).value);
+            x[i] = read_element(row + (d + i) * stride * T_BYTES);
     return x;
 }
 
@@ -184,7 +180,7 @@ void store4(uint64_t row, int64_t stride, uint d, uint size, bool aligned, vec4 
     }
     [[unroll]] for (uint i = 0; i < 4; ++i)
         if (d + i < size)
-            Element(row + (d + i) * stride * T_BYTES).value = narrow(x[i]);
+            write_element(row + (d + i) * stride * T_BYTES, x[i]);
 }
 
 // Keys that queries i_first to i_last see, as a half-open range.
@@ -233,7 +229,7 @@ float added(Sequence s, uint head, uint i, uint j, float slope, bool has_slopes,
     }
     if (has_bias && is_visible(s, i, j)) {
         int64_t element = p.bias.batch * s.batch + p.bias.row * i + p.bias.head * head + p.bias.element * j;
-        x += widen(Element(p.bias.address + element * T_BYTES).value);
+        x += read_element(p.bias.address + element * T_BYTES);
     }
     return x;
 }

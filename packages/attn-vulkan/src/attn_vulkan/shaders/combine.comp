@@ -35,6 +35,6 @@ void main() {
                 x += exp2((lse - top) * LOG2_E)
                     * read_float(p.part_out + ((split * rows + row) * p.head_dim_v + d) * 4);
         }
-        Element(out_row + d * p.out_.element * T_BYTES).value = narrow(x * norm);
+        write_element(out_row + d * p.out_.element * T_BYTES, x * norm);
     }
 }

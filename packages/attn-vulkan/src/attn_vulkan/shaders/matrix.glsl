@@ -52,25 +52,17 @@ uvec4 load8(uint64_t row, int64_t stride, uint d, uint size, bool aligned) {
     return x;
 }
 
-uint pack2(float x, float y) {
-#if DTYPE == 16
-    return packHalf2x16(vec2(x, y));
-#else
-    return rounded(x) >> 16 | (rounded(y) & 0xffff0000u);
-#endif
-}
-
 // Two neighbours of a row.
 void store2(uint64_t row, int64_t stride, uint d, uint size, bool aligned, float x, float y) {
     if (aligned) {
         if (d < size)
-            Pair(row + d * T_BYTES).value = pack2(x, y);
+            Pair(row + d * T_BYTES).value = narrow2(vec2(x, y));
         return;
     }
     if (d < size)
-        Element(row + d * stride * T_BYTES).value = narrow(x);
+        write_element(row + d * stride * T_BYTES, x);
     if (d + 1 < size)
-        Element(row + (d + 1) * stride * T_BYTES).value = narrow(y);
+        write_element(row + (d + 1) * stride * T_BYTES, y);
 }
 
 void write_part(Sequence s, uint split, uint head, uint i, uint d, vec2 x) {
