@@ -64,6 +64,7 @@ def flash_attention_rope(
     torch.Size([1, 4, 100, 32])
     """
     q, k = rotate_heads_first(q, k, cos, sin, interleaved=interleaved, backend=backend)
-    return flash_attention(
+    out: torch.Tensor = flash_attention(
         q, k, v, causal=causal, scale=scale, window_size=window_size, backend=backend
     )
+    return out

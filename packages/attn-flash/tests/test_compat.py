@@ -1,0 +1,166 @@
+"""attn_flash under the names of flash-attn."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attn_flash
+from attn_flash import compat
+
+FUNCTIONS = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+
+@pytest.fixture
+def installed():
+    compat.install_as_flash_attn()
+    yield
+    compat.uninstall_as_flash_attn()
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("module", ["flash_attn", "flash_attn.flash_attn_interface"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_where_flash_attn_has_them(name, module):
+    assert getattr(importlib.import_module(module), name) is getattr(attn_flash, name)
+
+
+@pytest.mark.usefixtures("installed")
+def test_padding_and_rotary_are_where_flash_attn_has_them():
+    from flash_attn import __version__
+    from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+    from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
+    from flash_attn.ops.triton.rotary import apply_rotary
+
+    assert (pad_input, unpad_input) == (
+        attn_flash.bert_padding.pad_input,
+        attn_flash.bert_padding.unpad_input,
+    )
+    assert index_first_axis(torch.tensor([3, 4]), torch.tensor([1])).item() == 4
+    assert RotaryEmbedding(8).dim == 8
+    assert __version__ == compat.VERSION >= "2.8"
+    x, angles = torch.randn(1, 5, 2, 8), torch.randn(5, 4)
+    tables = angles.cos(), angles.sin()
+    turned = apply_rotary_emb(x, *tables)
+    torch.testing.assert_close(apply_rotary(turned, *tables, conjugate=True), x)
+    assert apply_rotary(x, *tables, inplace=True) is x
+    torch.testing.assert_close(x, turned)
+
+
+@pytest.mark.usefixtures("installed")
+def test_flash_attn_triton_too():
+    from flash_attn_triton import FlashAttention, flash_attn_unpadded_func
+    from flash_attn_triton.flash_attn_interface import flash_attn_func
+
+    assert FlashAttention is attn_flash.FlashAttention
+    assert flash_attn_unpadded_func is attn_flash.flash_attn_varlen_func
+    assert flash_attn_func is attn_flash.flash_attn_func
+
+
+def test_libraries_that_look_before_they_import_find_it(installed):
+    assert importlib.util.find_spec("flash_attn") is not None
+    assert importlib.util.find_spec("flash_attn.bert_padding") is not None
+    assert importlib.metadata.version("flash_attn") == compat.VERSION
+    assert importlib.metadata.version("flash-attn") == compat.VERSION
+    assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
+    assert importlib.metadata.version("torch")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("no-such-distribution")
+
+
+def test_transformers_takes_it_for_flash_attn():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = (
+        "import attn_flash.compat as compat; compat.install_as_flash_attn()\n"
+        "from transformers.utils import import_utils\n"
+        "import_utils.is_torch_cuda_available = lambda: True\n"
+        "print(import_utils.is_flash_attn_2_available(), import_utils.is_flash_attn_4_available(),"
+        " import_utils.is_flash_attn_greater_or_equal('2.8.0'))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.stdout.strip() == "True False True", answer.stderr
+
+
+def test_nothing_is_left_behind():
+    before = set(sys.modules)
+    compat.install_as_flash_attn()
+    compat.install_as_flash_attn()
+    assert compat.is_installed()
+    importlib.import_module("flash_attn.layers.rotary")
+    compat.uninstall_as_flash_attn()
+    compat.uninstall_as_flash_attn()
+    assert not compat.is_installed()
+    assert set(sys.modules) - before == set()
+    assert importlib.util.find_spec("flash_attn") is None
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("flash_attn.bert_padding")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("flash-attn")
+
+
+def test_the_real_one_is_not_replaced_unasked(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("answer = 42\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import flash_attn as real
+
+    assert real.answer == 42
+    with pytest.raises(ImportError, match="flash_attn is installed; replace=True puts"):
+        compat.install_as_flash_attn()
+    compat.install_as_flash_attn(replace=True)
+    try:
+        import flash_attn
+
+        assert flash_attn.flash_attn_func is attn_flash.flash_attn_func
+    finally:
+        compat.uninstall_as_flash_attn()
+    import flash_attn
+
+    assert flash_attn is real
+    del sys.modules["flash_attn"]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_passes_that_context_parallel_libraries_call(is_ragged, dropout_p):
+    from flash_attn import flash_attn_interface as interface
+
+    shape = (20, 4, 16) if is_ragged else (2, 10, 4, 16)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    bounds = torch.tensor([0, 7, 20], dtype=torch.int32)
+    places = (bounds, bounds, 13, 13) if is_ragged else ()
+    static = (*places, dropout_p, 0.3, True, 5, 0, 2.0)
+    name = "_varlen" if is_ragged else ""
+    torch.manual_seed(1)
+    forward = getattr(interface, f"_wrapped_flash_attn{name}_forward")
+    out, lse, _, rng_state = forward(q, k, v, *static)
+    assert not out.requires_grad
+    torch.manual_seed(1)
+    function = interface.flash_attn_varlen_func if is_ragged else interface.flash_attn_func
+    expected, lse_expected, _ = function(
+        q, k, v, *places, dropout_p, 0.3, True, (5, 0), 2.0, return_attn_probs=True
+    )
+    torch.testing.assert_close((out, lse), (expected.detach(), lse_expected.detach()))
+    dout = torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, (q, k, v), dout)
+    grads = [torch.empty_like(x, requires_grad=False) for x in (q, k, v)]
+    backward = getattr(interface, f"_flash_attn{name}_backward")
+    delta = backward(dout, q, k, v, out, lse, *grads, *static, None, False, rng_state)
+    torch.testing.assert_close(tuple(grads), wanted)
+    torch.testing.assert_close(delta, (dout * out).sum(-1).transpose(-1, -2))
