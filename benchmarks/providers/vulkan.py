@@ -103,7 +103,7 @@ SUBJECT = Subject(
             )
             for name in variants.VARIANTS
         ),
-        Provider("sdpa", functools.partial(flash._sdpa, ""), devices=("cpu",)),
+        Provider("torch", functools.partial(flash._ours, "torch"), devices=("cpu",)),
         Provider("cudnn", functools.partial(flash._sdpa, "CUDNN_ATTENTION")),
         Provider("flash", functools.partial(flash._sdpa, "FLASH_ATTENTION")),
         Provider("efficient", functools.partial(flash._sdpa, "EFFICIENT_ATTENTION")),
