@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from attn_core import backends
 from attn_core.errors import BackendUnavailableError
@@ -172,6 +172,8 @@ def explain(
     tensors = (query, key, value, attn_mask)
     reason = _refusal(*tensors, is_causal, enable_gqa)
     if reason is None:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # imports Triton
+
         mode = FakeTensorMode()
         query, key, value = (mode.from_tensor(x) for x in (query, key, value))
         mask = attn_mask if attn_mask is None else mode.from_tensor(attn_mask)
@@ -273,7 +275,7 @@ def _refusal_of_kinds(
     plain = (torch.Tensor, torch.nn.Parameter)
     if any(type(x) not in plain for x in tensors):
         return "query, key or value is a subclass of Tensor"
-    if attn_mask is not None and type(attn_mask) not in (*plain, CausalBias):
+    if attn_mask is not None and type(attn_mask) not in plain and not _is_causal_bias(attn_mask):
         return "attn_mask is a subclass of Tensor"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "a transform of functorch or a forward-mode gradient is under way"
@@ -306,7 +308,7 @@ def _refusal_of_mask(
         return None
     if is_causal:
         return "attn_mask and is_causal are both given"
-    if isinstance(attn_mask, CausalBias):
+    if _is_causal_bias(attn_mask):
         return None
     if not attn_mask.is_floating_point() and attn_mask.dtype != torch.bool:
         return f"attn_mask has dtype {attn_mask.dtype}"
@@ -331,8 +333,8 @@ def _attend(
     if dtype is not None:
         query, key, value = (x.to(dtype) for x in (query, key, value))
     window = (-1, -1)
-    if isinstance(attn_mask, CausalBias):
-        is_causal = attn_mask.variant == CausalVariant.UPPER_LEFT
+    if _is_causal_bias(attn_mask):
+        is_causal = attn_mask.variant.name == "UPPER_LEFT"  # type: ignore[union-attr]
         window = (-1, -1) if is_causal else (-1, 0)
         attn_mask = None
     if is_causal:
@@ -347,6 +349,12 @@ def _attend(
         backend=backend,
     )
     return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _is_causal_bias(mask: torch.Tensor | None) -> bool:
+    # Importing the module would import torch's compiler; whoever has a bias has imported it.
+    module: Any = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(mask, module.CausalBias)
 
 
 def _autocast_dtype(query: torch.Tensor) -> torch.dtype | None:
