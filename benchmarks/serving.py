@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from attn_paged.huggingface import ContinuousBatching, cache_for
 from benchmarks.providers import subject
-from benchmarks.results import ROOT, new_result, path_for
+from benchmarks.results import ROOT, Result, new_result, path_for
 
 _BLOCK = 16
 _VOCABULARY = 32000
@@ -150,24 +150,39 @@ def main(arguments: Sequence[str]) -> int:
     model = random_model(options.size, device, dtype)
     work = requests(options.requests, options.prompt, options.answer)
     total = sum(request.count for request in work)
-    for steps in (serve_paged(model, work[:2]), serve_padded(model, work[:2], 2)):
-        list(steps)  # compiles kernels
-    curves = {
-        "paged": measure(serve_paged(model, work), total, "paged"),
-        "padded": measure(serve_padded(model, work, options.batch), total, "padded"),
+    ways = {
+        "paged": lambda: serve_paged(model, work),
+        "padded": lambda: serve_padded(model, work, options.batch),
     }
-    record = new_result(subject("attn-paged"), device, {})
-    folder = path_for(record, options.out).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"serving-{record.date[:10]}.json"
+    curves = {}
+    for name, serve in ways.items():
+        list(serve())  # compiles kernels and lets the allocator grow
+        curves[name] = measure(serve(), total, name)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
-    rates = {name: points[-1][1] / points[-1][0] for name, points in curves.items()}
-    text = json.dumps({"settings": settings, "tokens_per_second": rates, "points": curves})
-    path.write_text(text + "\n", encoding="utf-8")
-    title = f"{options.requests} requests, a random LLaMA of {options.size.upper()} parameters"
-    plot(curves, title, path.with_suffix(".png"))
-    print(", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()))
+    record = new_result(subject("attn-paged"), device, settings)
+    write(record, curves, path_for(record, options.out).with_name(f"serving-{record.date}.json"))
     return 0
+
+
+def write(record: Result, curves: dict[str, list[tuple[float, int]]], path: Path) -> None:
+    """Write the numbers, a plot and a page of both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rates = {name: points[-1][1] / points[-1][0] for name, points in curves.items()}
+    text = json.dumps({**asdict(record), "tokens_per_second": rates, "points": curves})
+    path.write_text(text + "\n", encoding="utf-8")
+    title = "{requests} requests, prompts of up to {prompt} and answers of up to {answer} tokens"
+    title = title.format(**record.settings)
+    plot(curves, title, path.with_suffix(".png"))
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    rows = "\n".join(f"| {name} | {rate:,.0f} |" for name, rate in rates.items())
+    page = (
+        f"{record.device['name']}, {record.date}: {versions}. A random LLaMA of the size of "
+        f"{record.settings['size']}. {title}. paged: continuous batching through attn-paged; "
+        f"padded: `generate()` of transformers on batches of {record.settings['batch']}.\n\n"
+        f"![{path.stem}]({path.stem}.png)\n\n| way | tokens/s |\n|---|---:|\n{rows}\n"
+    )
+    path.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()))
 
 
 if __name__ == "__main__":

@@ -156,6 +156,11 @@ def test_blocks_and_layouts(block_size, layout, sizes, device):
         Sizes((700, 3), H=16, H_KV=1, D=576, D_v=512),
         Sizes((700, 3), H=128, H_KV=1, D=576, D_v=512),
         Sizes((200, 30), (100, 30), D=256, D_v=256),
+        Sizes((200, 30), (100, 1), H=8, D=512, D_v=512),
+        Sizes((200, 30, 1000), H=8, D=512, D_v=512),
+        Sizes((200, 30, 1000), H=4, H_KV=4, D=192),
+        Sizes((1328, 18, 463), (1, 5, 129), H=5, H_KV=1, D=96, D_v=96, block_size=32),
+        Sizes((523, 37, 2011), (1, 1, 1), H=8, D=256, D_v=256, block_size=32),
     ],
     ids=str,
 )

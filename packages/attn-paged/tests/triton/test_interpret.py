@@ -165,7 +165,7 @@ def check(inputs, **options):
 # --- tiles and splits -----------------------------------------------------------------------------
 
 
-SCHEDULES = [{"splits": 1}, {"splits": 5}, {"shares": 1}, {"shares": 3}]
+SCHEDULES = [{"splits": 1}, {"splits": 5}, {"shares": 3}]
 
 
 def name_of(schedule):
@@ -218,11 +218,10 @@ def test_queries_are_held_in_one_tile_or_two(head_dim, widths):
 
 
 @BOTH
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("extra", ["alibi", "alibi-of-sequences", "sinks"])
-def test_scores(extra, softcap, splits, sizes, monkeypatch):
-    use(monkeypatch, splits=splits)
+def test_scores(extra, softcap, sizes, monkeypatch):
+    use(monkeypatch, splits=3)
     inputs = make(sizes)
     if extra == "sinks":
         inputs = inputs._replace(sinks=torch.randn(2 * sizes.H)[::2])
@@ -378,9 +377,8 @@ def test_flat_trees(schedule, tiles, monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize("tiles", [(16, 16), (64, 16)], ids=str)
-@pytest.mark.parametrize("width", [1, 20, 64])
-def test_trees_with_rows(width, tiles, sizes, monkeypatch):
+@pytest.mark.parametrize("tiles, width", [((16, 16), 1), ((16, 16), 64), ((64, 16), 20)], ids=str)
+def test_trees_with_rows(tiles, width, sizes, monkeypatch):
     use(monkeypatch, tiles=tiles)
     inputs = make(sizes)
     mask = torch.rand(width, len(inputs.q)).t() < 0.5

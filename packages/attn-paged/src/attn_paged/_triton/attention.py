@@ -62,9 +62,14 @@ def _bend(
 
 
 @triton.jit
-def _dequantised(x, dtype: tl.constexpr, IS_QUANTISED: tl.constexpr):
-    """By way of float32, from which two numbers at a time are rounded to bfloat16."""
-    return x.to(tl.float32).to(dtype) if IS_QUANTISED else x
+def _dequantised(x, dtype: tl.constexpr):
+    """Quantised numbers without their scale, exact in `dtype`.
+
+    By way of float32, from which two numbers at a time are rounded to bfloat16.
+    """
+    if x.dtype == dtype:
+        return x
+    return x.to(tl.float32).to(dtype)
 
 
 # fmt: off
@@ -105,20 +110,23 @@ def _attend(
         v_ptrs = v_rows + offs_dv[None, :] * stride_vd
         k = load_tile(k_ptrs, mask_n, mask_d, MASKED, HEAD_DIM < BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, HEAD_DIM_V < BLOCK_DV)  # [.., BLOCK_DV]
-        k = _dequantised(k, q.dtype, IS_QUANTISED)
+        k = _dequantised(k, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if TAIL_D > 0:
             offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
             k_ptrs = k_rows + offs_tail[None, :] * stride_kd
             k = load_tile(k_ptrs, mask_n, offs_tail < HEAD_DIM, MASKED, HEAD_DIM < BLOCK_D + TAIL_D)
-            k = _dequantised(k, q.dtype, IS_QUANTISED)
+            k = _dequantised(k, q.dtype)
             scores = tl.dot(q_tail, tl.trans(k), scores, input_precision=PRECISION)
         if IS_QUANTISED:
-            k_scale_ptrs = k_scale_ptr + far_blocks * stride_ksb + slots * stride_ksn
-            v_scale_ptrs = v_scale_ptr + far_blocks * stride_vsb + slots * stride_vsn
-            scores *= tl.load(k_scale_ptrs, mask=mask_n, other=0.0)[None, :]
-            v = v.to(tl.float32) * tl.load(v_scale_ptrs, mask=mask_n, other=0.0)[:, None]
-        v = v.to(q.dtype)
+            k_scales = k_scale_ptr + far_blocks * stride_ksb + slots * stride_ksn
+            v_scales = v_scale_ptr + far_blocks * stride_vsb + slots * stride_vsn
+            k_scales = tl.load(k_scales, mask=mask_n, other=0.0)
+            v_scales = tl.load(v_scales, mask=mask_n, other=0.0)
+            scores *= k_scales[None, :]
+            # Scaled probabilities may be too small for float16.
+            v_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
+            v = _dequantised(v, v_dtype)
         blocks = _block_ids(
             table_ptr, stride_tn, start_n + BLOCK_N, first, stop, BLOCK_SIZE, BLOCK_N
         )
@@ -140,6 +148,8 @@ def _attend(
             m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
+        if IS_QUANTISED:
+            p *= v_scales[None, :]
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, m_i, l_i, blocks
@@ -297,7 +307,8 @@ def _paged_attention_kernel(
         )
         table = table_ptr + b.to(tl.int64) * stride_tb
         blocks = _block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
-        m_i, l_i = first_state(sinks_ptrs, mask_m & (b < B) & has_first, HAS_SINKS, BLOCK_M)
+        has_sink = tl.where((b < B) & has_first, mask_m, False)
+        m_i, l_i = first_state(sinks_ptrs, has_sink, HAS_SINKS, BLOCK_M)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
         PEEL: tl.constexpr = BLOCK_M > 32

@@ -12,7 +12,7 @@ from attn_paged._triton import problem
 from attn_paged._triton.queries import queries_of_tile
 
 _TILE = 4096  # elements of parts that a program holds
-_ROWS_OF_SHARED_TILE = {16: 4}  # of BLOCK_M; 16 of any other
+_ROWS = 16  # of a tile whose work is shared: few parts, so that all rows are merged at once
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _merge_parts_kernel(
 ):  # fmt: skip
     """Merge rows of a tile: a part is a key whose score is its lse and whose value its output."""
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
-    RUNS: tl.constexpr = BLOCK_M // BLOCK_R
+    RUNS: tl.constexpr = (TILE_GROUP * BLOCK_Q + BLOCK_R - 1) // BLOCK_R
     if IS_CHAINED:
         tl.extra.cuda.gdc_wait()
     pid = tl.program_id(0)
@@ -131,7 +131,7 @@ def merge_parts(
     out: torch.Tensor,
     lse: torch.Tensor,
     sizes: dict[str, int],
-    constexprs: dict[str, bool | int],
+    constexprs: dict[str, int],
     head_tiles: int,
 ) -> None:
     """Merge the parts of all tiles into out (T, H, D_v) and lse (H, T).
@@ -139,13 +139,13 @@ def merge_parts(
     With `ends` the parts are those of programs that share the work, else of equal splits.
     """
     D_v = out.shape[2]
-    block_m = int(constexprs["BLOCK_M"])
+    num_rows = constexprs["TILE_GROUP"] * constexprs["BLOCK_Q"]
     block_dv = problem.padded(D_v)
-    block_r = 1 if ends is None else _ROWS_OF_SHARED_TILE.get(block_m, 16)
+    block_r = 1 if ends is None else min(_ROWS, triton.next_power_of_2(num_rows))
     block_s = max(1, _TILE // block_dv // block_r)
     strides = problem.strides_of(cu_seqlens_q, 1)
     _launch(
-        sizes["num_tiles"] * head_tiles * (block_m // block_r),
+        sizes["num_tiles"] * head_tiles * problem.ceil_div(num_rows, block_r),
         strides=(strides, out.dtype, rows is None),
         args=(
             parts,
