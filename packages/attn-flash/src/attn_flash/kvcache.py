@@ -102,8 +102,9 @@ def flash_attn_with_kvcache(
     ------
     ValueError
         A shape, dtype, device or number does not fit; the message names it. Values of tensors are
-        checked on the CPU alone: reading them elsewhere would wait for the device. There lengths
-        beyond the room of the cache are cut, and what does not fit is not written.
+        checked on the CPU alone: reading them elsewhere would wait for the device, and happens
+        where ``ATTN_CHECK_VALUES`` says so. Without it lengths beyond the room of the cache are
+        cut there, and what does not fit is not written.
     UnsupportedProblemError
         A tensor requires a gradient: there is no backward pass. Or no backend computes the problem.
 

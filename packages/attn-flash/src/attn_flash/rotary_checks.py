@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_core import checks
+from attn_core import checks, environment
 
 MAX_HEAD_DIM = 1024
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -95,6 +95,13 @@ def offsets(seqlen_offsets: Any) -> tuple[torch.Tensor | None, int]:
         ) from None
 
 
+def may_read(device: torch.device) -> bool:
+    """Whether values may be read: on a GPU that waits for it, so only where the user asks."""
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return False
+    return device.type == "cpu" or environment.checks_values()
+
+
 def _check_cu_seqlens(x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None) -> int:
     checks.require_rank("cu_seqlens", cu_seqlens, "(B + 1,)")
     checks.require_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
@@ -128,7 +135,7 @@ def _check_positions(
             f"seqlen_offsets must be from 0 to {room} (rows of cos less the sequence's length), "
             f"got {offset}"
         )
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not may_read(x.device):
         return
     if seqlen_offsets is not None and seqlen_offsets.numel() > 0:
         low, high = (int(value) for value in seqlen_offsets.aminmax())

@@ -111,6 +111,11 @@ def sdpa_patched(backend: str = backends.AUTO) -> Iterator[None]:
     backend : str, default "auto"
         As in `install`.
 
+    Yields
+    ------
+    None
+        The block runs.
+
     Raises
     ------
     BackendUnavailableError
