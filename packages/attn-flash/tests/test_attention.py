@@ -17,6 +17,7 @@ from attn_flash import (
     flash_attn_qkvpacked_func,
     reference,
 )
+from attn_flash.options import Options
 
 OPEN = (-1, -1)
 CAUSAL = (-1, 0)
@@ -337,8 +338,8 @@ def test_grouped_heads_are_repeated_heads(window, device):
 def test_old_cpu_kernels_get_no_grouped_heads(monkeypatch):
     monkeypatch.setattr(_torch, "_CPU_KERNEL_TAKES_GQA", False)
     q, k, _ = SMALL.inputs()
-    assert not _torch._fits_cpu_kernel(q, k, 1.0, OPEN)
-    assert _torch._fits_cpu_kernel(q, q, 1.0, OPEN)
+    assert not _torch._fits_cpu_kernel(q, k, k, Options())
+    assert _torch._fits_cpu_kernel(q, q, q, Options())
     check(*with_grad(*SMALL.inputs()))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_core.testing import embedded, random_tensor
-from attn_flash import flash_attn_func, reference
+from attn_flash import flash_attn_func, flash_attn_varlen_func, reference
+from attn_flash.options import Options
 
 SIZES = st.integers(0, 9)
 SIDES = st.integers(-2, 10)
@@ -47,8 +50,8 @@ def fits(q, k, v):
     if any(x.dim() != 4 or x.dtype != q.dtype for x in (q, k, v)) or q.dtype == torch.int64:
         return False
     B, _, H, D = q.shape
-    fitting = k.shape[0] == B and k.shape[3] == D and v.shape == k.shape
-    return fitting and D > 0 and k.shape[2] > 0 and H % k.shape[2] == 0
+    fitting = k.shape[0] == B and k.shape[3] == D and v.shape[:3] == k.shape[:3]
+    return fitting and D > 0 and v.shape[3] > 0 and k.shape[2] > 0 and H % k.shape[2] == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,17 +72,68 @@ def test_any_tensors(shapes, dtypes):
             flash_attn_func(q, k, v)
         return
     out = flash_attn_func(q, k, v)
-    assert out.shape == q.shape
     # All values are 1, and so is their mean; without keys it is 0.
-    torch.testing.assert_close(out, torch.full_like(q, float(k.shape[1] > 0)))
+    expected = q.new_full((*q.shape[:3], v.shape[3]), float(k.shape[1] > 0))
+    torch.testing.assert_close(out, expected)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["dropout_p", "softcap"]), st.floats(allow_nan=True, allow_infinity=True))
-def test_later_features_are_never_ignored(name, value):
-    q = torch.ones(1, 2, 1, 4)
-    if value == 0.0:
-        assert flash_attn_func(q, q, q, **{name: value}).shape == q.shape
+BROKEN = st.sampled_from([None, 1.0, -1, math.nan, "x", torch.ones(3), torch.ones(2, 2, 2, 2, 2)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(SIZES, SIZES), max_size=3),
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    terms=st.sets(
+        st.sampled_from(["softcap", "alibi_slopes", "attn_bias", "key_mask", "sinks", "dropout_p"])
+    ),
+    bias_dims=st.tuples(*[st.booleans()] * 4),
+    is_bool=st.booleans(),
+    window=st.tuples(SIDES, SIDES),
+    broken=st.one_of(st.none(), st.tuples(st.integers(0, 5), BROKEN)),
+)
+def test_any_features(lengths, heads, dims, terms, bias_dims, is_bool, window, broken):
+    (H_KV, group), (D, D_v), B = heads, dims, len(lengths)
+    H, M, N = H_KV * group, *(max((x[side] for x in lengths), default=0) for side in (0, 1))
+    q, k, v = (
+        random_tensor((sum(x[side] for x in lengths), *sizes), seed=seed, dtype=torch.float64)
+        for seed, (side, *sizes) in enumerate([(0, H, D), (1, H_KV, D), (1, H_KV, D_v)])
+    )
+    starts_q, starts_k = (
+        torch.tensor([0, *(x[side] for x in lengths)]).cumsum(0).int() for side in (0, 1)
+    )
+    bias = tuple(n if whole else 1 for n, whole in zip((B, H, M, N), bias_dims, strict=True))
+    values = {
+        "softcap": 2.0,
+        "alibi_slopes": torch.rand(B, H),
+        "attn_bias": random_tensor(bias, seed=5, dtype=torch.float64),
+        "key_mask": random_tensor((B, N), seed=6) > -1,
+        "sinks": random_tensor((H,), seed=7, dtype=torch.float64),
+        "dropout_p": 0.5,
+    }
+    if is_bool:
+        values["attn_bias"] = values["attn_bias"] > -1
+    options = {name: values[name] for name in sorted(terms)}
+    state = torch.tensor([1, 2])
+    arguments = (q, k, v, starts_q, starts_k, M, N)
+    if broken is not None:
+        name = [*values][broken[0]]
+        try:
+            out = flash_attn_varlen_func(*arguments, **options | {name: broken[1]})
+        except ValueError as error:
+            assert name in str(error)
+        else:  # None and -1 may be what a caller means, and three ones may be slopes or sinks
+            assert not out.isnan().any()
         return
-    with pytest.raises(ValueError, match=f"{name} must be 0"):
-        flash_attn_func(q, q, q, **{name: value})
+    out, lse, _ = flash_attn_varlen_func(
+        *arguments, window_size=window, return_attn_probs=True, rng_state=state, **options
+    )
+    expected = reference.attention_with(
+        q, k, v,
+        Options(
+            cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, scale=D**-0.5, rng_state=state,
+            window_left=max(window[0], -1), window_right=max(window[1], -1), **options,
+        ),
+    )  # fmt: skip
+    torch.testing.assert_close((out, lse), expected)

@@ -37,8 +37,8 @@ def test_the_backend_is_used(qkv):
 
 
 def test_an_unknown_argument_is_refused(qkv):
-    with pytest.raises(TypeError, match="attn_bias"):
-        FlashAttention()(*qkv, attn_bias=None)
+    with pytest.raises(TypeError, match="bias_of_keys"):
+        FlashAttention()(*qkv, bias_of_keys=None)
 
 
 def test_it_has_no_parameters_and_can_be_copied(qkv):

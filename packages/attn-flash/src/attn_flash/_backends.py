@@ -18,8 +18,6 @@ def _torch_supports(op: str, problem: AttentionProblem) -> str | None:
 def _triton_supports(op: str, problem: AttentionProblem) -> str | None:
     if problem.dtype == torch.float64:
         return "it computes in float16, bfloat16 and float32, not float64"
-    if problem.features or problem.head_dim != problem.head_dim_v:
-        return "it only computes plain attention"
     return _refuse_paged_gradient(problem) or triton_refusal(problem.device)
 
 

@@ -16,7 +16,7 @@ class FlashAttention(torch.nn.Module):
     Parameters
     ----------
     attention_dropout : float, default 0.0
-        Must be 0: dropout is not supported yet.
+        Probability that a weight is dropped, in training.
     softmax_scale : float, default 1 / sqrt(D)
         Factor of the scores.
     backend : str, default "auto"

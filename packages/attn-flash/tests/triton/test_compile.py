@@ -107,9 +107,13 @@ def launches(case, monkeypatch):
         monkeypatch.setattr(launcher, "_kernel", recorders[name])
     q = torch.empty(2, case.S, 4, case.D, dtype=case.dtype, device="meta")
     k = torch.empty(2, case.S, 4 // case.group, case.D, dtype=case.dtype, device="meta")
-    out, lse = forward.attention(q, k, k, 0.1, case.window)
+    options = Options(
+        scale=0.1, window_left=case.window[0], window_right=case.window[1], **case.features
+    )
+    out, lse = forward.attention(q, k, k, options)
     dlse = lse if case.dlse else None
-    backward.attention_backward(out, dlse, q, k, k, out, lse, 0.1, case.window)
+    has_bias = options.attn_bias is not None
+    backward.attention_backward(out, dlse, q, k, k, out, lse, has_bias, options)
     return recorders
 
 

@@ -10,6 +10,7 @@ import torch
 from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
 from attn_core.tuning import TileConfig
 from attn_flash import reference
+from attn_flash.options import Options
 
 pytest.importorskip("triton")
 
@@ -61,7 +62,7 @@ def small_tiles(monkeypatch):
 
 
 def use_tiles(monkeypatch, config):
-    monkeypatch.setattr(configs, "tiles", lambda table, q, k, window: config)
+    monkeypatch.setattr(configs, "tiles", lambda table, q, size, window: config)
 
 
 def show_dtype(dtype):
@@ -82,9 +83,10 @@ def random_like(tensor, seed):
 
 def attend(q, k, v, window, scale, dout, dlse):
     """Outputs and gradients of the kernels, which find nothing but NaN in fresh memory."""
+    options = Options(scale=scale, window_left=window[0], window_right=window[1])
     with poison_new_allocations():
-        out, lse = forward.attention(q, k, v, scale, window)
-        grads = backward.attention_backward(dout, dlse, q, k, v, out, lse, scale, window)
+        out, lse = forward.attention(q, k, v, options)
+        grads = backward.attention_backward(dout, dlse, q, k, v, out, lse, False, options)
     return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
 
@@ -180,7 +182,7 @@ def test_tiles(lengths, window, config, monkeypatch):
 
 
 def test_default_tiles(monkeypatch):
-    monkeypatch.setattr(configs, "tiles", lambda table, q, k, window: table.default)
+    monkeypatch.setattr(configs, "tiles", lambda table, q, size, window: table.default)
     check(*Case(1, 2, 1, 70, 75, 16).inputs(), CAUSAL)
 
 
@@ -306,11 +308,11 @@ def test_one_batch_element_alone(window):
 
 @pytest.mark.parametrize("window", [OPEN, CAUSAL, (7, 3)], ids=show_window)
 def test_order_of_tiles_changes_no_bit(window, monkeypatch):
-    monkeypatch.setattr(forward.problem, "heads_per_group", lambda tensor: 10**6)
+    monkeypatch.setattr(forward.problem, "heads_per_group", lambda tensor, length: 10**6)
     q, k, v = SQUARE.inputs()
     dout = random_like(q, "dout")
     expected = attend(q, k, v, window, 0.3, dout, None)
-    monkeypatch.setattr(forward.problem, "heads_per_group", lambda tensor: 3)
+    monkeypatch.setattr(forward.problem, "heads_per_group", lambda tensor, length: 3)
     actual = attend(q, k, v, window, 0.3, dout, None)
     for name in NAMES:
         assert torch.equal(actual[name], expected[name])

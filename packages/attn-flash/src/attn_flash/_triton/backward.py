@@ -1,12 +1,14 @@
 """Backward pass in two kernels and without atomics, so that its bits never change.
 
-With P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse:
+With P = exp(S - lse), Z the factors of dropout, dP = Z * (dO V^T), delta = rowsum(dO * O) - dlse
+and C the damping of softcapping, 1 without it:
 
-    dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO.
+    dS = P * (dP - delta),   dQ = scale (C * dS) K,   dK = scale (C * dS)^T Q,   dV = (Z * P)^T dO.
 
 The first kernel owns BLOCK_M queries, computes their delta and dQ; the second owns BLOCK_N keys,
 reads delta and computes dK and dV. S and dP are computed twice: seven products for the five of a
-single pass with atomics. Dao, "FlashAttention-2", 2023, algorithm 2.
+single pass with atomics. Dao, "FlashAttention-2", 2023, algorithm 2. The gradient of a bias is in
+`backward_bias`; that of a sink is -sum of exp(sink - lse) delta.
 """
 
 import torch
@@ -19,42 +21,69 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem
+from attn_flash._triton.backward_bias import bias_gradient
+from attn_flash._triton.scores import drop, load_slope, load_state, modify_scores
+from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
 
 
 # fmt: off
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, lse_log2, delta, position,
+    dq, q, do, lse_log2, delta, rows,
     k_ptr, stride_kn, stride_kd,
     v_ptr, stride_vn, stride_vd,
-    lo, hi, N, scale_log2, left, right,
-    HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    bias_ptr, stride_bm, stride_bn,
+    key_mask_ptr, stride_mn,
+    lo, hi, M, N, b, h,
+    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Add dS K over the key blocks in [lo, hi)."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
     mask_d = offs_d < HEAD_DIM
+    mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
+    HAS_TERMS: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
     k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-    v_offs = tile_offsets(offs_n, stride_vn, offs_d, stride_vd)
+    v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + v_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
+        if HAS_TERMS:
+            scores_log2, damping = modify_scores(
+                scores, rows[:, None], start_n + offs_n[None, :], M, N,
+                scale_log2, softcap_log2, slope_log2,
+                bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+            )  # fmt: skip
+            p = tl.math.exp2(scores_log2 - lse_log2[:, None])
+        else:
+            p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
         if MASKED:
             visible = is_visible(
-                position[:, None], start_n + offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
-            )
+                rows[:, None] + (N - M), start_n + offs_n[None, :], N, left, right,
+                HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
             p = tl.where(visible, p, 0.0)
+        if HAS_DROPOUT:
+            dp = drop(dp * keep_scale, seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
         ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds *= damping
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_kn
         v_ptr += BLOCK_N * stride_vn
@@ -69,15 +98,25 @@ def _attention_backward_dq_kernel(
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
     out_ptr, stride_ob, stride_om, stride_oh, stride_od,
     do_ptr, stride_dob, stride_dom, stride_doh, stride_dod,
-    lse_ptr,  # [B, H, M], contiguous
+    lse_ptr,  # [B, H, M] or [H, M], contiguous
     dlse_ptr,  # the same, with HAS_DLSE
+    starts_q_ptr, starts_k_ptr, used_ptr,  # [B + 1], [B + 1] and [B], with IS_VARLEN
+    slopes_ptr, stride_sb, stride_sh,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
+    key_mask_ptr, stride_mb, stride_mn,
+    rng_ptr,  # [2]
     dq_ptr, stride_dqb, stride_dqm, stride_dqh, stride_dqd,
-    rows_ptr,  # [B, H, M, 2], contiguous: lse in units of log2, and delta
+    rows_ptr,  # lse's shape and 2, contiguous: lse in units of log2, and delta
     M, N, H, num_tiles, num_heads, heads_per_group,
-    scale, scale_log2, left, right,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    scale, scale_log2, softcap_log2, threshold, keep_scale, left, right,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     pid_m, pid_bh = tile_of_head(
@@ -88,23 +127,38 @@ def _attention_backward_dq_kernel(
     h_kv = h // GROUP
     start_m = pid_m * BLOCK_M
     first_row = start_m.to(tl.int64)
+    head_row = pid_bh.to(tl.int64) * M  # of lse
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    if IS_VARLEN:
+        head_row = h * M
+        first_q, first_k, M, N = ragged_bounds(b, starts_q_ptr, starts_k_ptr, used_ptr, HAS_USED)
+        if start_m >= M:
+            return
+        first_row += first_q
+        head_row += first_q
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
     mask_m = offs_m < M - start_m
     mask_d = offs_d < HEAD_DIM
+    mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
     q_ptr += b * stride_qb + h * stride_qh + first_row * stride_qm
     q_ptrs = q_ptr + tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
     q = load_tile(q_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
     do_ptr += b * stride_dob + h * stride_doh + first_row * stride_dom
-    do_ptrs = do_ptr + tile_offsets(offs_m, stride_dom, offs_d, stride_dod)
-    do = load_tile(do_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
+    do_ptrs = do_ptr + tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
+    do = load_tile(do_ptrs, mask_m, mask_dv, True, PAD_DV)  # [BLOCK_M, BLOCK_DV]
     out_ptr += b * stride_ob + h * stride_oh + first_row * stride_om
-    out_ptrs = out_ptr + tile_offsets(offs_m, stride_om, offs_d, stride_od)
-    out = load_tile(out_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
+    out_ptrs = out_ptr + tile_offsets(offs_m, stride_om, offs_dv, stride_od)
+    out = load_tile(out_ptrs, mask_m, mask_dv, True, PAD_DV)  # [BLOCK_M, BLOCK_DV]
 
-    row = pid_bh.to(tl.int64) * M + start_m + offs_m
+    row = head_row + start_m + offs_m
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
@@ -114,31 +168,43 @@ def _attention_backward_dq_kernel(
     tl.store(rows_ptr + 2 * row, lse_log2, mask=mask_m)
     tl.store(rows_ptr + 2 * row + 1, delta, mask=mask_m)
 
-    k_ptr += b * stride_kb + h_kv * stride_kh
-    v_ptr += b * stride_vb + h_kv * stride_vh
-    position = start_m + offs_m + (N - M)
+    if HAS_BIAS:
+        bias_ptr += b * stride_bb + h * stride_bh
+    if HAS_KEY_MASK:
+        key_mask_ptr += b * stride_mb
+    slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
+    seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     lo, full_lo, full_hi, hi = key_blocks(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_LEFT:
         dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, position,
+            dq, q, do, lse_log2, delta, start_m + offs_m,
             k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            lo, full_lo, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_N, BLOCK_D,
+            bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, lo, full_lo, M, N, b, h,
+            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, do, lse_log2, delta, position,
+        dq, q, do, lse_log2, delta, start_m + offs_m,
         k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        full_lo, full_hi, N, scale_log2, left, right,
-        HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_N, BLOCK_D,
+        bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, full_lo, full_hi, M, N, b, h,
+        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+        HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
+        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, do, lse_log2, delta, position,
+        dq, q, do, lse_log2, delta, start_m + offs_m,
         k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        full_hi, hi, N, scale_log2, left, right,
-        HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_N, BLOCK_D,
+        bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, full_hi, hi, M, N, b, h,
+        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+        HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
+        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
@@ -150,13 +216,19 @@ def _attention_backward_dq_kernel(
 # fmt: off
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, k, v, offs_key,
+    dk, dv, k, v, start_n,
     q_ptr, stride_qm, stride_qd,
     do_ptr, stride_dom, stride_dod,
     row_ptr,
-    lo, full_lo, full_hi, hi, M, N, scale_log2, left, right,
-    HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_TAIL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    bias_ptr, stride_bm, stride_bn,
+    key_mask_ptr, stride_mn,
+    lo, full_lo, full_hi, hi, M, N, b, h,
+    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_TAIL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Add dS^T Q and P^T dO over the query blocks in [lo, hi); tiles of scores are transposed.
@@ -164,24 +236,38 @@ def _accumulate_dk_dv(
     Blocks outside [full_lo, full_hi) look at the mask, in a branch.
     """
     offs_m = tl.arange(0, BLOCK_M)
+    offs_key = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
     mask_d = offs_d < HEAD_DIM
+    mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
+    HAS_TERMS: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
     q_offs = tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
-    do_offs = tile_offsets(offs_m, stride_dom, offs_d, stride_dod)
+    do_offs = tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
         q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
-        do = load_tile(do_ptr + do_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
+        do = load_tile(do_ptr + do_offs, mask_m, mask_dv, IS_TAIL, PAD_DV)  # [BLOCK_M, BLOCK_DV]
         # Both in one load: two loads of BLOCK_M numbers would be made by every thread.
         row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
         row = load_tile(row_ptrs, mask_m, mask_m, IS_TAIL, False)  # [BLOCK_M, 2]
         lse_log2, delta = tl.split(row)
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p_t = tl.math.exp2(scores_t * scale_log2 - lse_log2[None, :])
+        if HAS_TERMS:
+            scores_t, damping = modify_scores(
+                scores_t, (start_m + offs_m)[None, :], offs_key[:, None], M, N,
+                scale_log2, softcap_log2, slope_log2,
+                bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+            )  # fmt: skip
+            p_t = tl.math.exp2(scores_t - lse_log2[None, :])
+        else:
+            p_t = tl.math.exp2(scores_t * scale_log2 - lse_log2[None, :])
         position = start_m + offs_m + (N - M)
         if IS_TAIL:
             visible = is_visible(
@@ -194,8 +280,17 @@ def _accumulate_dk_dv(
                     position[None, :], offs_key[:, None], N, left, right, HAS_LEFT, HAS_RIGHT
                 )
                 p_t = tl.where(visible, p_t, 0.0)
-        dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
+        kept_t = p_t
+        if HAS_DROPOUT:
+            rows = start_m + offs_m
+            ones = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32) * keep_scale
+            factor_t = tl.trans(drop(ones, seed, offset, b, h, rows, start_n, threshold, BLOCK_N))
+            kept_t = p_t * factor_t
+            dp_t *= factor_t
+        dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
+        if HAS_SOFTCAP:
+            ds_t *= damping
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
         q_ptr += BLOCK_M * stride_qm
         do_ptr += BLOCK_M * stride_dom
@@ -209,14 +304,23 @@ def _attention_backward_dk_dv_kernel(
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
     do_ptr, stride_dob, stride_dom, stride_doh, stride_dod,
-    rows_ptr,  # [B, H, M, 2], contiguous: lse in units of log2, and delta
+    rows_ptr,  # [B, H, M, 2] or [H, M, 2], contiguous: lse in units of log2, and delta
+    starts_q_ptr, starts_k_ptr, used_ptr,  # [B + 1], [B + 1] and [B], with IS_VARLEN
+    slopes_ptr, stride_sb, stride_sh,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
+    key_mask_ptr, stride_mb, stride_mn,
+    rng_ptr,  # [2]
     dk_ptr, stride_dkb, stride_dkn, stride_dkh, stride_dkd,
     dv_ptr, stride_dvb, stride_dvn, stride_dvh, stride_dvd,
     M, N, H_KV, num_tiles, num_heads, heads_per_group,
-    scale, scale_log2, left, right,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale, scale_log2, softcap_log2, threshold, keep_scale, left, right,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     pid_n, pid_bh = tile_of_head(
@@ -230,53 +334,80 @@ def _attention_backward_dk_dv_kernel(
     h_kv = (pid_bh % H_KV).to(tl.int64)
     start_n = pid_n * BLOCK_N
     first_key = start_n.to(tl.int64)
+    first_q = first_key * 0
+    head_rows = M
+    group_row = pid_bh.to(tl.int64) * GROUP * M  # of rows_ptr
+    if IS_VARLEN:
+        group_row = h_kv * GROUP * M
+        first_q, first_k, M, N = ragged_bounds(b, starts_q_ptr, starts_k_ptr, used_ptr, HAS_USED)
+        if start_n >= N:
+            return
+        first_key += first_k
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
     mask_n = offs_n < N - start_n
     mask_d = offs_d < HEAD_DIM
-    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    mask_dv = offs_dv < HEAD_DIM_V
     k_ptr += b * stride_kb + h_kv * stride_kh + first_key * stride_kn
     k_ptrs = k_ptr + tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-    k = load_tile(k_ptrs, mask_n, mask_d, True, PAD_D)  # [BLOCK_N, BLOCK_D]
+    k = load_tile(k_ptrs, mask_n, mask_d, True, HEAD_DIM != BLOCK_D)  # [BLOCK_N, BLOCK_D]
     v_ptr += b * stride_vb + h_kv * stride_vh + first_key * stride_vn
-    v_ptrs = v_ptr + tile_offsets(offs_n, stride_vn, offs_d, stride_vd)
-    v = load_tile(v_ptrs, mask_n, mask_d, True, PAD_D)  # [BLOCK_N, BLOCK_D]
+    v_ptrs = v_ptr + tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
+    v = load_tile(v_ptrs, mask_n, mask_dv, True, HEAD_DIM_V != BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
     lo, full_lo, full_hi, hi = query_blocks(
         start_n, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     whole_hi = tl.minimum(tl.cdiv(hi, BLOCK_M), M // BLOCK_M) * BLOCK_M
     tail = tl.maximum(lo, whole_hi)  # from here on a block has queries past the end
+    if HAS_KEY_MASK:
+        key_mask_ptr += b * stride_mb
+    seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # One loop for all but the tail and, with a window, a branch around the tail's: otherwise ptxas
     # cannot overlap the products of either loop (its remark C7515).
     for g in range(GROUP):
         h = h_kv * GROUP + g
-        q_head = q_ptr + b * stride_qb + h * stride_qh
-        do_head = do_ptr + b * stride_dob + h * stride_doh
-        row_ptr = rows_ptr + 2 * (pid_bh.to(tl.int64) * GROUP + g) * M
+        q_head = q_ptr + b * stride_qb + h * stride_qh + first_q * stride_qm
+        do_head = do_ptr + b * stride_dob + h * stride_doh + first_q * stride_dom
+        row_ptr = rows_ptr + 2 * (group_row + tl.cast(g, tl.int64) * head_rows + first_q)
+        slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
+        bias_head = bias_ptr
+        if HAS_BIAS:
+            bias_head = bias_ptr + b * stride_bb + h * stride_bh
         dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, start_n + offs_n,
-            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-            row_ptr, lo, full_lo, full_hi, tail, M, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_M, BLOCK_D,
+            dk, dv, k, v, start_n,
+            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
+            bias_head, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+            lo, full_lo, full_hi, tail, M, N, b, h,
+            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         if (tail < hi) | (not (HAS_LEFT or HAS_RIGHT)):
             dk, dv = _accumulate_dk_dv(
-                dk, dv, k, v, start_n + offs_n,
-                q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod,
-                row_ptr, tail, full_lo, full_hi, hi, M, N, scale_log2, left, right,
-                HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_M, BLOCK_D,
+                dk, dv, k, v, start_n,
+                q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
+                bias_head, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+                tail, full_lo, full_hi, hi, M, N, b, h,
+                scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
+                left, right,
+                HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
+                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+                TAIL_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     mask = mask_n[:, None] & mask_d[None, :]
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + first_key * stride_dkn
     dk_ptrs = dk_ptr + tile_offsets(offs_n, stride_dkn, offs_d, stride_dkd)
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    mask = mask_n[:, None] & mask_dv[None, :]
     dv_ptr += b * stride_dvb + h_kv * stride_dvh + first_key * stride_dvn
-    dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dvn, offs_d, stride_dvd)
+    dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dvn, offs_dv, stride_dvd)
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
@@ -296,30 +427,48 @@ def attention_backward(
     options: Options,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of q, k, v, attn_bias and sinks, given those of out (dout) and, maybe, lse (dlse)."""
-    scale, window = options.scale, options.window
-    B, M, H, _ = q.shape
-    N = k.shape[1]
-    if B * M * H * N == 0:
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), None, None
-    rows = q.new_empty((B, H, M, 2), dtype=torch.float32)
-    dq = _dq(dout, dlse, q, k, v, out, lse, rows, scale, window)
-    dk, dv = _dk_dv(dout, q, k, v, rows, scale, window)
-    return dq, dk, dv, None, None
+    size = problem.size(q, k, v, options)
+    bias, sinks = options.attn_bias if needs_dbias else None, options.sinks
+    if size.B * size.M * size.H * size.N == 0:
+        return _empty_gradients(dlse, q, k, v, bias, sinks)
+    rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
+    if options.is_varlen:
+        rows.zero_()  # of tokens that are in no sequence
+    terms = problem.score_terms(q, size, options)
+    dq = _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options)
+    dk, dv = _dk_dv(dout, q, k, v, rows, size, terms, options)
+    dbias = None
+    if bias is not None:
+        dbias = bias_gradient(dout, q, k, v, rows, size, terms, options)
+    return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows)
 
 
-def _dq(dout, dlse, q, k, v, out, lse, rows, scale, window):
-    """Compute dq, and fill `rows` (B, H, M, 2) for `_dk_dv`."""
-    B, M, H, D = q.shape
-    _, N, H_KV, _ = k.shape
-    left, right = window
-    dq = q.new_empty(q.shape)
-    config = configs.tiles(configs.BACKWARD_DQ, q, k, window)
-    num_tiles = problem.ceil_div(M, config.block_m)
-    tensors = (q, k, v, out, dout, dq)
-    strides = tuple(tensor.stride() for tensor in tensors)
+def _empty_gradients(dlse, q, k, v, bias, sinks):
+    """Gradients where no query has a key: a sink alone is what its lse is."""
+    grads = [None if x is None else x.new_zeros(x.shape) for x in (q, k, v, bias, sinks)]
+    if sinks is not None and dlse is not None:
+        grads[4] = dlse.sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)
+    return tuple(grads)
+
+
+def _dsinks(sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Gradient of sinks (H,), summed over the queries of `rows` (..., H, M, 2)."""
+    lse_log2, delta = rows.unbind(-1)
+    share = torch.exp2(sinks.float()[:, None] * problem.LOG2_E - lse_log2)
+    grad = -(share * delta).sum(-1)
+    return (grad.sum(0) if grad.dim() == 2 else grad).to(sinks.dtype)
+
+
+def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
+    """Compute dq, and fill `rows` for the other kernels."""
+    left, right = options.window
+    dq = problem.new_gradient(q, options)
+    config = configs.tiles(configs.BACKWARD_DQ, q, size, options.window)
+    num_tiles = problem.ceil_div(size.M, config.block_m)
+    strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out, dout, dq))
     _launch_dq(
-        num_tiles * B * H,
-        strides=strides,
+        num_tiles * size.B * size.H,
+        strides=(*strides, terms.key),
         args=(
             q, *strides[0],
             k, *strides[1],
@@ -328,52 +477,61 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, scale, window):
             dout, *strides[4],
             lse,
             None if dlse is None else dlse.contiguous(),
+            *problem.starts(options),
+            *terms.args,
             dq, *strides[5],
             rows,
-            M, N, H, num_tiles, B * H, problem.heads_per_group(k),
-            scale, scale * problem.LOG2_E, left, right,
+            size.rows, size.N, size.H, num_tiles, size.B * size.H,
+            problem.heads_per_group(k, size.N),
+            options.scale, options.scale * problem.LOG2_E, *terms.scalars, left, right,
         ),
         constexprs={
-            "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
+            "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
+            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "HAS_DLSE": dlse is not None, "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "TAIL_N": problem.tail_block(N, config.block_n, window),
-            "BLOCK_D": problem.padded_head_dim(D),
+            "TAIL_N": problem.tail_block(size.N, config.block_n, options),
+            "BLOCK_D": problem.padded_head_dim(size.D),
+            "BLOCK_DV": problem.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip
     return dq
 
 
-def _dk_dv(dout, q, k, v, rows, scale, window):
+def _dk_dv(dout, q, k, v, rows, size, terms, options):
     """Compute dk and dv from the `rows` that `_dq` left."""
-    B, M, H, D = q.shape
-    _, N, H_KV, _ = k.shape
-    left, right = window
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    config = configs.tiles(configs.BACKWARD_DK_DV, q, k, window)
-    num_tiles = problem.ceil_div(N, config.block_n)
-    tensors = (q, k, v, dout, dk, dv)
-    strides = tuple(tensor.stride() for tensor in tensors)
+    left, right = options.window
+    dk, dv = problem.new_gradient(k, options), problem.new_gradient(v, options)
+    config = configs.tiles(configs.BACKWARD_DK_DV, q, size, options.window)
+    num_tiles = problem.ceil_div(size.N, config.block_n)
+    strides = tuple(problem.four_strides(x, options) for x in (q, k, v, dout, dk, dv))
     _launch_dk_dv(
-        num_tiles * B * H_KV,
-        strides=strides,
+        num_tiles * size.B * size.H_KV,
+        strides=(*strides, terms.key),
         args=(
             q, *strides[0],
             k, *strides[1],
             v, *strides[2],
             dout, *strides[3],
             rows,
+            *problem.starts(options),
+            *terms.args,
             dk, *strides[4],
             dv, *strides[5],
-            M, N, H_KV, num_tiles, B * H_KV, problem.heads_per_group(q),
-            scale, scale * problem.LOG2_E, left, right,
+            size.rows, size.N, size.H_KV, num_tiles, size.B * size.H_KV,
+            problem.heads_per_group(q, size.M),
+            options.scale, options.scale * problem.LOG2_E, *terms.scalars, left, right,
         ),
         constexprs={
-            "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
+            "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
+            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "PRECISION": problem.dot_precision(q), "BLOCK_M": config.block_m,
-            "TAIL_M": problem.tail_block(M, config.block_m, window),
-            "BLOCK_N": config.block_n, "BLOCK_D": problem.padded_head_dim(D),
+            "TAIL_M": problem.tail_block(size.M, config.block_m, options),
+            "BLOCK_N": config.block_n, "BLOCK_D": problem.padded_head_dim(size.D),
+            "BLOCK_DV": problem.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tiles of the three kernels: rows measured on an H200, and how a problem finds its row.
+"""Tiles of the kernels: rows measured on an H200, and how a problem finds its row.
 
 A row's key is (BLOCK_D, bytes of an element, shape): the shape is "short" up to 1024 tokens, where
 many small tiles beat few large ones, else "causal" or "full"; any window counts as causal.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from attn_core.tuning import Table, TileConfig, pick
-from attn_flash._triton.problem import padded_head_dim
+from attn_flash._triton.problem import Size, padded_head_dim
 
 SHORT = 1024  # tokens
 _SHAPES = ("short", "causal", "full")
@@ -107,12 +107,36 @@ BACKWARD_DK_DV = Table(
     ],
     sources=("attn_flash._triton.backward",),
 )
+# Every operand changes from step to step, so all of them go through the pipeline's shared memory.
+BACKWARD_BIAS = Table(
+    "attn_flash.backward_bias",
+    rows={
+        **_LARGE_TILES,
+        **_rows(
+            "sm_90",
+            (16, "any", TileConfig(64, 64, 4, 2)),
+            (32, "any", TileConfig(64, 64, 4, 2)),
+            (64, "any", TileConfig(64, 64, 4, 2)),
+            (128, "any", TileConfig(64, 64, 4, 2)),
+            (256, "any", TileConfig(64, 32, 4, 2)),
+        ),
+    },
+    default=TileConfig(32, 32, 4, 1),
+    candidates=[
+        TileConfig(block_m, block_n, warps, stages)
+        for block_m, warps in ((32, 4), (64, 4), (128, 8))
+        for block_n in (32, 64)
+        for stages in (1, 2)
+    ],
+    sources=("attn_flash._triton.backward_bias",),
+)
 
 
-def tiles(table: Table, q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> TileConfig:
+def tiles(table: Table, q: torch.Tensor, size: Size, window: tuple[int, int]) -> TileConfig:
     """Choose the tiles of one launch."""
-    if max(q.shape[1], k.shape[1]) <= SHORT:
+    if max(size.M, size.N) <= SHORT:
         shape = "short"
     else:
         shape = "full" if window == (-1, -1) else "causal"
-    return pick(table, q.device, (padded_head_dim(q.shape[3]), q.element_size(), shape))
+    block_d = padded_head_dim(max(size.D, size.D_v))
+    return pick(table, q.device, (block_d, q.element_size(), shape))

@@ -7,48 +7,85 @@ import triton.language as tl
 from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.scores import first_state
 from attn_core.tiles.softmax import finish_softmax, online_softmax, online_softmax_masked
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem
+from attn_flash._triton.scores import drop, load_slope, load_state, modify_scores
+from attn_flash._triton.sequences import paged_rows, ragged_bounds
 from attn_flash.options import Options
 
 
 # fmt: off
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q, position,
-    k_ptr, stride_kn, stride_kd,
-    v_ptr, stride_vn, stride_vd,
-    lo, hi, N, scale_log2, left, right,
-    HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, q, rows,
+    k_ptr, stride_kb, stride_kn, stride_kd,
+    v_ptr, stride_vb, stride_vn, stride_vd,
+    table_ptr, stride_tn,
+    bias_ptr, stride_bm, stride_bn,
+    key_mask_ptr, stride_mn,
+    lo, hi, M, N, b, h, scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Attend to the key blocks in [lo, hi), with or without looking at the mask."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
     mask_d = offs_d < HEAD_DIM
+    mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
+    HIDES: tl.constexpr = HAS_BIAS or HAS_KEY_MASK
     k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-    v_offs = tile_offsets(offs_n, stride_vn, offs_d, stride_vd)
-    k_ptr += tl.cast(lo, tl.int64) * stride_kn
-    v_ptr += tl.cast(lo, tl.int64) * stride_vn
+    v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
+    if PAGE_SIZE == 0:
+        k_ptr += tl.cast(lo, tl.int64) * stride_kn
+        v_ptr += tl.cast(lo, tl.int64) * stride_vn
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
+        if PAGE_SIZE > 0:
+            k_rows, v_rows = paged_rows(
+                table_ptr, stride_tn, start_n + offs_n, mask_n,
+                stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE,
+            )  # fmt: skip
+            k_offs = k_rows[:, None] + offs_d[None, :] * stride_kd
+            v_offs = v_rows[:, None] + offs_dv[None, :] * stride_vd
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + v_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        factor = scale_log2
+        if HAS_SOFTCAP or HAS_ALIBI or HIDES:
+            scores, _ = modify_scores(
+                scores, rows[:, None], start_n + offs_n[None, :], M, N,
+                scale_log2, softcap_log2, slope_log2,
+                bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+            )  # fmt: skip
+            factor = 1.0
         if MASKED:
             visible = is_visible(
-                position[:, None], start_n + offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, scale_log2, visible)
+                rows[:, None] + (N - M), start_n + offs_n[None, :], N, left, right,
+                HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
+        elif HIDES:
+            visible = tl.full([1, 1], True, tl.int1)
+            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
         else:
-            m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, scale_log2)
+            m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
+        if HAS_DROPOUT:
+            p = drop(p, seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        k_ptr += BLOCK_N * stride_kn
-        v_ptr += BLOCK_N * stride_vn
+        if PAGE_SIZE == 0:
+            k_ptr += BLOCK_N * stride_kn
+            v_ptr += BLOCK_N * stride_vn
     return acc, m_i, l_i
 
 
@@ -56,55 +93,84 @@ def _attend(
 @triton.jit
 def _attend_rows(
     q_ptr, stride_qm, stride_qd,
-    k_ptr, stride_kn, stride_kd,
-    v_ptr, stride_vn, stride_vd,
+    k_ptr, stride_kb, stride_kn, stride_kd,
+    v_ptr, stride_vb, stride_vn, stride_vd,
+    table_ptr, stride_tn,
+    bias_ptr, stride_bm, stride_bn,
+    key_mask_ptr, stride_mn,
+    sink_ptr,
     out_ptr, stride_om, stride_od,
     lse_ptr,
-    start_m, M, N, scale_log2, left, right,
-    HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    start_m, M, N, b, h,
+    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Compute BLOCK_M rows of one head; the pointers are those of the head."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    rows = start_m + offs_m
     mask_m = offs_m < M - start_m
     mask_d = offs_d < HEAD_DIM
+    mask_dv = offs_dv < HEAD_DIM_V
     first_row = start_m.to(tl.int64)
     q_ptrs = q_ptr + first_row * stride_qm + tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
     q = load_tile(q_ptrs, mask_m, mask_d, True, HEAD_DIM != BLOCK_D)  # [BLOCK_M, BLOCK_D]
     if NEGATE_Q:  # a running maximum needs a scale that is not negative
         q = -q
 
-    position = start_m + offs_m + (N - M)
     lo, full_lo, full_hi, hi = key_blocks(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_SINKS:
+        sink_ptr += offs_m * 0
+    m_i, l_i = first_state(sink_ptr, mask_m, HAS_SINKS, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
-            acc, m_i, l_i, q, position, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            lo, full_lo, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, BLOCK_N, BLOCK_D,
+            acc, m_i, l_i, q, rows,
+            k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
+            table_ptr, stride_tn, bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+            lo, full_lo, M, N, b, h,
+            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
+            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, position, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        full_lo, full_hi, N, scale_log2, left, right,
-        HEAD_DIM, HAS_LEFT, HAS_RIGHT, False, PRECISION, BLOCK_N, BLOCK_D,
+        acc, m_i, l_i, q, rows,
+        k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
+        table_ptr, stride_tn, bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+        full_lo, full_hi, M, N, b, h,
+        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
+        HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, False,
+        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, position, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        full_hi, hi, N, scale_log2, left, right,
-        HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, PRECISION, TAIL_N, BLOCK_D,
+        acc, m_i, l_i, q, rows,
+        k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
+        table_ptr, stride_tn, bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+        full_hi, hi, M, N, b, h,
+        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
+        HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
+        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
+    if HAS_DROPOUT:
+        acc *= keep_scale
     out, lse = finish_softmax(m_i, l_i, acc)
-    tl.store(lse_ptr + start_m + offs_m, lse, mask=mask_m)
-    out_ptrs = out_ptr + first_row * stride_om + tile_offsets(offs_m, stride_om, offs_d, stride_od)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
+    tl.store(lse_ptr + rows, lse, mask=mask_m)
+    out_ptrs = out_ptr + first_row * stride_om + tile_offsets(offs_m, stride_om, offs_dv, stride_od)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_dv[None, :])
 
 
 # fmt: off
@@ -113,14 +179,25 @@ def _attention_forward_kernel(
     q_ptr, stride_qb, stride_qm, stride_qh, stride_qd,
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
+    starts_q_ptr, starts_k_ptr, used_ptr,  # [B + 1], [B + 1] and [B], with IS_VARLEN
+    table_ptr, stride_tb, stride_tn,
+    slopes_ptr, stride_sb, stride_sh,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
+    key_mask_ptr, stride_mb, stride_mn,
+    rng_ptr,  # [2]
+    sinks_ptr,  # [H], contiguous
     out_ptr, stride_ob, stride_om, stride_oh, stride_od,
-    lse_ptr,  # [B, H, M], contiguous
+    lse_ptr,  # [B, H, M] or [H, M], contiguous
     M, N, H, num_tiles, num_heads, heads_per_group,
-    scale_log2, left, right,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    scale_log2, softcap_log2, threshold, keep_scale, left, right,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     pid_m, pid_bh = tile_of_head(
@@ -130,23 +207,55 @@ def _attention_forward_kernel(
     h = (pid_bh % H).to(tl.int64)
     h_kv = h // GROUP
     q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h_kv * stride_kh
-    v_ptr += b * stride_vb + h_kv * stride_vh
+    k_ptr += h_kv * stride_kh
+    v_ptr += h_kv * stride_vh
     out_ptr += b * stride_ob + h * stride_oh
-    lse_ptr += pid_bh.to(tl.int64) * M
+    if IS_VARLEN:
+        lse_ptr += h * M
+        first_q, first_k, M, N = ragged_bounds(b, starts_q_ptr, starts_k_ptr, used_ptr, HAS_USED)
+        if pid_m * BLOCK_M >= M:
+            return
+        q_ptr += first_q * stride_qm
+        out_ptr += first_q * stride_om
+        lse_ptr += first_q
+        if PAGE_SIZE > 0:
+            table_ptr += b * stride_tb
+        else:
+            k_ptr += first_k * stride_kn
+            v_ptr += first_k * stride_vn
+    else:
+        k_ptr += b * stride_kb
+        v_ptr += b * stride_vb
+        lse_ptr += pid_bh.to(tl.int64) * M
+    if HAS_SINKS:
+        sinks_ptr += h
+    if HAS_BIAS:
+        bias_ptr += b * stride_bb + h * stride_bh
+    if HAS_KEY_MASK:
+        key_mask_ptr += b * stride_mb
+    slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
+    seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     if TAIL_M < BLOCK_M and pid_m == num_tiles - 1:
         _attend_rows(
-            q_ptr, stride_qm, stride_qd, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            out_ptr, stride_om, stride_od, lse_ptr,
-            pid_m * BLOCK_M, M, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, NEGATE_Q, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D,
+            q_ptr, stride_qm, stride_qd, k_ptr, stride_kb, stride_kn, stride_kd,
+            v_ptr, stride_vb, stride_vn, stride_vd, table_ptr, stride_tn,
+            bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, sinks_ptr,
+            out_ptr, stride_om, stride_od, lse_ptr, pid_m * BLOCK_M, M, N, b, h,
+            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
+            NEGATE_Q, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     else:
         _attend_rows(
-            q_ptr, stride_qm, stride_qd, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            out_ptr, stride_om, stride_od, lse_ptr,
-            pid_m * BLOCK_M, M, N, scale_log2, left, right,
-            HEAD_DIM, HAS_LEFT, HAS_RIGHT, NEGATE_Q, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D,
+            q_ptr, stride_qm, stride_qd, k_ptr, stride_kb, stride_kn, stride_kd,
+            v_ptr, stride_vb, stride_vn, stride_vd, table_ptr, stride_tn,
+            bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, sinks_ptr,
+            out_ptr, stride_om, stride_od, lse_ptr, pid_m * BLOCK_M, M, N, b, h,
+            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
+            NEGATE_Q, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
 
@@ -156,38 +265,51 @@ _launch = Launcher(_attention_forward_kernel, check=problem.require_narrow_tiles
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
-    scale, window = options.scale, options.window
-    B, M, H, D = q.shape
-    _, N, H_KV, _ = k.shape
-    out = q.new_empty((B, M, H, D))
-    lse = q.new_empty((B, H, M), dtype=torch.float32)
-    if B * M * H == 0:
+    """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out (B, M, H, D_v), lse (B, H, M)."""
+    size = problem.size(q, k, v, options)
+    out, lse = problem.new_outputs(q, size)
+    if size.B * size.M * size.H == 0:
         return out, lse
-    left, right = window
-    config = configs.tiles(configs.FORWARD, q, k, window)
-    num_tiles = problem.ceil_div(M, config.block_m)
-    q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
+    left, right = options.window
+    config = configs.tiles(configs.FORWARD, q, size, options.window)
+    num_tiles = problem.ceil_div(size.M, config.block_m)
+    strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out))
+    if options.block_table is not None:
+        strides = (strides[0], k.stride(), v.stride(), strides[3])
+    table = options.block_table
+    table_strides = (0, 0) if table is None else table.stride()
+    sinks = options.sinks
+    terms = problem.score_terms(q, size, options)
     _launch(
-        num_tiles * B * H,
-        strides=(q_strides, k_strides, v_strides, out_strides),
+        num_tiles * size.B * size.H,
+        strides=(*strides, table_strides, terms.key, None if sinks is None else sinks.dtype),
         args=(
-            q, *q_strides,
-            k, *k_strides,
-            v, *v_strides,
-            out, *out_strides,
+            q, *strides[0],
+            k, *strides[1],
+            v, *strides[2],
+            *problem.starts(options),
+            table, *table_strides,
+            *terms.args,
+            None if sinks is None else sinks.contiguous(),
+            out, *strides[3],
             lse,
-            M, N, H, num_tiles, B * H, problem.heads_per_group(k),
-            abs(scale) * problem.LOG2_E, left, right,
+            size.rows, size.N, size.H, num_tiles, size.B * size.H,
+            problem.heads_per_group(k, size.N),
+            abs(options.scale) * problem.LOG2_E, *terms.scalars, left, right,
         ),
         constexprs={
-            "GROUP": H // H_KV, "HEAD_DIM": D, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
-            "NEGATE_Q": scale < 0, "PRECISION": problem.dot_precision(q),
+            "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
+            "PAGE_SIZE": 0 if table is None else k.shape[1],
+            "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
+            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
+            "HAS_SINKS": sinks is not None,
+            "NEGATE_Q": options.scale < 0, "PRECISION": problem.dot_precision(q),
             "BLOCK_M": config.block_m,
-            "TAIL_M": problem.tail_block(M, config.block_m, window),
+            "TAIL_M": problem.tail_block(size.M, config.block_m, options),
             "BLOCK_N": config.block_n,
-            "TAIL_N": problem.tail_block(N, config.block_n, window),
-            "BLOCK_D": problem.padded_head_dim(D),
+            "TAIL_N": problem.tail_block(size.N, config.block_n, options),
+            "BLOCK_D": problem.padded_head_dim(size.D),
+            "BLOCK_DV": problem.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
+from attn_core.dropout import threshold
 from attn_core.errors import UnsupportedProblemError
+from attn_flash.options import Options
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
@@ -15,6 +19,7 @@ NOT_SPECIALIZED = [
     "num_tiles",
     "num_heads",
     "heads_per_group",
+    "threshold",
     "left",
     "right",
 ]
@@ -41,28 +46,132 @@ def dot_precision(tensor: torch.Tensor) -> str:
     return "ieee"
 
 
-def tail_block(length: int, block: int, window: tuple[int, int]) -> int:
+class Size(NamedTuple):
+    """Sizes of a problem; M and N are those of the longest sequences where they are ragged."""
+
+    B: int
+    M: int
+    N: int
+    H: int
+    H_KV: int
+    D: int
+    D_v: int
+    rows: int  # queries of a head in lse: all of them where sequences are ragged
+
+
+def size(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Size:
+    """Sizes of the problem that q, k, v and options pose."""
+    M, N = options.lengths(q, k)
+    starts = options.cu_seqlens_q
+    B = q.shape[0] if starts is None else starts.shape[0] - 1
+    rows = M if starts is None else q.shape[0]
+    return Size(B, M, N, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], rows)
+
+
+def new_outputs(q: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for out and lse; tokens of no sequence are as queries without keys."""
+    if q.dim() == 4:
+        out = q.new_empty((size.B, size.M, size.H, size.D_v))
+        return out, q.new_empty((size.B, size.H, size.M), dtype=torch.float32)
+    out = q.new_zeros((size.rows, size.H, size.D_v))
+    return out, q.new_full((size.H, size.rows), -torch.inf, dtype=torch.float32)
+
+
+def new_gradient(x: torch.Tensor, options: Options) -> torch.Tensor:
+    """Memory for the gradient of x; tokens of no sequence have the gradient 0."""
+    return x.new_zeros(x.shape) if options.is_varlen else x.new_empty(x.shape)
+
+
+def four_strides(x: torch.Tensor, options: Options) -> tuple[int, ...]:
+    """Strides along batch, sequence, head and head dimension."""
+    return (0, *x.stride()) if options.is_varlen else x.stride()
+
+
+def starts(options: Options) -> tuple[torch.Tensor | None, ...]:
+    """Where ragged sequences begin, and how many keys of each count."""
+    tensors = (options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_k)
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+class ScoreTerms(NamedTuple):
+    """How kernels are told of score modifications and dropout."""
+
+    args: tuple[Any, ...]  # tensors with their strides
+    scalars: tuple[Any, ...]  # softcap_log2, threshold, keep_scale
+    flags: dict[str, bool]
+    key: tuple[Any, ...]  # what a kernel is compiled for
+
+
+_NO_TERMS = ScoreTerms(
+    args=(None, 0, 0, None, 0, 0, 0, 0, None, 0, 0, None),
+    scalars=(0.0, 0, 1.0),
+    flags=dict.fromkeys(
+        ("HAS_SOFTCAP", "HAS_ALIBI", "HAS_BIAS", "HAS_KEY_MASK", "HAS_DROPOUT"), False
+    ),
+    key=(),
+)
+
+
+def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
+    """Put together the arguments of kernels that modify scores."""
+    if not options.features():
+        return _NO_TERMS
+    slopes, bias, key_mask = options.alibi_slopes, options.attn_bias, options.key_mask
+    slopes_strides = (0, 0) if slopes is None else slopes.expand(size.B, size.H).stride()
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if bias is not None:
+        bias_strides = bias.expand(size.B, size.H, size.M, size.N).stride()
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    has_dropout = options.dropout_p != 0.0
+    state = options.rng_state if has_dropout else None
+    return ScoreTerms(
+        args=(
+            slopes, *slopes_strides,
+            bias, *bias_strides,
+            key_mask, *mask_strides,
+            None if state is None else state.contiguous(),
+        ),
+        scalars=(
+            options.softcap * LOG2_E, threshold(options.dropout_p), 1.0 / (1.0 - options.dropout_p)
+        ),
+        flags={
+            "HAS_SOFTCAP": options.softcap != 0.0, "HAS_ALIBI": slopes is not None,
+            "HAS_BIAS": bias is not None, "HAS_KEY_MASK": key_mask is not None,
+            "HAS_DROPOUT": has_dropout,
+        },
+        key=(
+            slopes_strides, bias_strides, mask_strides,
+            *(None if x is None else x.dtype for x in (bias, key_mask)),
+        ),
+    )  # fmt: skip
+
+
+def tail_block(length: int, block: int, options: Options) -> int:
     """Size of the last block along a sequence: small where the full blocks leave little for it.
 
     197 tokens in blocks of 64 leave 5: a tail of 16 saves a fifth of the work. Long sequences gain
     nothing, and windows end elsewhere; neither is worth another compilation.
     """
     rest = length % block
-    if length > _TAIL_MATTERS or window != (-1, -1) or rest == 0:
+    is_plain = options.window == (-1, -1) and not options.features()
+    if length > _TAIL_MATTERS or not is_plain or rest == 0:
         return block
     return max(16, 1 << (rest - 1).bit_length())
 
 
-def heads_per_group(k: torch.Tensor) -> int:
+def heads_per_group(k: torch.Tensor, length: int) -> int:
     """How many heads' keys and values fit the share of the L2 cache that programs work in."""
-    head_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+    head_bytes = 2 * length * k.shape[-1] * k.element_size()
     return max(1, _L2_SHARE // max(head_bytes, 1))
 
 
-def require_narrow_tiles(strides: tuple[tuple[int, ...], ...]) -> None:
+def require_narrow_tiles(key: tuple[Any, ...]) -> None:
     """Check that offsets within a tile fit 32 bits, given the strides of (B, S, H, D) tensors."""
     rows, columns = _LARGEST_TILE
-    for _, row_stride, _, column_stride in strides:
+    for strides in key:
+        if not isinstance(strides, tuple) or len(strides) != 4:
+            continue  # it belongs to another tensor
+        _, row_stride, _, column_stride = strides
         if (rows - 1) * row_stride + (columns - 1) * column_stride >= 2**31:
             raise UnsupportedProblemError(
                 "triton: a tile must span less than 2**31 elements, got strides "

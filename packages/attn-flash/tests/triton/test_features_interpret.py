@@ -1,0 +1,157 @@
+"""Score terms, dropout and ragged sequences of the Triton kernels, in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_core.tuning import TileConfig
+from attn_flash import reference
+from attn_flash.options import Options
+
+pytest.importorskip("triton")
+
+from attn_flash._triton import backward, configs, forward
+
+pytestmark = pytest.mark.interpret
+
+B, H, H_KV, M, N, D, D_V = 2, 2, 1, 19, 37, 8, 5
+STATE = torch.tensor([1234567890123, 5])
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
+WINDOWS = {"full": (-1, -1), "causal": (-1, 0), "window": (7, 3)}
+
+
+def tensor(name, *shape, dtype=torch.float32):
+    return random_tensor(shape, seed=name, dtype=dtype)
+
+
+FEATURES = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": torch.linspace(0.1, 1.0, H)},
+    "alibi-batch": {"alibi_slopes": torch.linspace(0.1, 1.0, B * H).reshape(B, H)},
+    "bias": {"attn_bias": tensor("bias", B, H, M, N)},
+    "bias-of-a-head": {"attn_bias": tensor("bias", 1, H, M, N)},
+    "bias-of-keys": {"attn_bias": tensor("bias", B, 1, 1, N)},
+    "bias-of-queries": {"attn_bias": tensor("bias", 1, H, M, 1)},
+    "bias-of-a-batch": {"attn_bias": tensor("bias", B, 1, 1, 1)},
+    "bool-bias": {"attn_bias": tensor("bias", B, 1, M, N) > -0.5},
+    "key-mask": {"key_mask": tensor("mask", B, N) > 0},
+    "added-key-mask": {"key_mask": tensor("mask", B, N)},
+    "sinks": {"sinks": tensor("sinks", H)},
+    "dropout": {"dropout_p": 0.3, "rng_state": STATE},
+    "everything": {
+        "softcap": 2.0,
+        "alibi_slopes": torch.linspace(0.1, 1.0, B * H).reshape(B, H),
+        "attn_bias": tensor("bias", B, 1, M, N),
+        "key_mask": tensor("mask", B, N) > 0,
+        "sinks": tensor("sinks", H),
+        "dropout_p": 0.3,
+        "rng_state": STATE,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(configs, "tiles", lambda table, q, size, window: TileConfig(16, 16))
+
+
+def run_kernels(q, k, v, options, dout, dlse, needs_dbias):
+    with poison_new_allocations():
+        out, lse = forward.attention(q, k, v, options)
+        grads = backward.attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias, options)
+    return out, lse, *grads
+
+
+def run_reference(q, k, v, options, dout, dlse, needs_dbias, dtype):
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    inputs = [q, k, v]
+    if needs_dbias:
+        options = options._replace(attn_bias=options.attn_bias.to(dtype).requires_grad_())
+        inputs.append(options.attn_bias)
+    if options.sinks is not None:
+        options = options._replace(sinks=options.sinks.to(dtype).requires_grad_())
+        inputs.append(options.sinks)
+    out, lse = reference.attention_with(q, k, v, options)
+    grads = list(torch.autograd.grad([out, lse], inputs, [dout.to(dtype), dlse.to(dtype)]))
+    if not needs_dbias:
+        grads.insert(3, None)
+    if options.sinks is None:
+        grads.append(None)
+    return out, lse, *grads
+
+
+def check(q, k, v, options):
+    bias = options.attn_bias
+    needs_dbias = bias is not None and bias.is_floating_point()
+    shape = (*q.shape[:-1], v.shape[-1])
+    dout = tensor("dout", *shape)
+    dlse = tensor("dlse", *reference.attention_with(q, k, v, options)[1].shape)
+    arguments = (q, k, v, options, dout, dlse, needs_dbias)
+    actual = run_kernels(*arguments)
+    same = run_reference(*arguments, torch.float32)
+    exact = run_reference(*arguments, torch.float64)
+    for name, x, y, z in zip(NAMES, actual, same, exact, strict=True):
+        assert (x is None) == (z is None), name
+        if x is not None:
+            assert x.shape == z.shape
+            # Few numbers with few roundings each: their largest error is luck.
+            assert_within_budget(x, y, z, name=name, factor=4.0 if x.numel() > 16 else 16.0)
+
+
+CASES = [(name, "window") for name in FEATURES if name != "plain"] + [("everything", "causal")]
+
+
+@pytest.mark.parametrize("name,window", CASES, ids="-".join)
+def test_dense(name, window):
+    window = WINDOWS[window]
+    q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
+    options = Options(
+        scale=D**-0.5, window_left=window[0], window_right=window[1], **FEATURES[name]
+    )
+    check(q, k, v, options)
+
+
+@pytest.mark.parametrize(
+    "name,window", [("plain", "full"), ("bias-of-a-head", "causal"), ("everything", "window")]
+)
+def test_ragged(name, window):
+    window = WINDOWS[window]
+    lengths_q, lengths_k = (M, 3), (N, 20)
+    starts = [
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        for lengths in (lengths_q, lengths_k)
+    ]
+    q = tensor("q", sum(lengths_q) + 2, H, D)
+    k, v = tensor("k", sum(lengths_k) + 1, H_KV, D), tensor("v", sum(lengths_k) + 1, H_KV, D_V)
+    options = Options(
+        scale=-0.5, window_left=window[0], window_right=window[1],
+        cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=M, max_seqlen_k=N,
+        **FEATURES[name],
+    )  # fmt: skip
+    check(q, k, v, options)
+    used = torch.tensor([5, 17], dtype=torch.int32)
+    if name == "plain":
+        check(q, k, v, options._replace(seqused_k=used))
+
+
+@pytest.mark.parametrize("page_size", [5, 16])
+def test_pages(page_size):
+    starts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 22], [0, 37, 40])]
+    max_pages = -(-N // page_size)
+    table = torch.randperm(2 * max_pages).int().reshape(2, max_pages)
+    q = tensor("q", 22, H, D)
+    k = tensor("k", 2 * max_pages, page_size, H_KV, D)
+    v = tensor("v", 2 * max_pages, page_size, H_KV, D_V)
+    options = Options(
+        window_right=0, scale=D**-0.5, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1],
+        block_table=table, max_seqlen_q=M, max_seqlen_k=N,
+    )  # fmt: skip
+    with poison_new_allocations():
+        actual = forward.attention(q, k, v, options)
+    same = reference.attention_with(q, k, v, options)
+    exact = reference.attention_with(q.double(), k.double(), v.double(), options)
+    for name, x, y, z in zip(NAMES, actual, same, exact, strict=False):
+        assert_within_budget(x, y, z, name=name, factor=4.0)
