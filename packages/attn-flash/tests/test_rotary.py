@@ -297,6 +297,17 @@ def test_attention_with_rotation_is_both_one_after_the_other(len_q, interleaved)
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_takes_the_tables_too():
+    cos, sin = tables()
+    q, k, v = torch.randn(3, 2, 4, 20, 16).unbind(0)
+    expected = flash_attention_rope(q, k, v, cos, sin, causal=False)
+    out, lse = flash_attention(q, k, v, False, rot_cos=cos, rot_sin=sin, return_lse=True)
+    assert torch.equal(out, expected)
+    assert lse.shape == (2, 4, 20)
+    with pytest.raises(ValueError, match="sin must be given with its companion, got None"):
+        flash_attention(q, k, v, rot_cos=cos)
+
+
 def test_attention_with_rotation_names_bad_arguments():
     q, k = torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, 8, 16)
     with pytest.raises(ValueError, match="q must have at most as many tokens as k"):

@@ -12,6 +12,7 @@ from attn_core.checks import require_rank, require_tensor
 from attn_core.dropout import keep_mask
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
+from attn_flash.layers.rotary import rotate_heads_first
 from attn_flash.options import Options
 
 OPEN_WINDOW = (-1, -1)
@@ -498,6 +499,8 @@ def flash_attention(
     scale: float | None = None,
     window_size: int = -1,
     *,
+    rot_cos: torch.Tensor | None = None,
+    rot_sin: torch.Tensor | None = None,
     return_lse: bool = False,
     **extras: Any,
 ) -> Any:
@@ -518,6 +521,8 @@ def flash_attention(
     window_size : int, default -1
         A query sees the `window_size` last keys up to its own position, and without `causal` as
         many after it; -1 for no window.
+    rot_cos, rot_sin : Tensor, shape (S_rotary, D_rotary / 2), optional
+        Rotate queries and keys to their positions first, as `flash_attention_rope` does.
     return_lse : bool, default False
         Also return lse.
     **extras
@@ -543,6 +548,9 @@ def flash_attention(
     if window_size == 0:
         raise ValueError("window_size must be positive, or negative for no window, got 0")
     reach = window_size - 1 if window_size > 0 else -1
+    if rot_cos is not None or rot_sin is not None:
+        backend = extras.get("backend", backends.AUTO)
+        q, k = rotate_heads_first(q, k, rot_cos, rot_sin, interleaved=False, backend=backend)
     out, lse = _attend_heads_first(
         q, k, v, softmax_scale=scale, causal=causal, window_size=(reach, reach), **extras
     )

@@ -233,8 +233,8 @@ def apply_rotary_emb_kv_(
 def rotate_heads_first(
     q: torch.Tensor,
     k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     *,
     interleaved: bool,
     backend: str,
@@ -242,7 +242,7 @@ def rotate_heads_first(
     """Rotate q (B, H, M, D) and k (B, H_KV, N, D), the last of both to the same position."""
     require_rank("q", q, "(B, H, M, D)")
     require_rank("k", k, "(B, H_KV, N, D)")
-    cos, sin = (_two_dimensional(name, table) for name, table in (("cos", cos), ("sin", sin)))
+    cos, sin = _two_dimensional("cos", cos), _two_dimensional("sin", sin)
     offset = k.shape[2] - q.shape[2]
     if offset < 0:
         raise ValueError(
@@ -258,8 +258,10 @@ def rotate_heads_first(
     return q, k
 
 
-def _two_dimensional(name: str, table: torch.Tensor) -> torch.Tensor:
+def _two_dimensional(name: str, table: torch.Tensor | None) -> torch.Tensor:
     """Drop leading dimensions of length 1, as models carry them to broadcast against heads."""
+    if table is None:
+        raise ValueError(f"{name} must be given with its companion, got None")
     while isinstance(table, torch.Tensor) and table.dim() > 2 and table.shape[0] == 1:
         table = table[0]
     require_rank(name, table, "(S_rotary, D_rotary / 2)")
