@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_core import UnsupportedProblemError
-from attn_vulkan import Device, variants
+from attn_core import UnsupportedProblemError, backends
+from attn_vulkan import Device, _backend, variants
 from attn_vulkan.quirks import usable
 from attn_vulkan.runtime.context import choose_device
 from benchmarks.problems import Case
@@ -19,6 +19,9 @@ from benchmarks.providers.base import Call, Provider, Subject, leaf, wants_grad
 from benchmarks.providers.flash import Inputs
 
 _AULE_HEAD_DIM = 64
+
+for backend in _backend.backends():  # also where only the source of the distribution is there
+    backends.register(backend)
 
 
 def _ours(variant: str, case: Case, inputs: Inputs) -> Call:
