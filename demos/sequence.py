@@ -65,7 +65,8 @@ class Classifier(nn.Module):
     def stream(self, images: torch.Tensor) -> torch.Tensor:
         """As `forward`, from one token at a time: each layer keeps two vectors a head."""
         states: list[EvoState | None] = [None] * len(self.blocks)
-        for x in self._tokens(images).split(1, dim=1):
+        for token in self._tokens(images).split(1, dim=1):
+            x = token
             for index, block in enumerate(self.blocks):
                 x, states[index] = block(x, states[index])
         return self.head(x[:, -1])

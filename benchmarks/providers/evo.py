@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from attn_core import UnsupportedProblemError
 from attn_evo import EvoWeights, evo_attention
 from attn_evo.reference import attention
 from benchmarks.problems import Case
@@ -112,7 +111,20 @@ def _compiled(case: Case, inputs: Inputs) -> Call:
 
 
 def _evo_attn(case: Case, inputs: Inputs) -> Call:
-    raise UnsupportedProblemError("it draws new weights at every call, so it cannot be checked")
+    """Its module, which makes its parameters at the first call and then takes ours."""
+    from evo_attn.evo_causal import EvoAttentionCausalTriton
+
+    core = EvoAttentionCausalTriton()
+    with torch.no_grad():
+        core(inputs.v[:1, :1, :64], causal=case["causal"])
+    v = leaf(inputs.v, wants_grad(case))
+    names = ("q_proj", "v_proj_local", "global_stat_gate_proj", "final_gate_proj", "norm")
+    layers = [getattr(core, name) for name in names]
+    parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    for parameter, weight in zip(parameters, inputs.weights, strict=True):
+        parameter.data.copy_(weight)
+        parameter.requires_grad_(wants_grad(case))
+    return Call(lambda: core(v, causal=case["causal"]), (v, *parameters), inputs.dout)
 
 
 SUBJECT = Subject(

@@ -60,6 +60,7 @@ from attn_evo._triton.tiles import (
     product,
     rounded,
     running_stat,
+    scan,
     scratch_ptrs,
     sigmoid_of_double,
     stat_before,
@@ -164,14 +165,15 @@ def _attention_backward_ratio_kernel(
             HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         if IS_CAUSAL:
+            row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            tile_sum = tl.load(row + offs_d)
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
             _, stat = running_stat(
                 v, ones, tl.load(row + offs_d), stat_i,
                 inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
                 PRECISION, IS_NVIDIA, BLOCK_D,
             )  # fmt: skip
-            row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-            stat_i += tl.load(row + offs_d)
+            stat_i += tile_sum
         else:
             stat = stat_i[None, :]
         local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
@@ -250,7 +252,7 @@ def _attention_backward_norm_kernel(
         final = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16)
         if IS_CAUSAL:
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-            context = product(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
+            context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
         else:
             context = context_i[None, :]
         x = final * context
@@ -462,7 +464,7 @@ def _attention_backward_stat_kernel(
         )  # fmt: skip
         row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
         inverse_count = inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M)
-        context = product(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
+        context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
         mean = (context * inverse_count).to(dtype)  # [BLOCK_M, BLOCK_D]
         gate = linear(mean, w_g, b_g, PRECISION, BLOCK_D)
         gate = sigmoid_of_double(gate, IS_NVIDIA, dtype == tl.bfloat16)
@@ -470,7 +472,7 @@ def _attention_backward_stat_kernel(
         mask = (offs_m < L - start)[:, None]
         ptrs = scratch_ptrs(dstat_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
         dstat = tl.load(ptrs, mask=mask, other=0.0)
-        dgated = (product(ones_after, dstat, PRECISION) + dstat_i[None, :]) * gate
+        dgated = (scan(ones_after, dstat, PRECISION) + dstat_i[None, :]) * gate
         dstat_i += tl.sum(dstat.to(tl.float32), 0)
         dv_ptrs, inside = _values_ptrs(dv_ptr, pid_bh, start, L, HEAD_DIM, BLOCK_M, BLOCK_D)
         dv = tl.load(dv_ptrs, mask=inside, other=0.0).to(tl.float32) + dgated
@@ -543,7 +545,7 @@ def _attention_backward_context_kernel(
         if IS_CAUSAL:
             ptrs = scratch_ptrs(dcontext_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
             dcontext = tl.load(ptrs, mask=(offs_m < L - start)[:, None], other=0.0)
-            dv += product(ones_after, dcontext, PRECISION)
+            dv += scan(ones_after, dcontext, PRECISION)
             dcontext_i += tl.sum(dcontext.to(tl.float32), 0)
         if HAS_MASK:
             keep = is_kept(mask_ptr, stride_ml, start, L, BLOCK_M)
@@ -565,7 +567,8 @@ def _store_row(
     mask_d = offs_d < HEAD_DIM
     if row < HEAD_DIM:
         rows = partial_matrices_ptr + (WHICH * BLOCK_D + row) * BLOCK_D
-        total = sum_rows(rows, 0, num_programs, 4 * BLOCK_D * BLOCK_D, BLOCK_D, BLOCK_D, _ROWS) * SCALE
+        stride = 4 * BLOCK_D * BLOCK_D
+        total = sum_rows(rows, 0, num_programs, stride, BLOCK_D, BLOCK_D, _ROWS) * SCALE
         tl.store(dw_ptr + row * HEAD_DIM + offs_d, total.to(dw_ptr.dtype.element_ty), mask=mask_d)
     else:
         _store_vector(db_ptr, partial_vectors_ptr, num_programs, WHICH, SCALE, HEAD_DIM, BLOCK_D)

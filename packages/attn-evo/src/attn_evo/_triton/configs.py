@@ -27,12 +27,12 @@ def _rows(*rows: tuple[int, int, TileConfig]) -> dict[tuple[int | str, ...], Til
 FORWARD = Table(
     "attn_evo.forward",
     rows=_rows(
-        (128, 2, TileConfig(32, 2048, 8, 1)),
+        (128, 2, TileConfig(32, 2048, 8, 3)),
         (16, 4, TileConfig(32, 2048, 4, 1)),
         (32, 4, TileConfig(32, 2048, 4, 1)),
-        (64, 4, TileConfig(16, 2048, 8, 1)),
+        (64, 4, TileConfig(16, 2048, 4, 2)),
     ),
-    default=TileConfig(64, 2048, 4, 3),
+    default=TileConfig(64, 2048, 4, 2),
     sources=("attn_evo._triton.forward", "attn_evo._triton.tiles"),
 )
 BACKWARD = Table(
@@ -41,7 +41,7 @@ BACKWARD = Table(
         (128, 2, TileConfig(32, 2048, 8, 1)),
         (16, 4, TileConfig(16, 2048, 4, 1)),
         (32, 4, TileConfig(16, 2048, 4, 1)),
-        (64, 4, TileConfig(16, 2048, 4, 1)),
+        (64, 4, TileConfig(16, 2048, 4, 2)),
     ),
     default=TileConfig(64, 2048, 4, 3),
     sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),

@@ -43,9 +43,9 @@ from attn_evo._triton.tiles import (
     matrix,
     no_column_sums,
     norm_statistics,
-    product,
     rounded,
     running_stat,
+    scan,
     sigmoid_of_double,
     stat_before,
     store_state,
@@ -214,7 +214,10 @@ def _attention_stat_kernel(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
             HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        context = product(ones, v, PRECISION) + context_i[None, :]  # [BLOCK_M, BLOCK_D]
+        # Loaded before it is needed: memory takes longer than the products.
+        row = table_row(tile_sums_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        tile_sum = tl.load(row + offs_d)
+        context = scan(ones, v, PRECISION) + context_i[None, :]  # [BLOCK_M, BLOCK_D]
         mean = context * inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M)
         gated = gated_values(v, mean, w_g, b_g, PRECISION, IS_NVIDIA, BLOCK_D)
         total = tl.sum(gated, 0)
@@ -223,8 +226,7 @@ def _attention_stat_kernel(
         tl.store(row + offs_d, total)
         row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
         tl.store(row + offs_d, context_i)
-        row = table_row(tile_sums_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-        context_i += tl.load(row + offs_d)
+        context_i += tile_sum
         acc += total
     row = table_row(chunk_sums_ptr, STAT, num_heads, pid_bh, num_chunks, pid_c, BLOCK_D)
     tl.store(row + offs_d, acc)

@@ -90,7 +90,7 @@ def matrix(matrices_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def bias_rows(biases_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A bias [16, BLOCK_D] as rows to add up; as `matrix` does, a pointer where it cannot stay."""
+    """A bias [16, BLOCK_D] as rows to add up; where they cannot stay, a pointer to them."""
     ptr = biases_ptr + WHICH * BIAS_ROWS * BLOCK_D
     if STAYS:
         ptr = _load_bias_rows(ptr, BLOCK_D)
@@ -122,9 +122,12 @@ def load_vector(vectors_ptr, WHICH: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def linear(x, weight, bias, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
     """Compute x W^T + b in float32, of what `matrix` and `bias_rows` returned."""
+    weight = tl.trans(load_matrix(weight, BLOCK_D))
+    if x.dtype == tl.float32:  # one row holds the bias, and products are dear
+        return product(x, weight, PRECISION) + tl.load(bias + tl.arange(0, BLOCK_D))[None, :]
     ones = tl.full([x.shape[0], BIAS_ROWS], 1.0, x.dtype)
     y = product(ones, _load_bias_rows(bias, BLOCK_D), PRECISION)
-    return tl.dot(x, tl.trans(load_matrix(weight, BLOCK_D)), y, input_precision=PRECISION)
+    return tl.dot(x, weight, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -140,20 +143,33 @@ def triangle(BLOCK_M: tl.constexpr, dtype: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def scan(ones, x, PRECISION: tl.constexpr):
-    """Sums of the rows of x in float32 on tensor cores; two halves of x keep its lower bits."""
-    if ones.dtype == tl.float32:
+    """Sums of the rows of x in float32 on tensor cores, where `ones` is a `triangle`.
+
+    Of x in float32 two products, of the upper and the lower half of its bits, see them all.
+    """
+    if x.dtype != tl.float32:
         return product(ones, x, PRECISION)
-    high = upper_half(x, ones.dtype)
-    low = (x - high).to(ones.dtype)
-    return product(ones, low, PRECISION) + product(ones, high.to(ones.dtype), PRECISION)
+    if ones.dtype != tl.float32:
+        high = upper_half(x, ones.dtype)
+        low = product(ones, (x - high).to(ones.dtype), PRECISION)
+        return low + product(ones, high.to(ones.dtype), PRECISION)
+    if PRECISION == "tf32x3":
+        high = _without_bits(x, -8192)
+        return product(ones, x - high, "tf32") + product(ones, high, "tf32")
+    return product(ones, x, PRECISION)
 
 
 @triton.jit
 def upper_half(x, dtype: tl.constexpr):
     """The part of x that a narrower dtype holds, in float32."""
     if dtype == tl.bfloat16:  # cut off, which is cheaper than rounding
-        return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        return _without_bits(x, -65536)
     return rounded(x, dtype).to(tl.float32)
+
+
+@triton.jit
+def _without_bits(x, KEEP: tl.constexpr):
+    return (x.to(tl.int32, bitcast=True) & KEEP).to(tl.float32, bitcast=True)
 
 
 # fmt: off
@@ -254,7 +270,7 @@ def running_stat(
 ):
     # fmt: on
     """Context and stat [BLOCK_M, BLOCK_D] of a tile of tokens, from those [BLOCK_D] before it."""
-    context = product(ones, v, PRECISION) + context[None, :]
+    context = scan(ones, v, PRECISION) + context[None, :]
     mean = context * inverse_count
     gated = gated_values(v, mean, w_g, b_g, PRECISION, IS_NVIDIA, BLOCK_D)
     return context, scan(ones, gated, PRECISION) + stat[None, :]
