@@ -8,6 +8,7 @@ what stands between ``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<pa
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from benchmarks.results import Result, Row
 _PASS_TITLES = {
     "forward": "Forward",
     "backward": "Backward",
+    "graph": "Both passes in a CUDA graph",
     "host": "Host time of a call, without gradient",
     "host_grad": "Host time of a call, with gradient",
 }
@@ -70,6 +72,11 @@ def markdown(
         chosen = [row for row in rows if row.pass_ == pass_]
         if any(row.status == results.OK for row in chosen):
             parts.append(f"{heading} {title}{_unit(chosen)}\n\n{table(chosen)}")
+    for pass_ in ("forward", "backward"):
+        weighed = [row for row in rows if row.pass_ == pass_ and row.peak_mib is not None]
+        if weighed:
+            title = f"{_PASS_TITLES[pass_]}: memory beyond the inputs (MiB)"
+            parts.append(f"{heading} {title}\n\n{memory_table(weighed)}")
     reasons = _reasons(rows)
     if reasons:
         parts.append(f"{heading} Not measured\n\n{reasons}")
@@ -79,18 +86,42 @@ def markdown(
 def table(rows: Sequence[Row]) -> str:
     """Return a Markdown table: a line for each case, a column for each provider.
 
-    The last column is the ratio of our fastest backend to the best peer.
+    The last columns are the ratio of our fastest backend to the best peer and, where the hardware's
+    limit is known, that of its time to the limit.
     """
     providers = _providers(rows)
+    has_floor = any(row.floor_ms for row in rows)
+    last = ["ours / best peer", *(["our time / floor"] if has_floor else [])]
     lines = [
-        "| " + " | ".join(["case", *providers, "ours / best peer"]) + " |",
-        "|---|" + "---:|" * (len(providers) + 1),
+        "| " + " | ".join(["case", *providers, *last]) + " |",
+        "|---|" + "---:|" * (len(providers) + len(last)),
     ]
     for case in _unique(row.case for row in rows):
         by_provider = {row.provider: row for row in rows if row.case == case}
         cells = [_cell(by_provider.get(name)) for name in providers]
         ratio = our_ratio(by_provider.values())
-        lines.append("| " + " | ".join([case, *cells, f"{ratio:.2f}" if ratio else ""]) + " |")
+        cells.append(f"{ratio:.2f}" if ratio else "")
+        if has_floor:
+            cells.append(_over_floor(by_provider.values()))
+        lines.append("| " + " | ".join([case, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _over_floor(rows: Iterable[Row]) -> str:
+    times = [
+        row.ms / row.floor_ms for row in rows if row.kind == "ours" and row.ms and row.floor_ms
+    ]
+    return f"{min(times):.2f}" if times else ""
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of what each provider allocates at most in a call."""
+    providers = _providers(rows)
+    lines = ["| " + " | ".join(["case", *providers]) + " |", "|---|" + "---:|" * len(providers)]
+    for case in _unique(row.case for row in rows):
+        peaks = {row.provider: row.peak_mib for row in rows if row.case == case}
+        cells = [f"{peaks[name]:.0f}" if peaks.get(name) else "" for name in providers]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -110,11 +141,17 @@ def plot(result: Result, path: Path) -> list[Path]:
         return []
     mpl.use("Agg")
     rows = [row for row in result.rows if row.series and row.status == results.OK]
+    rows = [row for row in rows if row.pass_ != "graph"]
     if not rows:
         return []
     drawings: dict[str, Callable[[Result, Sequence[Row]], Any]] = {"rates": _draw_rates}
     if our_ratio(rows) is not None:  # some peer ran
         drawings["ratios"] = _draw_ratios
+    if any(row.peak_mib for row in rows):
+        drawings["runtime"] = functools.partial(_draw_grid, value=lambda row: row.ms, unit="ms")
+        drawings["memory"] = functools.partial(
+            _draw_grid, value=lambda row: row.peak_mib, unit="MiB"
+        )
     pictures = []
     for name, draw in drawings.items():
         picture = path.with_name(f"{path.stem}-{name}.png")
@@ -126,6 +163,13 @@ def plot(result: Result, path: Path) -> list[Path]:
 
 
 def _draw_rates(result: Result, rows: Sequence[Row]) -> Any:
+    unit = "TFLOP/s" if any(row.tflop_s for row in rows) else "GB/s"
+    return _draw_grid(result, rows, _rate, unit)
+
+
+def _draw_grid(
+    result: Result, rows: Sequence[Row], value: Callable[[Row], float | None], unit: str
+) -> Any:
     """One panel for each series and pass, one line for each provider."""
     from matplotlib import pyplot as plt
 
@@ -146,13 +190,12 @@ def _draw_rates(result: Result, rows: Sequence[Row]) -> Any:
                 line = [row for row in chosen if row.provider == provider]
                 ours = line[0].kind == "ours"
                 panels[i, j].plot(
-                    *_points(result, line, _rate),
+                    *_points(result, line, value),
                     marker="o" if ours else ".",
                     linewidth=2.2 if ours else 1.1,
                     color=colours[provider],
                     label=provider,
                 )
-            unit = "TFLOP/s" if any(row.tflop_s for row in chosen) else "GB/s"
             _finish(panels[i, j], result, chosen, f"{name}, {pass_}", unit)
     _legend(figure)
     return figure

@@ -38,7 +38,8 @@ class Row:
     """One pass of one case by one provider.
 
     Times are medians in milliseconds. `ratio_to_best_peer` is the fastest peer's time over this
-    one's: above 1 is faster than every peer. `error` is relative to float64.
+    one's: above 1 is faster than every peer. `error` is relative to float64. `peak_mib` is what a
+    call allocates at most beyond its inputs. `floor_ms` is what the hardware would allow.
     """
 
     case: str
@@ -60,6 +61,8 @@ class Row:
     gb_s: float | None = None
     ratio_to_best_peer: float | None = None
     error: float | None = None
+    peak_mib: float | None = None
+    floor_ms: float | None = None
 
     @classmethod
     def of(cls, case: Case, pass_: str, provider: Provider) -> Row:

@@ -13,7 +13,16 @@ import torch
 from attn_core import BackendUnavailableError, UnsupportedProblemError
 from benchmarks import checking, results, timing
 from benchmarks.problems import Case
-from benchmarks.providers.base import HOST, Call, Expected, Provider, Subject, wants_grad
+from benchmarks.providers.base import (
+    GRAPH,
+    HOST,
+    TIMED,
+    Call,
+    Expected,
+    Provider,
+    Subject,
+    wants_grad,
+)
 from benchmarks.results import Result, Row
 
 _REASON_LENGTH = 300
@@ -121,17 +130,31 @@ class Runner:
             provider.require()
             call = provider.prepare(case, inputs)
             out, error = checking.check_forward(call, expected[0], wants_grad(case))
-            for pass_ in [pass_ for pass_ in rows if pass_ != "backward"]:
+            for pass_ in [pass_ for pass_ in rows if pass_ not in ("backward", GRAPH)]:
                 rows[pass_].error = error
                 jobs[pass_] = self._forward(case, provider, call, rows[pass_])
             if "backward" in rows:
                 rows["backward"].error = checking.check_backward(call, out, expected[1:])
                 jobs["backward"] = timing.Job(functools.partial(_gradients, call, out))
+            self._weigh(jobs, rows)
+            if GRAPH in rows:
+                rows[GRAPH].timing = "graph"
+                with call.context():
+                    jobs[GRAPH] = timing.Job(timing.captured(functools.partial(_both, call)))
         except Exception as error:
             undone = [row for pass_, row in rows.items() if pass_ not in jobs]
             _mark(undone, _describe(error), _status(error))
             self._require_device(provider.name)
         return jobs
+
+    def _weigh(self, jobs: Mapping[str, timing.Job], rows: Mapping[str, Row]) -> None:
+        """Note what the calls allocate, in rows of subjects that want to know."""
+        if not self._subject.memory or self._device.type != "cuda":
+            return
+        for pass_ in TIMED:
+            if pass_ in jobs:
+                with jobs[pass_].context():
+                    rows[pass_].peak_mib = timing.peak_mib(jobs[pass_].call, self._device)
 
     def _forward(self, case: Case, provider: Provider, call: Call, row: Row) -> timing.Job:
         grad = wants_grad(case) and row.pass_ != "host"
@@ -157,6 +180,9 @@ class Runner:
         row.status, row.reason = results.OK, ""
         row.ms, row.spread, row.samples = times.median, times.spread, len(times.samples)
         if row.pass_ in HOST:
+            return
+        row.floor_ms = self._subject.floor(case, row.pass_)
+        if row.pass_ == GRAPH:
             return
         flops = self._subject.flops(case, row.pass_)
         row.tflop_s = flops and flops / row.ms * 1e-9
@@ -193,6 +219,10 @@ def _surroundings(call: Call, grad: bool) -> Iterator[None]:
 
 def _gradients(call: Call, out: torch.Tensor) -> object:
     return torch.autograd.grad(out, call.inputs, call.grad_out, retain_graph=True)
+
+
+def _both(call: Call) -> object:
+    return torch.autograd.grad(call.forward(), call.inputs, call.grad_out)
 
 
 def _mark(rows: Iterable[Row], reason: str, status: str = results.NOT_REACHED) -> None:

@@ -176,6 +176,17 @@ def interleave(
     return results
 
 
+def peak_mib(call: Call, device: torch.device) -> float:
+    """Return how much memory a GPU call takes at most beyond what is allocated before it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
 def captured(call: Call) -> Call:
     """Record a GPU call as a CUDA graph and return its replay."""
     stream = torch.cuda.Stream()

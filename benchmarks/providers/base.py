@@ -15,8 +15,9 @@ from attn_core import BackendUnavailableError
 from benchmarks.problems import Case
 
 TIMED = ("forward", "backward")
+GRAPH = "graph"  # both passes, replayed from one CUDA graph
 HOST = ("host", "host_grad")
-PASSES = (*TIMED, *HOST)
+PASSES = (*TIMED, GRAPH, *HOST)
 
 
 @dataclass
@@ -130,6 +131,8 @@ class Subject:
     traffic: Callable[[Case, str], float]
     x_axis: str
     graph: bool = False  # time the replay of a CUDA graph
+    memory: bool = False  # measure what a call allocates, too
+    floor: Callable[[Case, str], float | None] = lambda case, pass_: None  # ms, of the hardware
     warm: bool = False  # worth compiling ahead of the measurement
 
     def chosen(self, case: Case, device: torch.device, names: Sequence[str] = ()) -> list[Provider]:

@@ -112,12 +112,27 @@ def _leaves(case: Case, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return tuple(leaf(tensor, wants_grad(case)) for tensor in inputs[:4])
 
 
-def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
+# Of an H200: exponentials a second, bf16 multiplications and additions, and bytes.
+_EXPONENTIALS, _FLOPS, _BYTES = 132 * 16 * 1.98e9, 790e12, 4.3e12
+_PRODUCTS = {"forward": 2, "backward": 5}
+
+
+def floor(case: Case, pass_: str) -> float | None:
+    """Return the milliseconds that an H200 needs for the exponentials, products or bytes alone."""
+    if pass_ not in _PRODUCTS:
+        return None
+    scores = case["B"] * case["H"] * case["N"] ** 2 * seen_keys(case)
+    products = 2 * _PRODUCTS[pass_] * scores * max(case["D"], 16) / _FLOPS
+    return 1e3 * max(scores / _EXPONENTIALS, products, traffic(case, pass_) / _BYTES)
+
+
+def _ours(backend: str, deterministic: bool, case: Case, inputs: Inputs) -> Call:
     from attn_triangle import triangle_attention
 
     leaves = _leaves(case, inputs)
     mask = inputs.mask if case["masked"] else None
-    return Call(lambda: triangle_attention(*leaves, mask, backend=backend), leaves, inputs.dout)
+    options = {"backend": backend, "deterministic": deterministic}
+    return Call(lambda: triangle_attention(*leaves, mask, **options), leaves, inputs.dout)
 
 
 def _sdpa(case: Case, inputs: Inputs) -> Call:
@@ -178,10 +193,17 @@ def _require_cuequivariance_kernel(case: Case) -> None:
 SUBJECT = Subject(
     package="attn-triangle",
     providers=(
-        Provider("triton", functools.partial(_ours, "triton"), "ours", "attn_triangle"),
+        Provider("hopper", functools.partial(_ours, "hopper", False), "ours", "attn_triangle"),
+        Provider(
+            "hopper, deterministic",
+            functools.partial(_ours, "hopper", True),
+            "ours",
+            "attn_triangle",
+        ),
+        Provider("triton", functools.partial(_ours, "triton", True), "ours", "attn_triangle"),
         Provider(
             "torch",
-            functools.partial(_ours, "torch"),
+            functools.partial(_ours, "torch", True),
             "ours",
             "attn_triangle",
             devices=("cpu", "cuda"),
@@ -201,4 +223,6 @@ SUBJECT = Subject(
     traffic=traffic,
     x_axis="N",
     warm=True,
+    memory=True,
+    floor=floor,
 )
