@@ -156,3 +156,21 @@ def test_rotary_kernels_compile(target, case, use_target, monkeypatch):
     )
     [(_, compiled)] = run
     assert compiled.spills == 0
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [append._launch, decode._launch, decode._launch_merge, rotary._launch],
+    ids=["append", "attention", "merge", "rotate"],
+)
+def test_no_kernel_is_compiled_for_a_size_that_its_launcher_forgets(launcher):
+    """A launcher remembers kernels by strides and constants: sizes must not go into the code."""
+    sizes = [
+        parameter.name
+        for parameter in launcher._kernel.params
+        if not parameter.is_constexpr
+        and not parameter.name.endswith(("_ptr", "_log2"))
+        and not parameter.name.startswith("stride_")
+    ]
+    assert len(sizes) > 3
+    assert [name for name in sizes if name not in launcher._kernel.do_not_specialize] == []

@@ -173,6 +173,12 @@ def test_nothing_compiles_anew_as_sequences_grow(device):
     assert compiled() == before
 
 
+def test_a_kernel_for_one_sequence_serves_many(device):
+    case = KVCacheCase((700,), H=16, D=128, D_v=128, capacity=1000, splits=3)
+    for lens in ((700,), (700, 1000, 5), (3, 900)):
+        check(case._replace(lens=lens), BFLOAT, device)
+
+
 def test_same_bits_every_time(device):
     inputs = LONG.inputs(BFLOAT, device)
     first = LONG.call(BACKEND, **inputs)

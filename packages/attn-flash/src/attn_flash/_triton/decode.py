@@ -27,6 +27,7 @@ from attn_flash._triton.rotary import load_rotated
 from attn_flash.kvcache_checks import Cache
 
 NOT_SPECIALIZED = [
+    "B",
     "M",
     "new",
     "length",
