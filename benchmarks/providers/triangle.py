@@ -195,7 +195,7 @@ SUBJECT = Subject(
     providers=(
         Provider("hopper", functools.partial(_ours, "hopper", False), "ours", "attn_triangle"),
         Provider(
-            "hopper, deterministic",
+            "hopper-det",
             functools.partial(_ours, "hopper", True),
             "ours",
             "attn_triangle",

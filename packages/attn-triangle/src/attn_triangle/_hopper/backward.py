@@ -52,11 +52,11 @@ def attention_backward(
         dk_dv(dk, dv, dout, q, k, v, bias, keys, rows, scale)
         if masked_rows == "mean":
             add_unseeing(dv, dout, lse)
-    packed_bias = problem.readable_bias(bias, M, N)
+    scaled_bias = problem.scaled_bias(bias, 1.0 / scale, M, N)
     by_atomics = "dbias" in wanted and "dq" in wanted and not deterministic
     if "dq" in wanted:
-        found = dq_and_dbias(dq, dout, q, k, v, bias, packed_bias, keys, rows, scale, by_atomics)
+        found = dq_and_dbias(dq, dout, q, k, v, bias, scaled_bias, keys, rows, scale, by_atomics)
         dbias = dbias if found is None else found
     if "dbias" in wanted and not by_atomics:
-        dbias = dbias_by_owner(dout, q, k, v, bias, packed_bias, keys, rows, scale)
+        dbias = dbias_by_owner(dout, q, k, v, bias, scaled_bias, keys, rows, scale)
     return dq, dk, dv, dbias, new_unwanted(q)

@@ -21,7 +21,7 @@ ROWS_OF_DK_DV = {16: 2, 32: 2, 64: 1}  # that share a tile of the bias
 BACKWARD_DQ = {
     16: TileConfig(128, 64, _WARPS, 3),
     32: TileConfig(128, 64, _WARPS, 3),
-    64: TileConfig(128, 64, _WARPS, 2),
+    64: TileConfig(128, 32, _WARPS, 3),
 }
 BACKWARD_DBIAS = {
     16: TileConfig(128, 128, _WARPS, 3),

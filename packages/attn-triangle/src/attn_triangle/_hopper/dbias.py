@@ -24,7 +24,6 @@ from attn_triangle._hopper.tiles import (
     load_mask,
     load_rows,
     new_ring,
-    to_float,
 )
 from attn_triangle._triton.backward import sum_of_splits
 
@@ -102,7 +101,7 @@ def _load(
 # fmt: off
 @gluon.jit
 def _sum(
-    bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2, unscale,
+    bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2,
     WARPGROUP: gl.constexpr, HAS_MASK: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
@@ -133,7 +132,7 @@ def _sum(
             next_lse = gl.load(lse_ptr + at, mask=inside, other=0.0)
             next_delta = gl.load(delta_ptr + at, mask=inside, other=0.0)
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
-            start = to_float(bias_buf.index(WARPGROUP).load(S_LAYOUT)) * unscale
+            start = bias_buf.index(WARPGROUP).load(S_LAYOUT)
             if HAS_MASK:
                 start = start + mask_buf.index(i).load(S_LAYOUT)
             k = k_buf.index(i).permute((1, 0))
@@ -159,22 +158,22 @@ def _sum(
 # fmt: off
 @gluon.jit
 def _sum_first(
-    bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2, unscale,
+    bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2,
     HAS_MASK: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     _sum(
-        bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2, unscale,
+        bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2,
         0, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
     )
 
 
 @gluon.jit
 def _sum_second(
-    bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2, unscale,
+    bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2,
     HAS_MASK: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     _sum(
-        bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2, unscale,
+        bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr, scale_log2,
         1, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
     )
 
@@ -188,7 +187,7 @@ def _attention_backward_dbias_kernel(
     lse_ptr, delta_ptr, columns,  # [B, H, R, columns], as of rows.query_rows
     parts_ptr,  # [splits, B, H, M, N], contiguous
     M, N, R, H, num_tiles, num_tiles_n, num_heads, rows_per_split, total,
-    scale_log2, unscale,
+    scale_log2,
     HAS_MASK: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
@@ -220,11 +219,11 @@ def _attention_backward_dbias_kernel(
         [
             (_sum_first, (
                 bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr,
-                scale_log2, unscale, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
+                scale_log2, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
             )),
             (_sum_second, (
                 bufs, rings, sizes, M, N, lse_ptr, delta_ptr, columns, parts_ptr,
-                scale_log2, unscale, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
+                scale_log2, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
             )),
             (_load, (descs, bufs, rings, sizes, strides, HAS_MASK, WARPGROUPS, BLOCK_N, STAGES)),
         ],
@@ -243,7 +242,7 @@ def dbias(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    packed_bias: torch.Tensor,
+    scaled_bias: torch.Tensor,
     keys: problem.KeyRows,
     rows: tuple[torch.Tensor, torch.Tensor],
     scale: float,
@@ -264,19 +263,19 @@ def dbias(
     parts = delta.new_empty((splits, B, H, M, N))
     _launch(
         min(tiles * splits, num_sms),
-        strides=packed_bias.dtype,
+        strides=(),
         args=(
             problem.tile_descriptor(q, 64, block_d),
             problem.tile_descriptor(k, block_n, block_d),
             problem.tile_descriptor(v, block_n, block_d),
-            problem.bias_descriptor(packed_bias, 64, block_n),
-            *problem.broadcast_steps(packed_bias),
+            problem.bias_descriptor(scaled_bias, 64, block_n),
+            *problem.broadcast_steps(scaled_bias),
             problem.row_descriptor(keys.rows, block_n), *keys.steps,
             problem.tile_descriptor(dout, 64, block_d),
             lse_log2, delta, delta.shape[1],
             parts,
             M, N, R, H, num_tiles_m, num_tiles_n, B * H, rows_per_split, tiles * splits,
-            scale * LOG2_E.value, 1.0 / scale,
+            scale * LOG2_E.value,
         ),
         constexprs={
             "HAS_MASK": keys.has_mask, "WARPGROUPS": config.block_m // 64,

@@ -29,7 +29,6 @@ from attn_triangle._hopper.tiles import (
     num_steps,
     store_rows,
     tile_of,
-    to_float,
 )
 
 
@@ -178,8 +177,7 @@ def _differentiate(
             zero = gl.zeros([WG_ROWS, BLOCK_M], gl.float32, S_LAYOUT)
             s0 = warpgroup_mma(k0, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
             dp0 = warpgroup_mma(v0, do0.permute((1, 0)), zero, use_acc=False, is_async=True)
-            offset = to_float(bias.load(S_LAYOUT)) * LOG2_E
-            offset = offset - lse_buf.index(i * ROWS).load(S_LAYOUT)
+            offset = bias.load(S_LAYOUT) - lse_buf.index(i * ROWS).load(S_LAYOUT)
             s0 = warpgroup_mma_wait(1, deps=(s0,))
             p0 = exp2(s0 * scale_log2 + offset)
             p0_operand = gl.convert_layout(p0.to(dtype), P_LAYOUT, assert_trivial=True)
@@ -201,8 +199,7 @@ def _differentiate(
                 next_dk0 = warpgroup_mma(ds0_operand, q0, dk0, is_async=True)
                 dp1 = warpgroup_mma(v1, do1.permute((1, 0)), zero, use_acc=False, is_async=True)
                 # Loaded once more: there are no registers to keep it in.
-                offset = to_float(bias.load(S_LAYOUT)) * LOG2_E
-                offset = offset - lse_buf.index(i * ROWS + 1).load(S_LAYOUT)
+                offset = bias.load(S_LAYOUT) - lse_buf.index(i * ROWS + 1).load(S_LAYOUT)
                 s1 = warpgroup_mma_wait(3, deps=(s1,))
                 p1 = exp2(s1 * scale_log2 + offset)
                 p1_operand = gl.convert_layout(p1.to(dtype), P_LAYOUT, assert_trivial=True)
@@ -343,7 +340,7 @@ def dk_dv(
     block_d = problem.padded_head_dim(D)
     config = configs.BACKWARD_DK_DV[block_d]
     block_m = config.block_n  # queries stream by
-    bias_t = problem.readable_bias(bias.mT, N, M)
+    bias_t = problem.scaled_bias(bias.mT, LOG2_E.value, N, M)
     shared_by = configs.ROWS_OF_DK_DV[block_d]
     num_tiles, num_groups = problem.ceil_div(N, config.block_m), problem.ceil_div(R, shared_by)
     total = num_tiles * num_groups * B * H
@@ -351,7 +348,7 @@ def dk_dv(
     strides = (dk.stride(), dv.stride())
     _launch(
         min(total, device_info(q.device).num_sms),
-        strides=(bias_t.dtype, strides),
+        strides=strides,
         args=(
             problem.tile_descriptor(q, block_m, block_d),
             problem.tile_descriptor(k, 64, block_d),

@@ -30,7 +30,6 @@ from attn_triangle._hopper.tiles import (
     num_steps,
     store_rows,
     tile_of,
-    to_float,
 )
 
 
@@ -91,7 +90,7 @@ def _load(
 @gluon.jit
 def _differentiate(
     descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
-    dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2, unscale,
+    dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2,
     WARPGROUP: gl.constexpr, HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_RANGE: gl.constexpr, HAS_DBIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -142,7 +141,7 @@ def _differentiate(
             v0 = v_buf.index(i * ROWS)
             v1 = v_buf.index(i * ROWS + 1)
             zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-            bias = to_float(bias_buf.index(i * WARPGROUPS + WARPGROUP).load(S_LAYOUT)) * unscale
+            bias = bias_buf.index(i * WARPGROUPS + WARPGROUP).load(S_LAYOUT)
             start0 = bias
             start1 = bias
             if HAS_MASK:
@@ -181,14 +180,14 @@ def _differentiate(
 @gluon.jit
 def _differentiate_first(
     descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
-    dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2, unscale,
+    dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2,
     HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
     HAS_DBIAS: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     _differentiate(
         descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
-        dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2, unscale,
+        dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2,
         0, HEAD_DIM, HAS_MASK, HAS_RANGE, HAS_DBIAS, WARPGROUPS, BLOCK_N, STAGES,
     )
 
@@ -196,14 +195,14 @@ def _differentiate_first(
 @gluon.jit
 def _differentiate_second(
     descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
-    dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2, unscale,
+    dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2,
     HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
     HAS_DBIAS: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     _differentiate(
         descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
-        dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2, unscale,
+        dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks, scale, scale_log2,
         1, HEAD_DIM, HAS_MASK, HAS_RANGE, HAS_DBIAS, WARPGROUPS, BLOCK_N, STAGES,
     )
 
@@ -219,7 +218,7 @@ def _attention_backward_dq_kernel(
     dq_ptr, stride_dqb, stride_dqh, stride_dqr, stride_dqm, stride_dqd,
     dbias_ptr, dbias_b, dbias_h,  # in rows of dbias_blocks * 128 columns; only with HAS_DBIAS
     M, N, R, H, dbias_blocks, num_tiles, num_groups, total,
-    scale, scale_log2, unscale,
+    scale, scale_log2,
     HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
     HAS_DBIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
@@ -258,13 +257,13 @@ def _attention_backward_dq_kernel(
             (_differentiate_first, (
                 descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
                 dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks,
-                scale, scale_log2, unscale,
+                scale, scale_log2,
                 HEAD_DIM, HAS_MASK, HAS_RANGE, HAS_DBIAS, WARPGROUPS, BLOCK_N, STAGES,
             )),
             (_differentiate_second, (
                 descs, bufs, rings, sizes, M, N, range_ptr, strides, lse_ptr, delta_ptr, columns,
                 dq_ptr, dq_strides, dbias_ptr, dbias_steps, dbias_blocks,
-                scale, scale_log2, unscale,
+                scale, scale_log2,
                 HEAD_DIM, HAS_MASK, HAS_RANGE, HAS_DBIAS, WARPGROUPS, BLOCK_N, STAGES,
             )),
             (_load, (
@@ -288,7 +287,7 @@ def dq(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    packed_bias: torch.Tensor,
+    scaled_bias: torch.Tensor,
     keys: problem.KeyRows,
     rows: tuple[torch.Tensor, torch.Tensor],
     scale: float,
@@ -315,13 +314,13 @@ def dq(
     dq_strides = dq.stride()
     _launch(
         min(total, device_info(q.device).num_sms),
-        strides=(packed_bias.dtype, dq_strides),
+        strides=dq_strides,
         args=(
             problem.tile_descriptor(q, 64, block_d),
             problem.tile_descriptor(k, block_n, block_d),
             problem.tile_descriptor(v, block_n, block_d),
-            problem.bias_descriptor(packed_bias, 64, block_n),
-            *problem.broadcast_steps(packed_bias),
+            problem.bias_descriptor(scaled_bias, 64, block_n),
+            *problem.broadcast_steps(scaled_bias),
             problem.row_descriptor(keys.rows, block_n), *keys.steps,
             keys.range, *keys.range_strides,
             problem.tile_descriptor(dout, 64, block_d),
@@ -329,7 +328,7 @@ def dq(
             dq, *dq_strides,
             dbias, *steps,
             M, N, R, H, problem.ceil_div(N, 128), num_tiles, num_groups, total,
-            scale, scale * LOG2_E.value, 1.0 / scale,
+            scale, scale * LOG2_E.value,
         ),
         constexprs={
             "HEAD_DIM": D, "HAS_MASK": keys.has_mask, "HAS_RANGE": keys.has_range,

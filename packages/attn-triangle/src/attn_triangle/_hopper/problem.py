@@ -84,13 +84,14 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return copy.copy_(x)
 
 
-def readable_bias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
-    """The bias (., ., M, N) as TMA can read it; a copy, small beside q, where it is not so."""
-    is_whole = bias.shape[2:] == (M, N)
-    if is_whole and is_aligned(bias) and bias.data_ptr() % 16 == 0:
-        return bias
-    packed = bias.new_empty((*bias.shape[:2], M, whole(N, 8)))[..., :N]
-    return packed.copy_(bias)
+def scaled_bias(bias: torch.Tensor, factor: float, M: int, N: int) -> torch.Tensor:
+    """The bias (., ., M, N) times a factor, in float32 and as TMA can read it.
+
+    Every row i reads the bias: a copy that needs no arithmetic in the kernels is soon repaid.
+    """
+    columns = whole(N, 8)
+    scaled = bias.new_empty((*bias.shape[:2], M, columns), dtype=torch.float32)[..., :N]
+    return torch.mul(bias.expand(*bias.shape[:2], M, N), factor, out=scaled)
 
 
 def broadcast_steps(x: torch.Tensor) -> tuple[int, int]:

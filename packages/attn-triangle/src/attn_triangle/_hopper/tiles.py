@@ -30,23 +30,6 @@ def exp2(x):
 
 
 @gluon.jit
-def to_float(x):
-    """Widen to float32; bfloat16 in pairs, as the compiler would not."""
-    if x.dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            """{ .reg .b32 t;
-            shl.b32 t, $2, 16; mov.b32 $0, t;
-            and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }""",
-            "=f,=f,r",
-            [x],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    return x.to(gl.float32)
-
-
-@gluon.jit
 def thread_sums(x):
     """Sum each thread's own 8 columns of a [64, BLOCK] tile of scores: [64, 8], no shuffles."""
     return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), axis=1)
