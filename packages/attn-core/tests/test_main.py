@@ -43,6 +43,7 @@ def test_json(family, capsys, monkeypatch, tmp_path):
         "ATTN_BACKEND": None,
         "ATTN_TUNE": None,
         "ATTN_CACHE_DIR": str(tmp_path),
+        "ATTN_CHECK_VALUES": None,
     }
     assert found["tile_cache"] == str(tmp_path)
     assert found["devices"][0]["device"] == "cpu"

@@ -38,6 +38,7 @@ def test_it_works_without_triton():
         "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
         "import torch, attn_flash\n"
         "q = torch.ones(1, 3, 2, 8)\n"
-        "print(attn_flash.get_available_backends(), attn_flash.flash_attn_func(q, q, q).shape[1])\n"
+        "found = attn_flash.get_available_backends()\n"  # of an installed sibling too
+        "print('torch' in found, 'triton' in found, attn_flash.flash_attn_func(q, q, q).shape[1])\n"
     )
-    assert run(code) == "['torch'] 3"
+    assert run(code) == "True False 3"
