@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,7 +48,6 @@ class Launcher:
         args: Sequence[Any],
         constexprs: Mapping[str, Any],
         config: TileConfig,
-        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Run `num_programs` programs.
 
@@ -67,12 +65,9 @@ class Launcher:
             Constants in the order of the kernel.
         config : TileConfig
             Gives num_warps and num_stages; its blocks are among `constexprs`.
-        options : mapping, default none
-            Further options of Triton, such as ``launch_pdl``.
         """
         first: torch.Tensor = getattr(args[0], "base", args[0])
-        own = (strides, tuple(constexprs.values()), config, *options.items())
-        key = (first.device, first.dtype, own)
+        key = (first.device, first.dtype, strides, tuple(constexprs.values()), config)
         compiled = self._compiled.get(key)
         with _on_device(first.device):
             if compiled is not None and _are_aligned(args):
@@ -85,7 +80,7 @@ class Launcher:
                 **constexprs,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
-                **{**self._options, **options},
+                **self._options,
             )
         if _can_restart(compiled) and _are_aligned(args):
             if len(self._compiled) == _MAX_REMEMBERED:

@@ -77,6 +77,7 @@ class Sizes(NamedTuple):
 DECODE = Sizes()
 MIXED = Sizes((40, 0, 5, 33, 2, 6), (1, 0, 5, 9, 4, 1), H=2, H_KV=1)
 BOTH = pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
+SMALL = Sizes((40, 0, 33), (1, 0, 9), H=2, H_KV=1)
 LAYOUTS = {"nhd": (0, 1, 2, 3), "hnd": (0, 2, 1, 3), "far": (3, 2, 1, 0)}
 
 
@@ -165,7 +166,7 @@ def check(inputs, **options):
 # --- tiles and splits -----------------------------------------------------------------------------
 
 
-SCHEDULES = [{"splits": 1}, {"splits": 5}, {"shares": 3}]
+SCHEDULES = [{"splits": 1}, {"splits": 3}, {"shares": 3}]
 
 
 def name_of(schedule):
@@ -177,7 +178,7 @@ def name_of(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
 @pytest.mark.parametrize(
     "sizes, tiles",
-    [(DECODE, (16, 16)), (MIXED, (16, 16)), (MIXED, (64, 16))],
+    [(DECODE, (16, 16)), (MIXED, (16, 16)), (SMALL, (64, 16))],
     ids=["decode", "mixed", "mixed-large-tiles"],
 )
 def test_tiles_and_schedules(sizes, tiles, schedule, window, monkeypatch):
@@ -431,11 +432,12 @@ def test_shared_prefixes(block_size, lens_q):
     check(inputs._replace(sinks=torch.randn(4)), shared_prefix=True, softcap=2.0)
 
 
-def test_shared_prefixes_are_read_once():
+def test_shared_prefixes_are_read_once(monkeypatch):
     """Only the leader's table leads to the prefix: entries of the others are compared, not used."""
     inputs = make(Sizes((60, 50, 41), ()))
     for member in (1, 2):
         inputs.block_tables[member, :5] = inputs.block_tables[0, :5]
+    monkeypatch.setattr(cascade.merge, "merge_halves", lambda *args: None)
     seen = []
     cascade.attend_in_halves(
         lambda *args: seen.append((args[3], args[4], args[5].cu_seqlens_q)),

@@ -192,7 +192,7 @@ def _paged_attention_kernel(
     scale_log2, softcap_log2,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CHAINED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -202,10 +202,6 @@ def _paged_attention_kernel(
 ):
     # fmt: on
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
-    if IS_CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
-        if IS_SHARED:
-            tl.extra.cuda.gdc_wait()
     # Neighbours read the heads of the same slots.
     pid = tl.program_id(0)
     head_tile = pid % HEAD_TILES
@@ -438,15 +434,11 @@ def _attend_by(
     sides = {"HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0 and is_ragged}
     tiling = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
     limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
-    is_chained = problem.are_chained(q.device)
     ends = None
     if plan.is_shared:
         ends = worklist.count_work(
             context_lens, cu_seqlens_q, is_causal,
-            {
-                **tiling, **sides,
-                "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n, "IS_CHAINED": is_chained,
-            },
+            {**tiling, **sides, "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n},
             T=T, B=B, num_tiles=plan.num_tiles, **limits, left=left, right=right,
         )  # fmt: skip
     parts, parts_lse = out, lse
@@ -470,7 +462,7 @@ def _attend_by(
     shape = {
         **tiling, "IS_SHARED": plan.is_shared,
         "GROUP": H // H_KV, "TILE_GROUP": plan.tile_group, "H_KV": H_KV, "HEAD_DIM_V": D_v,
-        "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q, "IS_CHAINED": is_chained,
+        "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q,
     }  # fmt: skip
     block_d, tail_d = problem.split_head_dim(D)
     _launch(
@@ -515,8 +507,6 @@ def _attend_by(
             "BLOCK_DV": problem.padded(D_v),
         },
         config=config,
-        # Only the list of work may still be in the making: what else is read must be there.
-        options={"launch_pdl": True} if is_chained and plan.is_shared else {},
     )  # fmt: skip
     if plan.slots:
         merge.merge_parts(

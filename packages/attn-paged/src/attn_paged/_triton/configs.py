@@ -24,10 +24,7 @@ _MAX_SPLITS = 256
 _SHORT_BYTES = 1 << 20  # of keys for one program; with fewer, counting the work costs too much
 _INVARIANT_KEYS = 1024  # of a part that is the same in every batch
 _SHARED_BYTES = 208 << 10  # of a processor, for the tiles of its programs
-_WARPS_PER_SM = 16
 _KEY_TILE_BYTES = 1 << 15  # of keys and values that one stage of the pipeline holds
-
-
 _WORDS = ("few", "few-whole", "few-parts", "some", "many")
 
 
@@ -218,7 +215,7 @@ class Choice(NamedTuple):
     def slots(self, config: TileConfig, key_bytes: int) -> int:
         """How many programs the device holds at once, going by shared memory and registers."""
         by_memory = _SHARED_BYTES // max(1, (config.num_stages - 1) * config.block_n * key_bytes)
-        warps = _WARPS_PER_SM // 2 if self.size == 1 else _WARPS_PER_SM  # dequantising fills more
+        warps = 12 if self.size == 1 else 16  # dequantising takes more registers
         per_sm = max(1, min(by_memory, warps // config.num_warps))
         return per_sm * max(1, device_info(self.device).num_sms)
 

@@ -49,14 +49,12 @@ def _merge_parts_kernel(
     T, B, num_tiles, num_splits, least_m, most_m, steps,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CHAINED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Merge rows of a tile: a part is a key whose score is its lse and whose value its output."""
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
     RUNS: tl.constexpr = (TILE_GROUP * BLOCK_Q + BLOCK_R - 1) // BLOCK_R
-    if IS_CHAINED:
-        tl.extra.cuda.gdc_wait()
     pid = tl.program_id(0)
     head_tile = pid // RUNS % HEAD_TILES
     tile = pid // RUNS // HEAD_TILES
@@ -98,9 +96,10 @@ def _merge_parts_kernel(
         rows = slots[:, None] * BLOCK_M + offs_m[None, :]  # [BLOCK_S, BLOCK_R]
         mask = (offs_s < count)[:, None] & mask_m[None, :]
         lse = tl.load(parts_lse_ptr + rows, mask=mask, other=-float("inf"))
-        has_keys = (lse > -float("inf"))[:, :, None] & mask_d[None, None, :]
         parts_ptrs = parts_ptr + rows[:, :, None] * HEAD_DIM_V + offs_d[None, None, :]
-        parts = tl.load(parts_ptrs, mask=has_keys, other=0.0)  # [BLOCK_S, BLOCK_R, BLOCK_DV]
+        parts = tl.load(parts_ptrs, mask=mask[:, :, None] & mask_d[None, None, :], other=0.0)
+        # A part without keys holds anything. Both loads start at once, so it is dropped here.
+        parts = tl.where((lse > -float("inf"))[:, :, None], parts, 0.0)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
         alpha = tl.math.exp2(m_i - pivot)
@@ -161,7 +160,6 @@ def merge_parts(
             **constexprs, "BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_DV": block_dv,
         },
         config=TileConfig(block_s, block_dv, 4, 1),
-        options={"launch_pdl": True} if constexprs["IS_CHAINED"] else {},
     )  # fmt: skip
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from attn_core.device import device_info, triton_version
-
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
     *("T", "B", "H", "num_tiles", "num_splits", "num_shares", "chunk", "least_m", "most_m"),
@@ -22,15 +20,6 @@ NOT_SPECIALIZED = [
 ]
 LOG2_E = 1.4426950408889634
 _MIN_DOT = 16  # what tl.dot accepts along each side
-
-
-def are_chained(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before ends, and wait for it where it must.
-
-    Programmatic dependent launch, CUDA C++ Programming Guide: compute capability 9.0.
-    """
-    is_new_enough = (triton_version() or (0, 0)) >= (3, 6)
-    return is_new_enough and device_info(device).capability >= 90
 
 
 def ceil_div(a: int, b: int) -> int:

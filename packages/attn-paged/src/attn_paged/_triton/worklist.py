@@ -26,11 +26,8 @@ def _count_work_kernel(
     T, B, num_tiles, least_m, most_m, steps, left, right,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, IS_CHAINED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    if IS_CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     total = 0
     for start in range(0, num_tiles, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
