@@ -27,7 +27,8 @@ TRITON = (3, 6)  # as if installed
 GPU = torch.device("cuda", 0)
 MACHINES = {
     "CPU": (torch.device("cpu"), None),
-    "NVIDIA sm_80 and newer": (GPU, device.DeviceInfo("cuda", "an NVIDIA GPU", "sm_90", 132)),
+    "NVIDIA Hopper": (GPU, device.DeviceInfo("cuda", "an NVIDIA GPU", "sm_90", 132)),
+    "other NVIDIA from sm_80": (GPU, device.DeviceInfo("cuda", "an NVIDIA GPU", "sm_80", 108)),
     "older NVIDIA": (GPU, device.DeviceInfo("cuda", "an NVIDIA GPU", "sm_75", 40)),
     "AMD CDNA": (GPU, device.DeviceInfo("hip", "an AMD GPU", "gfx942", 304)),
 }
@@ -88,7 +89,9 @@ def _cell(
 def _posed(problem: Any, **changes: Any) -> Any:
     """Change every field of a problem that it has; a second dtype follows the first."""
     for field in problem._fields:
-        if field.endswith("_dtype") and getattr(problem, field) == problem.dtype:
+        if field == "accum_dtype":
+            changes[field] = torch.promote_types(changes["dtype"], torch.float32)
+        elif field.endswith("_dtype") and getattr(problem, field) == problem.dtype:
             changes[field] = changes["dtype"]
     return problem._replace(**{k: v for k, v in changes.items() if k in problem._fields})
 

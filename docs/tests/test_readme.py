@@ -48,8 +48,9 @@ def test_the_support_matrix_knows_the_kernels_of_attn_flash():
     _, *rows = support_matrix.matrix()
     [forward] = [row for row in rows if row[:2] == ["`attn_flash::attention`", "forward"]]
     assert forward[2] == "torch"
-    assert forward[3].startswith("triton: float16 bfloat16 float32")
-    assert forward[4] == "torch"
+    assert forward[3].startswith("hopper: float16 bfloat16; triton: float32")
+    assert forward[4].startswith("triton: float16 bfloat16 float32")
+    assert forward[5] == "torch"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

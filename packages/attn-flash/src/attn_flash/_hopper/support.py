@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from attn_core.device import device_info, triton_version
@@ -37,7 +35,7 @@ def _machine_refusal(device: torch.device) -> str | None:
     version = triton_version()
     if version is None:
         return "triton is not installed; the extra [triton] of the package brings it"
-    if version not in TRITON_VERSIONS or not importlib.util.find_spec("triton.experimental.gluon"):
+    if version not in TRITON_VERSIONS:
         known = " and ".join(".".join(map(str, known)) for known in TRITON_VERSIONS)
         return f"its kernels are written for Gluon of triton {known}, got {version[0]}.{version[1]}"
     return None
