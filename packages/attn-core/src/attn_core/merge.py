@@ -19,10 +19,14 @@ def merge_attention_states(
 
     Parameters
     ----------
-    out_a, out_b : Tensor, shape (B, M, H, D)
-        Outputs, each normalised over its own keys.
-    lse_a, lse_b : Tensor, shape (B, H, M), float32 or float64
-        Log-sum-exp of the scaled scores, natural logarithm; -inf where a query sees no key.
+    out_a : Tensor, shape (B, M, H, D)
+        Output over the one set of keys, normalised over these.
+    lse_a : Tensor, shape (B, H, M), float32 or float64
+        Log-sum-exp of its scaled scores, natural logarithm; -inf where a query sees no key.
+    out_b : Tensor, shape (B, M, H, D)
+        Output over the other set.
+    lse_b : Tensor, shape (B, H, M), float32 or float64
+        Its log-sum-exp.
 
     Returns
     -------
