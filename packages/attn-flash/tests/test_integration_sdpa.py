@@ -46,7 +46,7 @@ def check(q, k, v, **options):
     """The replacement's outputs and gradients are torch's."""
     tensors = [q, k, v]
     mask = options.get("attn_mask")
-    if isinstance(mask, torch.Tensor) and mask.requires_grad:
+    if type(mask) is torch.Tensor and mask.requires_grad:
         tensors.append(mask)
     expected = ORIGINAL(q, k, v, **options)
     with sdpa_patched():

@@ -100,21 +100,22 @@ def append_to_cache(
         numbers, scales = rows, None
         if scale is not None:
             numbers, scales = _quantise(rows, scale, cache.dtype)
-        _put(cache, index, numbers[source], any_kept)
+        _put(cache, index, numbers, source, any_kept)
         if scale is not None and scales is not None:
-            _put(scale, index, scales[source], any_kept)
+            _put(scale, index, scales, source, any_kept)
 
 
 def _put(
     cache: torch.Tensor,
     index: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
+    source: torch.Tensor,
     any_kept: torch.Tensor,
 ) -> None:
-    """Write rows to their slots; bytes, because indexing of float8 is not everywhere."""
+    """Write the `source` rows to their slots; bytes, as torch 2.6 does not index float8."""
     if cache.dtype == torch.float8_e4m3fn:
         cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
-    cache[index] = torch.where(any_kept, rows, cache[index])
+    cache[index] = torch.where(any_kept, rows[source], cache[index])
 
 
 def _quantise(
@@ -283,7 +284,7 @@ def _gather(
     offs_n = torch.arange(is_read.shape[1], device=tables.device)
     blocks = torch.where(is_read, tables[:, offs_n // block_size], 0)
     slots = (offs_n % block_size).expand_as(blocks)
-    if cache.dtype == torch.float8_e4m3fn:  # indexing of float8 is not everywhere
+    if cache.dtype == torch.float8_e4m3fn:  # torch 2.6 does not index it
         rows = cache.view(torch.uint8)[blocks, slots].view(cache.dtype).to(dtype)
     else:
         rows = cache[blocks, slots].to(dtype)

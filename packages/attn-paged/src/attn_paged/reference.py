@@ -108,7 +108,8 @@ def _gather(
 ) -> torch.Tensor:
     """Keys or values (N, H_KV, D) of one sequence."""
     blocks = table[: -(-len_k // cache.shape[1])].long()
-    rows = cache[blocks].to(dtype)
+    stored = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+    rows = stored[blocks].view(cache.dtype).to(dtype)  # torch 2.6 does not index float8
     if scale is not None:
         rows = rows * scale.expand(cache.shape[:3])[blocks].to(dtype)[..., None]
     return rows.flatten(0, 1)[:len_k]

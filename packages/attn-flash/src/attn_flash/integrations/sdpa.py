@@ -282,7 +282,9 @@ def _refusal_of_kinds(
         return "query, key or value is a subclass of Tensor"
     if attn_mask is not None and type(attn_mask) not in plain and not _is_causal_bias(attn_mask):
         return "attn_mask is a subclass of Tensor"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    ):
         return "a transform of functorch or a forward-mode gradient is under way"
     if any(x.is_nested or x.layout != torch.strided for x in tensors):
         return "query, key or value is nested or sparse"
@@ -365,7 +367,9 @@ def _is_causal_bias(mask: torch.Tensor | None) -> bool:
 def _autocast_dtype(query: torch.Tensor) -> torch.dtype | None:
     """What torch's own function would cast its inputs to."""
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # torch 2.6 cannot trace the first question
+    is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not is_known or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
