@@ -7,20 +7,22 @@ from attn_core.dropout import _philox, keep_mask, threshold
 
 
 @pytest.mark.parametrize(
-    "seed, counter, expected",
+    "rounds, seed, counter, expected",
     [
-        (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (-1, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (7, 0, (0, 0, 0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (10, 0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (10, -1, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
+            10,
             0x299F31D0_A4093822,
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
         ),
     ],
-    ids=["zeros", "ones", "pi"],
+    ids=["zeros-7-rounds", "zeros", "ones", "pi"],
 )
-def test_philox_gives_the_known_answers_of_its_authors(seed, counter, expected):
-    words = _philox(seed, tuple(torch.tensor(word) for word in counter))
+def test_philox_gives_the_known_answers_of_its_authors(rounds, seed, counter, expected):
+    words = _philox(seed, tuple(torch.tensor(word) for word in counter), rounds)
     assert tuple(word.item() for word in words) == expected
 
 

@@ -292,7 +292,7 @@ def integers(*values):
             "attn_bias must broadcast to (B, H, M, N) = (2, 4, 3, 3), got (1, 1, 4, 5)",
         ),
         (pages(k=torch.zeros(8, 2, 8)), "k must have 4 dimensions (num_pages, page_size, H_KV, D)"),
-        (pages(block_table=integers(0, 1)), "block_table must have 2 dimensions (B, max_pages), got"),
+        (pages(block_table=integers(0, 1)), "block_table must have 2 dimensions (B, max_pages)"),
         (
             pages(block_table=integers(0, 1)[None]),
             "block_table must have shape (B, max_pages) = (2, 2), got (1, 2)",

@@ -122,7 +122,8 @@ def test_any_features(lengths, heads, dims, terms, bias_dims, is_bool, window, b
         try:
             out = flash_attn_varlen_func(*arguments, **options | {name: broken[1]})
         except ValueError as error:
-            assert name in str(error)
+            if name not in str(error):
+                raise
         else:  # None and -1 may be what a caller means, and three ones may be slopes or sinks
             assert not out.isnan().any()
         return

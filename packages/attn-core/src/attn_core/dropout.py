@@ -2,20 +2,24 @@
 
 The weight of query i and key j, head h, batch element b stays where
 
-    word[j % 4] >> 1  >=  floor(p 2**31),    word = Philox4x32-10(key, counter),
+    half[j % 8]  >=  floor(p 2**16),    half = the 16-bit halves of Philox4x32-7(key, counter),
 
-    key = (seed mod 2**32, seed div 2**32),    counter = (j div 4, i, offset, 65536 b + h).
+    key = (seed mod 2**32, seed div 2**32),    counter = (j div 8, i, offset, 65536 b + h),
 
-Nothing else matters: neither tile sizes nor the order of programs. A kernel draws the mask again
-in its backward pass. `attn_core.tiles.dropout` computes it tile by tile. Philox: Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+the low half of each of the four words before its high half. Nothing else matters: neither tile
+sizes nor the order of programs. A kernel draws the mask again in its backward pass.
+`attn_core.tiles.dropout` computes it tile by tile. Philox: Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011, who recommend 7 rounds at least. A finer threshold would cost a kernel
+more than its matrix products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-_ROUNDS = 10
+_ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
@@ -23,7 +27,7 @@ _MAX_HEADS = 65536
 
 
 def threshold(p: float) -> int:
-    """Return the integer that a 31-bit random number must reach for its weight to stay.
+    """Return the integer that a 16-bit random number must reach for its weight to stay.
 
     Parameters
     ----------
@@ -33,7 +37,7 @@ def threshold(p: float) -> int:
     Returns
     -------
     int
-        In ``[0, 2**31)``.
+        In ``[0, 2**16)``.
 
     Raises
     ------
@@ -43,16 +47,16 @@ def threshold(p: float) -> int:
     Examples
     --------
     >>> from attn_core.dropout import threshold
-    >>> threshold(0.5) == 2**30
+    >>> threshold(0.5) == 2**15
     True
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must be at least 0 and below 1, got {p}")
-    return int(p * 2**31)
+    return int(p * 2**16)
 
 
 def keep_mask(
-    shape: tuple[int, int, int, int],
+    shape: Sequence[int],
     p: float,
     seed: int | torch.Tensor,
     offset: int | torch.Tensor = 0,
@@ -65,7 +69,7 @@ def keep_mask(
 
     Parameters
     ----------
-    shape : tuple of int
+    shape : sequence of int
         (B, H, M, N): batch, heads, queries, keys. B and H at most 65536.
     p : float
         Probability that a weight is dropped, ``0 <= p < 1``.
@@ -92,30 +96,31 @@ def keep_mask(
     --------
     >>> from attn_core.dropout import keep_mask
     >>> keep_mask((1, 1, 2, 6), p=0.5, seed=0).long()
-    tensor([[[[0, 1, 1, 1, 1, 0],
-              [0, 1, 0, 0, 0, 1]]]])
+    tensor([[[[1, 0, 0, 0, 0, 0],
+              [0, 1, 1, 1, 1, 0]]]])
     """
     limit = threshold(p)
     batch, heads, len_q, len_k = shape
     if batch > _MAX_HEADS or heads > _MAX_HEADS:
-        raise ValueError(f"shape must have B and H of at most {_MAX_HEADS}, got {shape}")
+        raise ValueError(f"shape must have B and H of at most {_MAX_HEADS}, got {tuple(shape)}")
     b = torch.arange(first_batch, first_batch + batch, device=device)
     h = torch.arange(heads, device=device)
     i = torch.arange(first_query, first_query + len_q, device=device)
-    quad = torch.arange((len_k + 3) // 4, device=device)
+    eighth = torch.arange((len_k + 7) // 8, device=device)
     head = (b[:, None] * _MAX_HEADS + h)[:, :, None, None]
     call = torch.zeros_like(head) + (offset & _WORD)
-    words = _philox(seed, (quad, i[:, None], call, head))
-    return (torch.stack(words, dim=-1).flatten(-2)[..., :len_k] >> 1) >= limit
+    words = torch.stack(_philox(seed, (eighth, i[:, None], call, head)), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)
+    return halves[..., :len_k] >= limit
 
 
 def _philox(
-    seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]
+    seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: int = _ROUNDS
 ) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10 on 32-bit words in int64 tensors that broadcast."""
+    """Philox4x32 on 32-bit words in int64 tensors that broadcast."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     key_0, key_1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
         high_2, low_2 = _multiply(c2, _MULTIPLIER_2)
         c0, c1, c2, c3 = high_2 ^ c1 ^ key_0, low_2, high_0 ^ c3 ^ key_1, low_0

@@ -45,7 +45,7 @@ def attention_backward(
     needs_dbias: bool,
     options: Options,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of q, k, v, attn_bias and sinks, given those of out (dout) and, maybe, lse (dlse)."""
+    """Gradients of q, k, v, attn_bias and sinks, given those of out and, maybe, lse."""
     if not options.is_varlen:
         return _attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias, options)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
@@ -70,9 +70,11 @@ def attention_backward(
         cols = key_rows(b, starts_k[b], keys.shape[1], k, options)
         dq[one], dk[cols], dv[cols] = own_dq[0], own_dk[0], own_dv[0]
         if dbias is not None:
+            assert own_dbias is not None
             row = slice(None) if dbias.shape[0] == 1 else slice(b, b + 1)
             dbias[row, :, : own_dbias.shape[2], : own_dbias.shape[3]] += own_dbias
         if dsinks is not None:
+            assert own_dsinks is not None
             dsinks += own_dsinks
     return dq, dk, dv, dbias, dsinks
 
@@ -128,7 +130,7 @@ def _attention_backward(
     needs_dbias: bool,
     options: Options,
     first_batch: int = 0,
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     if dlse is None and _fits_cpu_kernel(q, k, v, options):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_for_cpu_kernel(dout, q, k, v, out),
@@ -245,7 +247,8 @@ def _scores(
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Scores of a block of queries (B, H, rows, N) and their derivatives by the products q k."""
     products = torch.einsum("bihgd,bhjd->bhgij", grouped[:, rows], keys).flatten(1, 2)
-    scores, slope = products * options.scale, options.scale
+    scores = products * options.scale
+    slope: torch.Tensor | float = options.scale
     if options.softcap != 0.0:
         share = torch.tanh(scores / options.softcap)
         scores, slope = options.softcap * share, (1.0 - share.square()) * options.scale
@@ -270,10 +273,12 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _kept(probs: torch.Tensor, rows: slice, options: Options, first_batch: int) -> torch.Tensor:
     assert options.rng_state is not None
+    seed, offset = options.rng_state.unbind()
     return keep_mask(
-        tuple(probs.shape),
+        probs.shape,
         options.dropout_p,
-        *options.rng_state.unbind(),
+        seed,
+        offset,
         probs.device,
         first_batch=first_batch,
         first_query=rows.start,

@@ -330,6 +330,8 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(q, k, v, starts, starts, 7, 7, causal=True).shape
     torch.Size([12, 4, 32])
     """
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        require_rank(name, starts, "(B + 1,)")
     options = _options(
         q,
         dropout_p,
@@ -343,10 +345,6 @@ def flash_attn_varlen_func(
         key_mask,
         sinks,
         rng_state,
-    )
-    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        require_rank(name, starts, "(B + 1,)")
-    options = options._replace(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_k=seqused_k,
@@ -638,11 +636,11 @@ def dropout_mask(
 
     The weight of query i and key j, head h, batch element b stays where
 
-        word[j % 4] >> 1  >=  floor(dropout_p 2**31),    word = Philox4x32-10(key, counter),
+        half[j % 8]  >=  floor(dropout_p 2**16),
 
-        key = seed,    counter = (j div 4, i, offset, 65536 b + h),
-
-    on every backend and device. In ragged sequences i and j count from the start of sequence b.
+    the 16-bit halves, low before high, of the words of Philox4x32-7 with the key `seed` and the
+    counter (j div 8, i, offset, 65536 b + h): on every backend and device. In ragged sequences i
+    and j count from the start of sequence b.
 
     Parameters
     ----------
@@ -672,15 +670,16 @@ def dropout_mask(
     >>> import torch
     >>> from attn_flash import dropout_mask
     >>> dropout_mask((1, 1, 2, 6), 0.5, torch.tensor([0, 0])).long()
-    tensor([[[[0, 1, 1, 1, 1, 0],
-              [0, 1, 0, 0, 0, 1]]]])
+    tensor([[[[1, 0, 0, 0, 0, 0],
+              [0, 1, 1, 1, 1, 0]]]])
     """
     dropout_p = checks.dropout_p(dropout_p)
     if len(shape) != 4:
         raise ValueError(f"shape must be (B, H, M, N), got {shape}")
     device = rng_state.device if isinstance(rng_state, torch.Tensor) else torch.device("cpu")
     checks.rng_state(rng_state, dropout_p, device)
-    return keep_mask(shape, dropout_p, *rng_state.unbind(), device)
+    seed, offset = rng_state.unbind()
+    return keep_mask(shape, dropout_p, seed, offset, device)
 
 
 def get_available_backends() -> list[str]:
@@ -716,6 +715,7 @@ def _options(
     key_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
     rng_state: torch.Tensor | None,
+    **ragged: Any,
 ) -> Options:
     """Put together what does not depend on shapes, with defaults in place."""
     require_tensor("q", q)
@@ -733,6 +733,7 @@ def _options(
         softcap=checks.softcap(softcap),
         dropout_p=dropout_p,
         deterministic=bool(deterministic),
+        **ragged,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -48,15 +49,13 @@ def attention_problem(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> AttentionProblem:
     """Validate q, k, v and the tensors among `options`, and describe the problem they pose."""
-    if options.is_varlen:
-        batch = _check_ragged(q, k, v, options)
-    else:
-        batch = _check_dense(q, k, v)
+    is_varlen = options.cu_seqlens_q is not None  # torch 2.6 cannot trace properties of a tuple
+    batch = _check_ragged(q, k, v, options) if is_varlen else _check_dense(q, k, v)
     checks.require_multiple("the number of heads of q", q.shape[-2], "that of k and v", k.shape[-2])
     checks.require_range("the head dimension of q", q.shape[-1], 1, MAX_HEAD_DIM)
     checks.require_range("the head dimension of v", v.shape[-1], 1, MAX_HEAD_DIM)
     _check_score_terms(q, k, batch, options)
-    if options.is_varlen:
+    if is_varlen:
         _check_values(q, k, options)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, options.attn_bias, options.sinks)
@@ -80,7 +79,7 @@ def describe(
         k.shape[-2],
         q.shape[-1],
         v.shape[-1],
-        options.window,
+        (options.window_left, options.window_right),
         options.features(),
         needs_grad,
     )
@@ -131,7 +130,7 @@ def length(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
     if number < 0:
         raise ValueError(f"{name} must not be negative, got {number}")
-    return number
+    return number  # type: ignore[return-value]  # a symbolic integer will do
 
 
 def rng_state(
@@ -235,7 +234,8 @@ def _check_score_terms(q: torch.Tensor, k: torch.Tensor, batch: int, options: Op
     if options.softcap == 0.0 and not options.features():
         return
     heads, (len_q, len_k) = q.shape[-2], options.lengths(q, k)
-    slopes, bias, key_mask, sinks = options[:4]
+    slopes, bias = options.alibi_slopes, options.attn_bias
+    key_mask, sinks = options.key_mask, options.sinks
     if slopes is not None:
         checks.require_tensor("alibi_slopes", slopes)
         if tuple(slopes.shape) not in ((heads,), (batch, heads)):
@@ -283,14 +283,15 @@ def _check_values(q: torch.Tensor, k: torch.Tensor, options: Options) -> None:
         return
     if q.device.type != "cpu" and not environment.checks_values():
         return
-    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
     starts_q, starts_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
     table = options.block_table
     tokens_k = None if table is not None else k.shape[0]
     _check_starts("cu_seqlens_q", starts_q, "q", q.shape[0], options.max_seqlen_q)
     longest = options.max_seqlen_k if options.seqused_k is None else None
     _check_starts("cu_seqlens_k", starts_k, "k", tokens_k, longest)
-    lengths = [stop - start for start, stop in zip(starts_k, starts_k[1:])]
+    lengths = [stop - start for start, stop in pairwise(starts_k)]
     if options.seqused_k is not None:
         used = options.seqused_k.tolist()
         for b, (count, length) in enumerate(zip(used, lengths, strict=True)):
@@ -310,7 +311,7 @@ def _check_starts(
 ) -> None:
     if starts[0] != 0:
         raise ValueError(f"{name} must begin with 0, got {starts[0]}")
-    for start, stop in zip(starts, starts[1:]):
+    for start, stop in pairwise(starts):
         if stop < start:
             raise ValueError(f"{name} must not decrease, got {stop} after {start}")
         if longest is not None and stop - start > longest:

@@ -120,12 +120,9 @@ def _attention_backward_autograd(
     opts = Options(*rest[:-1])
     bias, sinks = opts.attn_bias if needs_dbias else None, opts.sinks
     with torch.enable_grad():
-        # An input that needs no gradient still has to be part of the graph to be asked for.
-        inputs = [
-            x if x is None or x.requires_grad else x.detach().requires_grad_()
-            for x in (q, k, v, bias, sinks)
-        ]
-        q, k, v, bias, sinks = inputs
+        q, k, v = _leaf(q), _leaf(k), _leaf(v)
+        bias, sinks = None if bias is None else _leaf(bias), None if sinks is None else _leaf(sinks)
+        inputs = (q, k, v, bias, sinks)
         if bias is not None:
             opts = opts._replace(attn_bias=bias)
         out, lse = reference.attention_with(q, k, v, opts._replace(sinks=sinks))
@@ -140,6 +137,11 @@ def _attention_backward_autograd(
             )
         )
         return tuple(q.new_empty(0) if x is None else next(found) for x in inputs)
+
+
+def _leaf(x: torch.Tensor) -> torch.Tensor:
+    """An input that needs no gradient still has to be part of the graph to be asked for."""
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
 def _attention_probs(

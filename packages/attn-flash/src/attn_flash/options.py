@@ -72,18 +72,18 @@ class Options(NamedTuple):
 
     def features(self) -> frozenset[str]:
         """Names of what is asked for beside a scale and a window; empty for a plain problem."""
-        values = (
-            self.alibi_slopes,
-            self.attn_bias,
-            self.key_mask,
-            self.sinks,
-            self.cu_seqlens_q,
-            self.seqused_k,
-            self.block_table,
-        )
-        if self.softcap == 0.0 and self.dropout_p == 0.0 and not any(x is not None for x in values):
+        tensors = {
+            "alibi_slopes": self.alibi_slopes,
+            "attn_bias": self.attn_bias,
+            "key_mask": self.key_mask,
+            "sinks": self.sinks,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "seqused_k": self.seqused_k,
+            "block_table": self.block_table,
+        }
+        names = [name for name, x in tensors.items() if x is not None]
+        if not names and self.softcap == 0.0 and self.dropout_p == 0.0:
             return _PLAIN
-        names = [name for name, x in zip(_FEATURES, values, strict=True) if x is not None]
         if self.softcap != 0.0:
             names.append("softcap")
         if self.dropout_p != 0.0:
@@ -94,7 +94,7 @@ class Options(NamedTuple):
 
     def lengths(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
         """M and N, those of the longest sequences where they differ."""
-        if self.is_varlen:
+        if self.cu_seqlens_q is not None:
             return self.max_seqlen_q, self.max_seqlen_k
         return q.shape[1], k.shape[1]
 
@@ -111,15 +111,6 @@ class Options(NamedTuple):
 
 
 _PLAIN: frozenset[str] = frozenset()
-_FEATURES = (
-    "alibi_slopes",
-    "attn_bias",
-    "key_mask",
-    "sinks",
-    "cu_seqlens_q",
-    "seqused_k",
-    "block_table",
-)
 
 SCHEMA = (
     "Tensor? alibi_slopes, Tensor? attn_bias, Tensor? key_mask, Tensor? sinks, Tensor? rng_state,"

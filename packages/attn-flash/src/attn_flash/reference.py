@@ -85,7 +85,8 @@ def attention(
     probs = torch.exp(scores - pivot[..., None])
     if dropout_p != 0.0:
         assert rng_state is not None
-        keep = keep_mask(scores.shape, dropout_p, *rng_state, q.device, first_batch=first_batch)
+        seed, offset = rng_state.unbind()
+        keep = keep_mask(scores.shape, dropout_p, seed, offset, q.device, first_batch=first_batch)
         probs = probs * keep / (1.0 - dropout_p)
     return torch.einsum("bhij,bjhd->bihd", probs, v), lse
 
@@ -112,7 +113,8 @@ def sequences(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor, Options]]:
     """Each ragged sequence: its number, rows in q, keys and values (1, N, H_KV, D), options."""
-    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
     starts_q, starts_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
         rows, len_k = slice(*starts_q[b : b + 2]), starts_k[b + 1] - starts_k[b]

@@ -13,7 +13,8 @@ from attn_core.testing.compilation import TARGETS, compile_ahead
 
 pytest.importorskip("triton")
 
-from attn_flash._triton import backward, configs, forward
+from attn_flash._triton import backward, backward_bias, configs, forward, ragged
+from attn_flash.options import Options
 
 pytestmark = pytest.mark.compile
 
@@ -23,13 +24,23 @@ LAUNCHERS = {
     "forward": forward._launch,
     "dq": backward._launch_dq,
     "dk_dv": backward._launch_dk_dv,
+    "bias": backward_bias._launch,
+    "rest": ragged._launch,
 }
+PLAIN = ("forward", "dq", "dk_dv")
 TABLES = {
     "forward": configs.FORWARD,
     "dq": configs.BACKWARD_DQ,
     "dk_dv": configs.BACKWARD_DK_DV,
+    "bias": configs.BACKWARD_BIAS,
 }
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 # Bytes that 16-bit kernels of sm_90 may spill, by BLOCK_D: mostly dk_dv, and padded heads.
 MAX_SPILLS = {64: 64, 128: 256, 256: 1024}
 
@@ -42,12 +53,33 @@ class Case(NamedTuple):
     group: int = 1
     tf32: bool = False
     dlse: bool = False
+    term: str = ""
+
+    @property
+    def features(self):
+        """Options that ask for `term`."""
+        if self.term == "varlen":
+            starts = torch.empty(3, dtype=torch.int32, device="meta")
+            return {
+                "cu_seqlens_q": starts, "cu_seqlens_k": starts,
+                "max_seqlen_q": self.S, "max_seqlen_k": self.S,
+            }  # fmt: skip
+        return {
+            "": {},
+            "softcap": {"softcap": 30.0},
+            "alibi": {"alibi_slopes": torch.empty(4, device="meta")},
+            "bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").to(self.dtype)},
+            "dropout": {
+                "dropout_p": 0.1,
+                "rng_state": torch.empty(2, dtype=torch.int64, device="meta"),
+            },
+        }[self.term]
 
     def __str__(self):
         dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, "window")
         words = [f"kv{4 // self.group}-s{self.S}-d{self.D}", dtype, window]
-        return "-".join([*words, "dlse"] if self.dlse else words)
+        return "-".join([*words, *["dlse"] * self.dlse, *filter(None, [self.term])])
 
 
 PORTABLE = [
@@ -69,6 +101,14 @@ HOPPER = [
     Case(torch.float16, 64, (128, 64), group=4, dlse=True),
     Case(torch.float16, 111),
 ]
+# The kernel for the gradient of a bias, with the tiles of every head dimension.
+BIAS = [
+    *(Case(torch.bfloat16, D, S=1024, term="bias") for D in (16, 32, 64, 128, 256)),
+    *(Case(torch.float32, D, OPEN, term="bias", tf32=True) for D in (64, 128, 256)),
+]
+VARLEN = Case(torch.bfloat16, 128, term="varlen")
+TERMS = [VARLEN, *(Case(torch.bfloat16, 128, term=term) for term in ("softcap", "alibi"))]
+TERMS += [Case(torch.bfloat16, 64, term=term) for term in ("bias", "dropout")]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
@@ -105,8 +145,9 @@ def launches(case, monkeypatch):
     recorders = {name: Recorder() for name in LAUNCHERS}
     for name, launcher in LAUNCHERS.items():
         monkeypatch.setattr(launcher, "_kernel", recorders[name])
-    q = torch.empty(2, case.S, 4, case.D, dtype=case.dtype, device="meta")
-    k = torch.empty(2, case.S, 4 // case.group, case.D, dtype=case.dtype, device="meta")
+    batch = () if case.term == "varlen" else (2,)
+    q = torch.empty(*batch, case.S, 4, case.D, dtype=case.dtype, device="meta")
+    k = torch.empty(*batch, case.S, 4 // case.group, case.D, dtype=case.dtype, device="meta")
     options = Options(
         scale=0.1, window_left=case.window[0], window_right=case.window[1], **case.features
     )
@@ -141,7 +182,18 @@ RUNS = [
     pytest.param(target, case, name, id=f"{target}-{case}-{name}")
     for target in TARGETS
     for case in CASES[target]
-    for name in LAUNCHERS
+    for name in PLAIN
+]
+RUNS += [
+    pytest.param("sm_90", case, name, id=f"sm_90-{case}-{name}") for case in TERMS for name in PLAIN
+]
+RUNS += [
+    pytest.param(target, case, "bias", id=f"{target}-{case}-bias")
+    for target in TARGETS
+    for case in (BIAS if target in ("sm_90", "gfx942") else BIAS[2:4])
+]
+RUNS += [
+    pytest.param(target, VARLEN, "rest", id=f"{target}-{VARLEN}-rest") for target in TARGETS
 ]
 
 
@@ -153,7 +205,7 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
     compiled = compile_ahead(kernel, *describe(kernel, launch), target, **launch.options)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != torch.float32:
-        assert compiled.spills <= MAX_SPILLS.get(launch.constexprs["BLOCK_D"], 0)
+        assert compiled.spills <= MAX_SPILLS.get(launch.constexprs.get("BLOCK_D"), 0)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -104,7 +104,7 @@ def check(q, k, v, options):
 CASES = [(name, "window") for name in FEATURES if name != "plain"] + [("everything", "causal")]
 
 
-@pytest.mark.parametrize("name,window", CASES, ids="-".join)
+@pytest.mark.parametrize("name, window", CASES)
 def test_dense(name, window):
     window = WINDOWS[window]
     q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
@@ -115,7 +115,7 @@ def test_dense(name, window):
 
 
 @pytest.mark.parametrize(
-    "name,window", [("plain", "full"), ("bias-of-a-head", "causal"), ("everything", "window")]
+    "name, window", [("plain", "full"), ("bias-of-a-head", "causal"), ("everything", "window")]
 )
 def test_ragged(name, window):
     window = WINDOWS[window]

@@ -21,6 +21,7 @@ from attn_flash import (
     reference,
     sdpa_triton_fa,
 )
+from attn_flash.options import Options
 
 pytestmark = pytest.mark.gpu
 
@@ -279,11 +280,11 @@ def test_any_strides_and_nothing_beside_the_tensors(order, device):
 def test_every_output_is_written(window, device):
     # Autograd runs the backward pass on a thread of its own, which the mode does not reach.
     inputs = Case(1, 2, 2, 150, 97, 64).inputs(BFLOAT, device)
-    problem = (0.125, *window, BACKEND)
+    problem = (*Options(scale=0.125, window_left=window[0], window_right=window[1]), BACKEND)
     dout, dlse = cotangents(inputs[0], with_lse=True)
     with poison_new_allocations():
         out, lse = ops.attention(*inputs, *problem)
-        grads = ops.attention_backward(dout, dlse, *inputs, out, lse, *problem)
+        grads = ops.attention_backward(dout, dlse, *inputs, out, lse, False, *problem)
     results = dict(zip(NAMES, (out, lse, *grads), strict=True))
     check_results(results, inputs, [dout, dlse], window, 0.125)
 
@@ -384,12 +385,12 @@ def test_causal_queries_do_not_depend_on_later_keys(device):
 
 @pytest.mark.parametrize("window", [OPEN, (33, 18)], ids=show_window)
 def test_opcheck(window, device):
-    problem = (0.125, *window, BACKEND)
+    problem = (*Options(scale=0.125, window_left=window[0], window_right=window[1]), BACKEND)
     inputs = [x.requires_grad_() for x in SMALL.inputs(BFLOAT, device)]
     torch.library.opcheck(torch.ops.attn_flash.attention.default, (*inputs, *problem))
     inputs = [x.detach() for x in inputs]
     outputs = ops.attention(*inputs, *problem)
-    arguments = (*cotangents(inputs[0], with_lse=True), *inputs, *outputs, *problem)
+    arguments = (*cotangents(inputs[0], with_lse=True), *inputs, *outputs, False, *problem)
     torch.library.opcheck(torch.ops.attn_flash.attention_backward.default, arguments)
 
 

@@ -86,7 +86,11 @@ def attend(q, k, v, window, scale, dout, dlse):
     options = Options(scale=scale, window_left=window[0], window_right=window[1])
     with poison_new_allocations():
         out, lse = forward.attention(q, k, v, options)
-        grads = backward.attention_backward(dout, dlse, q, k, v, out, lse, False, options)
+        *grads, dbias, dsinks = backward.attention_backward(
+            dout, dlse, q, k, v, out, lse, False, options
+        )
+    assert dbias is None
+    assert dsinks is None
     return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
 

@@ -20,9 +20,9 @@ from attn_core.tiles.masks import is_visible, key_blocks, query_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tiles.swizzle import tile_of_head
-from attn_flash._triton import configs, problem
+from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.backward_bias import bias_gradient
-from attn_flash._triton.scores import drop, load_slope, load_state, modify_scores
+from attn_flash._triton.scores import drop, load_slope, load_state, load_term, modify_scores
 from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
 
@@ -30,16 +30,16 @@ from attn_flash.options import Options
 # fmt: off
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, lse_log2, delta, rows,
+    dq, q, do, lse_log2, delta, rows, bias_rows,
     k_ptr, stride_kn, stride_kd,
     v_ptr, stride_vn, stride_vd,
-    bias_ptr, stride_bm, stride_bn,
+    bias_ptr, stride_bn,
     key_mask_ptr, stride_mn,
     lo, hi, M, N, b, h,
     scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -52,23 +52,33 @@ def _accumulate_dq(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
-    HAS_TERMS: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
+    HAS_TERMS: tl.constexpr = SOFTCAP > 0 or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
     k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
     v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
+    if HAS_BIAS:
+        bias_offs = bias_rows[:, None] + offs_n[None, :] * stride_bn
+        bias_ptr += tl.cast(lo, tl.int64) * stride_bn
+    position_f = (rows + (N - M)).to(tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
+        bias, key_mask = 0.0, 0.0
+        if HAS_BIAS:
+            bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
+            bias_ptr += BLOCK_N * stride_bn
+        if HAS_KEY_MASK:
+            key_mask_ptrs = key_mask_ptr + (start_n + offs_n) * stride_mn
+            key_mask = load_term(key_mask_ptrs, mask_n, MASKED)[None, :]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if HAS_TERMS:
+            distance = position_f[:, None] - (start_n + offs_n).to(tl.float32)[None, :]
             scores_log2, damping = modify_scores(
-                scores, rows[:, None], start_n + offs_n[None, :], M, N,
-                scale_log2, softcap_log2, slope_log2,
-                bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
-                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+                scores, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
+                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
             )  # fmt: skip
             p = tl.math.exp2(scores_log2 - lse_log2[:, None])
         else:
@@ -82,7 +92,7 @@ def _accumulate_dq(
         if HAS_DROPOUT:
             dp = drop(dp * keep_scale, seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
         ds = p * (dp - delta[:, None])
-        if HAS_SOFTCAP:
+        if SOFTCAP > 0:
             ds *= damping
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_kn
@@ -112,7 +122,7 @@ def _attention_backward_dq_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
@@ -174,36 +184,40 @@ def _attention_backward_dq_kernel(
         key_mask_ptr += b * stride_mb
     slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
+    bias_rows = offs_m
+    if HAS_BIAS:  # rows past the end read the last one: that is cheaper than a mask
+        bias_rows = tl.minimum(offs_m, M - 1 - start_m) * stride_bm
+        bias_ptr += start_m.to(tl.int64) * stride_bm
     lo, full_lo, full_hi, hi = key_blocks(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_LEFT:
         dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, start_m + offs_m,
+            dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
             k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, lo, full_lo, M, N, b, h,
+            bias_ptr, stride_bn, key_mask_ptr, stride_mn, lo, full_lo, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
             BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, do, lse_log2, delta, start_m + offs_m,
+        dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
         k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, full_lo, full_hi, M, N, b, h,
+        bias_ptr, stride_bn, key_mask_ptr, stride_mn, full_lo, full_hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
         HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
-        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, do, lse_log2, delta, start_m + offs_m,
+        dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
         k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn, full_hi, hi, M, N, b, h,
+        bias_ptr, stride_bn, key_mask_ptr, stride_mn, full_hi, hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
         HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
         TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
@@ -216,17 +230,16 @@ def _attention_backward_dq_kernel(
 # fmt: off
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, k, v, start_n,
+    dk, dv, k, v, bias_rows, key_mask, start_n,
     q_ptr, stride_qm, stride_qd,
     do_ptr, stride_dom, stride_dod,
     row_ptr,
-    bias_ptr, stride_bm, stride_bn,
-    key_mask_ptr, stride_mn,
+    bias_ptr, stride_bm,
     lo, full_lo, full_hi, hi, M, N, b, h,
     scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_TAIL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -243,11 +256,15 @@ def _accumulate_dk_dv(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
-    HAS_TERMS: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
+    HAS_TERMS: tl.constexpr = SOFTCAP > 0 or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
     q_offs = tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
     do_offs = tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
+    if HAS_BIAS:
+        bias_offs = bias_rows[:, None] + offs_m[None, :] * stride_bm
+        bias_ptr += tl.cast(lo, tl.int64) * stride_bm
+    key_f = offs_key.to(tl.float32)
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
         q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
@@ -256,14 +273,17 @@ def _accumulate_dk_dv(
         row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
         row = load_tile(row_ptrs, mask_m, mask_m, IS_TAIL, False)  # [BLOCK_M, 2]
         lse_log2, delta = tl.split(row)
+        bias_t = 0.0
+        if HAS_BIAS:
+            bias_t = load_term(bias_ptr + bias_offs, mask_m[None, :], IS_TAIL)
+            bias_ptr += BLOCK_M * stride_bm
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if HAS_TERMS:
+            distance_t = (start_m + offs_m + (N - M)).to(tl.float32)[None, :] - key_f[:, None]
             scores_t, damping = modify_scores(
-                scores_t, (start_m + offs_m)[None, :], offs_key[:, None], M, N,
-                scale_log2, softcap_log2, slope_log2,
-                bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
-                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+                scores_t, distance_t, bias_t, key_mask, scale_log2, softcap_log2, slope_log2,
+                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
             )  # fmt: skip
             p_t = tl.math.exp2(scores_t - lse_log2[None, :])
         else:
@@ -289,7 +309,7 @@ def _accumulate_dk_dv(
             dp_t *= factor_t
         dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
-        if HAS_SOFTCAP:
+        if SOFTCAP > 0:
             ds_t *= damping
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
         q_ptr += BLOCK_M * stride_qm
@@ -317,7 +337,7 @@ def _attention_backward_dk_dv_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -362,8 +382,14 @@ def _attention_backward_dk_dv_kernel(
     )
     whole_hi = tl.minimum(tl.cdiv(hi, BLOCK_M), M // BLOCK_M) * BLOCK_M
     tail = tl.maximum(lo, whole_hi)  # from here on a block has queries past the end
+    bias_rows = offs_n
+    key_mask = 0.0
+    # Keys past the end read the last one: that is cheaper than a mask.
+    if HAS_BIAS:
+        bias_rows = tl.minimum(offs_n, N - 1 - start_n) * stride_bn
     if HAS_KEY_MASK:
-        key_mask_ptr += b * stride_mb
+        key_mask_ptrs = key_mask_ptr + b * stride_mb + (start_n + offs_n) * stride_mn
+        key_mask = load_term(key_mask_ptrs, mask_n, True)[:, None]
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -378,26 +404,27 @@ def _attention_backward_dk_dv_kernel(
         bias_head = bias_ptr
         if HAS_BIAS:
             bias_head = bias_ptr + b * stride_bb + h * stride_bh
+            bias_head += start_n.to(tl.int64) * stride_bn
         dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, start_n,
+            dk, dv, k, v, bias_rows, key_mask, start_n,
             q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
-            bias_head, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+            bias_head, stride_bm,
             lo, full_lo, full_hi, tail, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         if (tail < hi) | (not (HAS_LEFT or HAS_RIGHT)):
             dk, dv = _accumulate_dk_dv(
-                dk, dv, k, v, start_n,
+                dk, dv, k, v, bias_rows, key_mask, start_n,
                 q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
-                bias_head, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+                bias_head, stride_bm,
                 tail, full_lo, full_hi, hi, M, N, b, h,
                 scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
                 left, right,
                 HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
                 TAIL_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
@@ -426,13 +453,13 @@ def attention_backward(
     needs_dbias: bool,
     options: Options,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of q, k, v, attn_bias and sinks, given those of out (dout) and, maybe, lse (dlse)."""
+    """Gradients of q, k, v, attn_bias and sinks, given those of out and, maybe, lse."""
     size = problem.size(q, k, v, options)
     bias, sinks = options.attn_bias if needs_dbias else None, options.sinks
     if size.B * size.M * size.H * size.N == 0:
         return _empty_gradients(dlse, q, k, v, bias, sinks)
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
-    if options.is_varlen:
+    if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
     terms = problem.score_terms(q, size, options)
     dq = _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options)
@@ -462,7 +489,7 @@ def _dsinks(sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
     """Compute dq, and fill `rows` for the other kernels."""
     left, right = options.window
-    dq = problem.new_gradient(q, options)
+    dq = ragged.new_gradient(q, options.cu_seqlens_q)
     config = configs.tiles(configs.BACKWARD_DQ, q, size, options.window)
     num_tiles = problem.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out, dout, dq))
@@ -503,8 +530,13 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
 def _dk_dv(dout, q, k, v, rows, size, terms, options):
     """Compute dk and dv from the `rows` that `_dq` left."""
     left, right = options.window
-    dk, dv = problem.new_gradient(k, options), problem.new_gradient(v, options)
-    config = configs.tiles(configs.BACKWARD_DK_DV, q, size, options.window)
+    dk, dv = (
+        ragged.new_gradient(x, options.cu_seqlens_k, is_partly_used=options.seqused_k is not None)
+        for x in (k, v)
+    )
+    # Score terms need the registers that smaller tiles leave, as windows do.
+    window = (-1, 0) if terms.key else options.window
+    config = configs.tiles(configs.BACKWARD_DK_DV, q, size, window)
     num_tiles = problem.ceil_div(size.N, config.block_n)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, dout, dk, dv))
     _launch_dk_dv(

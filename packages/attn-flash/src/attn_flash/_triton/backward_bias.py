@@ -12,7 +12,7 @@ from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_flash._triton import configs, problem
-from attn_flash._triton.scores import drop, load_slope, load_state, modify_scores
+from attn_flash._triton.scores import drop, load_slope, load_state, load_term, modify_scores
 from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
 
@@ -50,7 +50,7 @@ def _attention_backward_bias_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -76,7 +76,7 @@ def _attention_backward_bias_kernel(
     first_k = tl.cast(0, tl.int64)
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, sum_b * sum_h * sum_m * sum_n):
+    for step in range(sum_b * sum_h * sum_m * sum_n):
         start_n = (tile_n + step % sum_n) * BLOCK_N
         start_m = (tile_m + step // sum_n % sum_m) * BLOCK_M
         h = (tile_h + step // sum_n // sum_m % sum_h).to(tl.int64)
@@ -109,14 +109,17 @@ def _attention_backward_bias_kernel(
         delta = tl.load(row_ptrs + 1, mask=mask_m, other=0.0)
         slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
         bias_head = bias_ptr + b * stride_bb + h * stride_bh
-        mask_head = key_mask_ptr
+        bias_offs = rows.to(tl.int64)[:, None] * stride_bm + cols.to(tl.int64)[None, :] * stride_bn
+        bias = load_term(bias_head + bias_offs, mask_m[:, None] & mask_n[None, :], True)
+        key_mask = 0.0
         if HAS_KEY_MASK:
-            mask_head = key_mask_ptr + b * stride_mb
+            key_mask = load_term(key_mask_ptr + b * stride_mb + cols * stride_mn, mask_n, True)
+            key_mask = key_mask[None, :]
+        distance = (rows + (len_k - len_q)).to(tl.float32)[:, None] - cols.to(tl.float32)[None, :]
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, _ = modify_scores(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :],
-            len_q, len_k, scale_log2, softcap_log2, slope_log2,
-            bias_head, stride_bm, stride_bn, mask_head, stride_mn,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+            products, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
@@ -164,9 +167,9 @@ def bias_gradient(
         problem.ceil_div(size.M, config.block_m), problem.ceil_div(size.N, config.block_n),
     )  # fmt: skip
     whole = (size.B, size.H, size.M, size.N)
-    is_sum = [own == 1 and full != 1 for own, full in zip(bias.shape, whole)]
-    owned = [1 if summed else span for summed, span in zip(is_sum, spans)]
-    walked = [span if summed else 1 for summed, span in zip(is_sum, spans)]
+    is_sum = [own == 1 and full != 1 for own, full in zip(bias.shape, whole, strict=True)]
+    owned = [1 if summed else span for summed, span in zip(is_sum, spans, strict=True)]
+    walked = [span if summed else 1 for summed, span in zip(is_sum, spans, strict=True)]
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, dout))
     _launch(
         owned[0] * owned[1] * owned[2] * owned[3],

@@ -10,8 +10,8 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.scores import first_state
 from attn_core.tiles.softmax import finish_softmax, online_softmax, online_softmax_masked
 from attn_core.tiles.swizzle import tile_of_head
-from attn_flash._triton import configs, problem
-from attn_flash._triton.scores import drop, load_slope, load_state, modify_scores
+from attn_flash._triton import configs, problem, ragged
+from attn_flash._triton.scores import drop, load_slope, load_state, load_term, modify_scores
 from attn_flash._triton.sequences import paged_rows, ragged_bounds
 from attn_flash.options import Options
 
@@ -19,16 +19,16 @@ from attn_flash.options import Options
 # fmt: off
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q, rows,
+    acc, m_i, l_i, q, rows, bias_rows,
     k_ptr, stride_kb, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vd,
     table_ptr, stride_tn,
-    bias_ptr, stride_bm, stride_bn,
+    bias_ptr, stride_bn,
     key_mask_ptr, stride_mn,
     lo, hi, M, N, b, h, scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -47,6 +47,10 @@ def _attend(
     if PAGE_SIZE == 0:
         k_ptr += tl.cast(lo, tl.int64) * stride_kn
         v_ptr += tl.cast(lo, tl.int64) * stride_vn
+    if HAS_BIAS:
+        bias_offs = bias_rows[:, None] + offs_n[None, :] * stride_bn
+        bias_ptr += tl.cast(lo, tl.int64) * stride_bn
+    position_f = (rows + (N - M)).to(tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         if PAGE_SIZE > 0:
@@ -58,14 +62,20 @@ def _attend(
             v_offs = v_rows[:, None] + offs_dv[None, :] * stride_vd
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
+        bias, key_mask = 0.0, 0.0
+        if HAS_BIAS:
+            bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
+            bias_ptr += BLOCK_N * stride_bn
+        if HAS_KEY_MASK:
+            key_mask_ptrs = key_mask_ptr + (start_n + offs_n) * stride_mn
+            key_mask = load_term(key_mask_ptrs, mask_n, MASKED)[None, :]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         factor = scale_log2
-        if HAS_SOFTCAP or HAS_ALIBI or HIDES:
+        if SOFTCAP > 0 or HAS_ALIBI or HIDES:
+            distance = position_f[:, None] - (start_n + offs_n).to(tl.float32)[None, :]
             scores, _ = modify_scores(
-                scores, rows[:, None], start_n + offs_n[None, :], M, N,
-                scale_log2, softcap_log2, slope_log2,
-                bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
-                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+                scores, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
+                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
             )  # fmt: skip
             factor = 1.0
         if MASKED:
@@ -105,7 +115,7 @@ def _attend_rows(
     scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
@@ -129,39 +139,43 @@ def _attend_rows(
     lo, full_lo, full_hi, hi = key_blocks(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    bias_rows = offs_m
+    if HAS_BIAS:  # rows past the end read the last one: that is cheaper than a mask
+        bias_rows = tl.minimum(offs_m, M - 1 - start_m) * stride_bm
+        bias_ptr += first_row * stride_bm
     if HAS_SINKS:
         sink_ptr += offs_m * 0
     m_i, l_i = first_state(sink_ptr, mask_m, HAS_SINKS, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
-            acc, m_i, l_i, q, rows,
+            acc, m_i, l_i, q, rows, bias_rows,
             k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-            table_ptr, stride_tn, bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+            table_ptr, stride_tn, bias_ptr, stride_bn, key_mask_ptr, stride_mn,
             lo, full_lo, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
             BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, rows,
+        acc, m_i, l_i, q, rows, bias_rows,
         k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-        table_ptr, stride_tn, bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+        table_ptr, stride_tn, bias_ptr, stride_bn, key_mask_ptr, stride_mn,
         full_lo, full_hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, False,
-        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, rows,
+        acc, m_i, l_i, q, rows, bias_rows,
         k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-        table_ptr, stride_tn, bias_ptr, stride_bm, stride_bn, key_mask_ptr, stride_mn,
+        table_ptr, stride_tn, bias_ptr, stride_bn, key_mask_ptr, stride_mn,
         full_hi, hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
-        HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
         TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
@@ -193,7 +207,7 @@ def _attention_forward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, IS_VARLEN: tl.constexpr, HAS_USED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
@@ -243,7 +257,7 @@ def _attention_forward_kernel(
             out_ptr, stride_om, stride_od, lse_ptr, pid_m * BLOCK_M, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
             NEGATE_Q, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     else:
@@ -254,7 +268,7 @@ def _attention_forward_kernel(
             out_ptr, stride_om, stride_od, lse_ptr, pid_m * BLOCK_M, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
             NEGATE_Q, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
@@ -267,7 +281,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out (B, M, H, D_v), lse (B, H, M)."""
     size = problem.size(q, k, v, options)
-    out, lse = problem.new_outputs(q, size)
+    out, lse = ragged.new_outputs(q, size, options.cu_seqlens_q)
     if size.B * size.M * size.H == 0:
         return out, lse
     left, right = options.window

@@ -68,20 +68,6 @@ def size(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) ->
     return Size(B, M, N, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], rows)
 
 
-def new_outputs(q: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for out and lse; tokens of no sequence are as queries without keys."""
-    if q.dim() == 4:
-        out = q.new_empty((size.B, size.M, size.H, size.D_v))
-        return out, q.new_empty((size.B, size.H, size.M), dtype=torch.float32)
-    out = q.new_zeros((size.rows, size.H, size.D_v))
-    return out, q.new_full((size.H, size.rows), -torch.inf, dtype=torch.float32)
-
-
-def new_gradient(x: torch.Tensor, options: Options) -> torch.Tensor:
-    """Memory for the gradient of x; tokens of no sequence have the gradient 0."""
-    return x.new_zeros(x.shape) if options.is_varlen else x.new_empty(x.shape)
-
-
 def four_strides(x: torch.Tensor, options: Options) -> tuple[int, ...]:
     """Strides along batch, sequence, head and head dimension."""
     return (0, *x.stride()) if options.is_varlen else x.stride()
@@ -98,16 +84,14 @@ class ScoreTerms(NamedTuple):
 
     args: tuple[Any, ...]  # tensors with their strides
     scalars: tuple[Any, ...]  # softcap_log2, threshold, keep_scale
-    flags: dict[str, bool]
+    flags: dict[str, int]
     key: tuple[Any, ...]  # what a kernel is compiled for
 
 
 _NO_TERMS = ScoreTerms(
     args=(None, 0, 0, None, 0, 0, 0, 0, None, 0, 0, None),
     scalars=(0.0, 0, 1.0),
-    flags=dict.fromkeys(
-        ("HAS_SOFTCAP", "HAS_ALIBI", "HAS_BIAS", "HAS_KEY_MASK", "HAS_DROPOUT"), False
-    ),
+    flags=dict.fromkeys(("SOFTCAP", "HAS_ALIBI", "HAS_BIAS", "HAS_KEY_MASK", "HAS_DROPOUT"), 0),
     key=(),
 )
 
@@ -121,6 +105,8 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         bias_strides = bias.expand(size.B, size.H, size.M, size.N).stride()
+        _, _, row_stride, column_stride = bias_strides
+        require_narrow_tiles(((0, row_stride, 0, column_stride),))
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     has_dropout = options.dropout_p != 0.0
     state = options.rng_state if has_dropout else None
@@ -135,7 +121,7 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
             options.softcap * LOG2_E, threshold(options.dropout_p), 1.0 / (1.0 - options.dropout_p)
         ),
         flags={
-            "HAS_SOFTCAP": options.softcap != 0.0, "HAS_ALIBI": slopes is not None,
+            "SOFTCAP": _softcap_mode(q, options), "HAS_ALIBI": slopes is not None,
             "HAS_BIAS": bias is not None, "HAS_KEY_MASK": key_mask is not None,
             "HAS_DROPOUT": has_dropout,
         },
@@ -144,6 +130,14 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
             *(None if x is None else x.dtype for x in (bias, key_mask)),
         ),
     )  # fmt: skip
+
+
+def _softcap_mode(q: torch.Tensor, options: Options) -> int:
+    """How kernels compute tanh, in the terms of `scores`."""
+    if options.softcap == 0.0:
+        return 0
+    is_fast = q.element_size() == 2 and q.device.type == "cuda" and torch.version.hip is None
+    return 2 if is_fast else 1
 
 
 def tail_block(length: int, block: int, options: Options) -> int:

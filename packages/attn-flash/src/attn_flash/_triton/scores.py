@@ -1,7 +1,6 @@
 """What may be done to a tile of scores between the product and the softmax, and to its weights.
 
-A tile is [BLOCK_M, BLOCK_N], or transposed: the indices i of queries and j of keys, counted within
-their sequence of M and N tokens, come with the dimensions they lie along.
+A tile is [BLOCK_M, BLOCK_N], or transposed; whatever is added broadcasts to it.
 """
 
 import triton
@@ -13,12 +12,18 @@ from attn_core.tiles.softmax import LOG2_E
 
 # A finite bias stays finite in units of log2, so that a row of nothing else has a mean.
 _LOWEST = tl.constexpr(-3.0e38)
+# How SOFTCAP computes tanh: 0 for no softcapping at all.
+EXACT_SOFTCAP = tl.constexpr(1)
+FAST_SOFTCAP = tl.constexpr(2)  # NVIDIA's instruction, good to 11 bits: for 16-bit tensors
 
 
 @triton.jit
-def _load_term(ptrs, mask):
+def load_term(ptrs, mask, MASKED: tl.constexpr):
     """Load what is added to the scores, in units of log2; a boolean False hides a key."""
-    values = tl.load(ptrs, mask=mask, other=0)
+    if MASKED:
+        values = tl.load(ptrs, mask=mask, other=0)
+    else:
+        values = tl.load(ptrs)
     if values.dtype == tl.int1:
         term = tl.where(values, 0.0, -float("inf"))
     else:
@@ -28,31 +33,38 @@ def _load_term(ptrs, mask):
     return term
 
 
+@triton.jit
+def _tanh(x, SOFTCAP: tl.constexpr):
+    if SOFTCAP == FAST_SOFTCAP:
+        share = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        share = tanh(x)
+    return share
+
+
 # fmt: off
 @triton.jit
 def modify_scores(
-    products, i, j, M, N, scale_log2, softcap_log2, slope_log2,
-    bias_ptr, stride_bm, stride_bn,
-    key_mask_ptr, stride_mn,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    products, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
 ):
     # fmt: on
     """Return scores in units of log2, and what softcapping multiplies their derivatives by."""
     scores = products * scale_log2
     damping = 1.0
-    if HAS_SOFTCAP:
-        share = tanh(products * (scale_log2 / softcap_log2))
+    if SOFTCAP > 0:
+        share = _tanh(products * (scale_log2 / softcap_log2), SOFTCAP)
         scores = softcap_log2 * share
         damping = 1.0 - share * share
     if HAS_ALIBI:
-        distance = tl.abs((i + (N - M)).to(tl.float32) - j.to(tl.float32))
-        scores -= slope_log2 * distance
+        scores -= slope_log2 * tl.abs(distance)
     if HAS_BIAS:
-        offsets = i.to(tl.int64) * stride_bm + j.to(tl.int64) * stride_bn
-        scores += _load_term(bias_ptr + offsets, (i < M) & (j < N))
+        scores += bias
     if HAS_KEY_MASK:
-        scores += _load_term(key_mask_ptr + j.to(tl.int64) * stride_mn, j < N)
+        scores += key_mask
     return scores, damping
 
 
