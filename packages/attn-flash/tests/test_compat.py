@@ -62,6 +62,35 @@ def test_padding_and_rotary_are_where_flash_attn_has_them():
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    "module, name, function",
+    [
+        ("bert_padding", "IndexFirstAxis", "index_first_axis"),
+        ("bert_padding", "IndexFirstAxisResidual", "index_first_axis_residual"),
+        ("bert_padding", "IndexPutFirstAxis", "index_put_first_axis"),
+        ("layers.rotary", "ApplyRotaryEmb", "apply_rotary_emb"),
+        ("layers.rotary", "ApplyRotaryEmbKV_", "apply_rotary_emb_kv_"),
+        ("layers.rotary", "ApplyRotaryEmbQKV_", "apply_rotary_emb_qkv_"),
+    ],
+)
+def test_autograd_functions_of_flash_attn_can_be_applied(module, name, function):
+    module = importlib.import_module(f"flash_attn.{module}")
+    assert getattr(module, name).apply is getattr(module, function)
+
+
+@pytest.mark.usefixtures("installed")
+def test_names_that_flash_attn_s_own_tests_take():
+    from flash_attn.flash_attn_interface import _get_block_size_n
+    from flash_attn.ops.triton import rotary
+
+    assert _get_block_size_n(torch.device("cpu"), 64, True, False) > 0
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = rotary.nothing
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("flash_attn_2_cuda")
+
+
+@pytest.mark.usefixtures("installed")
 def test_flash_attn_triton_too():
     from flash_attn_triton import FlashAttention, flash_attn_unpadded_func
     from flash_attn_triton.flash_attn_interface import flash_attn_func

@@ -264,6 +264,62 @@ def test_module_keeps_its_precision_in_half():
     assert (half.float() - exact).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("scale_base", [None, 64.0])
+def test_module_turns_by_the_frequencies_it_is_given(scale_base):
+    """Models stretch `inv_freq` after the module is made."""
+    module = RotaryEmbedding(16, scale_base=scale_base)
+    module.inv_freq.div_(4.0)
+    qkv = torch.randn(1, 32, 3, 2, 16)
+    positions = torch.arange(32.0) / 4
+    angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, 16, 2) / 16))
+    stretch = 1.0
+    if scale_base is not None:
+        scale = (torch.arange(0, 16, 2) + 0.4 * 16) / (1.4 * 16)
+        stretch = scale ** ((torch.arange(32) - 16) / scale_base)[:, None]
+    q, k, v = module(qkv.clone()).unbind(2)
+    for part, x, factor in ((0, q, stretch), (1, k, 1 / stretch)):
+        expected = apply_rotary_emb_torch(
+            qkv[:, :, part], angles.cos() * factor, angles.sin() * factor
+        )
+        torch.testing.assert_close(x, expected)
+    assert torch.equal(v, qkv[:, :, 2])
+
+
+def test_module_grows_its_tables_and_keeps_them():
+    module = RotaryEmbedding(16)
+    module(torch.randn(1, 9, 3, 2, 16))
+    first = module._cos_cached
+    module(torch.randn(1, 5, 3, 2, 16), seqlen_offset=4)
+    assert module._cos_cached is first
+    module(torch.randn(1, 5, 3, 2, 16), seqlen_offset=5)
+    assert module._cos_cached.shape == module._sin_cached.shape == (10, 8)
+    assert module._cos_k_cached is None
+    module(torch.randn(1, 5, 3, 2, 16, dtype=torch.float16))
+    assert module._cos_cached.dtype == torch.float16
+
+
+def test_module_serves_subclasses_written_for_flash_attn():
+    class Stretched(RotaryEmbedding):
+        def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
+            super()._update_cos_sin_cache(2 * seqlen, device, dtype)
+            self._cos_cached = self._cos_cached[::2]
+            self._sin_cached = self._sin_cached[::2]
+
+    qkv = torch.randn(1, 9, 3, 2, 16)
+    angles = torch.outer(2 * torch.arange(9.0), 10000.0 ** (-torch.arange(0, 16, 2) / 16))
+    expected = apply_rotary_emb_torch(qkv[:, :, 0], angles.cos(), angles.sin())
+    torch.testing.assert_close(Stretched(16)(qkv)[:, :, 0], expected)
+
+
+def test_module_takes_tensor_offsets_up_to_where_its_tables_reach():
+    module = RotaryEmbedding(16)
+    qkv, offsets = torch.randn(2, 4, 3, 2, 16), torch.tensor([3, 0])
+    expected = module(qkv.clone(), seqlen_offset=offsets, max_seqlen=7)
+    torch.testing.assert_close(module(qkv.clone(), seqlen_offset=offsets), expected)
+    with pytest.raises(ValueError, match="seqlen_offsets must hold values from 0 to 3"):
+        module(qkv, seqlen_offset=torch.tensor([3, 4]))
+
+
 def test_module_refuses_what_it_cannot_place():
     with pytest.raises(ValueError, match="dim must be an even integer"):
         RotaryEmbedding(15)
@@ -349,3 +405,26 @@ def test_rotation_compiles_as_one_graph_of_any_size(inplace):
         torch.testing.assert_close(actual, expected)
         grads = [torch.autograd.grad(y.sum(), x)[0] for y in (actual, expected)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("is_view", [False, True], ids=["leaf", "view"])
+def test_tensors_that_refuse_changes_are_rotated_in_place(is_view, is_compiled):
+    def rotate(x, *args):
+        return apply_rotary_emb_qkv_(x.unbind(0)[1] if is_view else x, *args)
+
+    torch._dynamo.reset()
+    leaf = torch.randn(2, 2, 5, 3, 4, 16) if is_view else torch.randn(2, 5, 3, 4, 16)
+    qkv = (leaf[1] if is_view else leaf).clone()
+    cos, sin = tables(5)
+    q, k = (apply_rotary_emb_torch(qkv[:, :, part], cos, sin) for part in (0, 1))
+    expected = torch.stack((q, k, qkv[:, :, 2]), 2)
+    leaf.requires_grad_()
+    function = torch.compile(rotate, fullgraph=True, backend="aot_eager") if is_compiled else rotate
+    out = function(leaf, cos, sin)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(leaf[1] if is_view else leaf, out)
+    [grad] = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    back = [apply_rotary_emb_torch(torch.ones_like(q), cos, -sin)] * 2
+    wanted = torch.stack((*back, torch.ones_like(q)), 2)
+    torch.testing.assert_close(grad[1] if is_view else grad, wanted)

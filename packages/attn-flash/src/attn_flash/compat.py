@@ -58,6 +58,18 @@ _PASSES = (
     "_flash_attn_varlen_forward",
     "_flash_attn_varlen_backward",
 )
+# flash-attn's autograd functions, which some models call directly.
+_PADDING_CLASSES = {
+    "IndexFirstAxis": "index_first_axis",
+    "IndexFirstAxisResidual": "index_first_axis_residual",
+    "IndexPutFirstAxis": "index_put_first_axis",
+}
+_ROTARY_CLASSES = {
+    "ApplyRotaryEmb": "apply_rotary_emb",
+    "ApplyRotaryEmbKV_": "apply_rotary_emb_kv_",
+    "ApplyRotaryEmbQKV_": "apply_rotary_emb_qkv_",
+}
+_PROBABILITIES_BLOCK = 128
 _lock = threading.Lock()
 _displaced: dict[str, ModuleType | None] = {}
 
@@ -163,22 +175,43 @@ def _apply_rotary(
         )
 
 
+def _get_block_size_n(
+    device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
+) -> int:
+    """Say how many keys share a pivot in flash-attn's probabilities; here they are normalised."""
+    del device, head_dim, is_dropout, is_causal
+    return _PROBABILITIES_BLOCK
+
+
+def _rotary_kernel(name: str) -> Any:
+    """Find the kernel of rotation, for code that counts how often it is compiled."""
+    if name != "rotary_kernel":
+        raise AttributeError(f"module 'flash_attn.ops.triton.rotary' has no attribute {name!r}")
+    from attn_flash._triton.rotary import _rotate_kernel  # imports Triton
+
+    return _rotate_kernel
+
+
 def _modules() -> dict[str, ModuleType]:
     """Build the modules of flash-attn and flash-attn-triton."""
     functions = {name: getattr(attn_flash, name) for name in _FUNCTIONS}
     public = functions | {new: functions[old] for new, old in _FORMER.items()}
     passes = {name: getattr(below_autograd, name) for name in _PASSES}
     interface = public | passes | {f"_wrapped{name}": passes[name] for name in _PASSES}
+    interface["_get_block_size_n"] = _get_block_size_n
     top = public | {"FlashAttention": attn_flash.FlashAttention, "__version__": VERSION}
     tables: dict[str, dict[str, Any]] = {
         "flash_attn": top,
-        "flash_attn.bert_padding": _exports(bert_padding),
+        "flash_attn.bert_padding": _exports(bert_padding, _PADDING_CLASSES),
         "flash_attn.flash_attn_interface": interface,
         "flash_attn.layers": {},
-        "flash_attn.layers.rotary": _exports(rotary),
+        "flash_attn.layers.rotary": _exports(rotary, _ROTARY_CLASSES),
         "flash_attn.ops": {},
         "flash_attn.ops.triton": {},
-        "flash_attn.ops.triton.rotary": {"apply_rotary": _apply_rotary},
+        "flash_attn.ops.triton.rotary": {
+            "apply_rotary": _apply_rotary,
+            "__getattr__": _rotary_kernel,
+        },
         "flash_attn_triton": top,
         "flash_attn_triton.flash_attn_interface": interface,
     }
@@ -203,8 +236,13 @@ def _module(name: str, table: dict[str, Any], is_package: bool) -> ModuleType:
     return module
 
 
-def _exports(module: ModuleType) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in module.__all__}
+def _exports(module: ModuleType, classes: dict[str, str]) -> dict[str, Any]:
+    """Names of a module, and classes whose `apply` is one of its functions."""
+    names = {name: getattr(module, name) for name in module.__all__}
+    return names | {
+        name: type(name, (), {"apply": staticmethod(names[function])})
+        for name, function in classes.items()
+    }
 
 
 class _Distribution(importlib.metadata.Distribution):

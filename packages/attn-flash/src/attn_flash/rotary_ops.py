@@ -83,11 +83,10 @@ class _RotateInplace(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, heads: Any, static: Any, *tensors: Any) -> torch.Tensor:
         ctx.save_for_backward(*tensors)
         ctx.heads, ctx.static = heads, static
-        _rotate_heads(rotate_.below_autograd, x, heads, static, *tensors)
-        # Where autograd allows no in-place change, of a leaf or of one of several views, the result
-        # is a view with a history of its own, as in flash-attn.
-        if x.is_leaf or x._is_view():
+        if _refuses_changes(x):
+            _rotate_heads(rotate_.below_autograd, x.data, heads, static, *tensors)
             return x.view_as(x)
+        _rotate_heads(rotate_.below_autograd, x, heads, static, *tensors)
         ctx.mark_dirty(x)
         return x
 
@@ -113,13 +112,27 @@ def rotate_inplace(
     and sines. None is all of x. `static` are offset, max_seqlen, interleaved, conjugate, backend.
     """
     tensors = (offsets, cu_seqlens, *tables)
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
     if not is_plain_eager((x, *tensors)):
-        _rotate_heads(_copy_rotated, x, heads, static, *tensors)
-        return x
-    if torch.is_grad_enabled() and x.requires_grad:
+        has_own_history = needs_grad and _refuses_changes(x)
+        out = x.clone() if has_own_history else x
+        _rotate_heads(_copy_rotated, out, heads, static, *tensors)
+        if has_own_history:
+            with torch.no_grad():
+                x.copy_(out)
+        return out
+    if needs_grad:
         return _RotateInplace.apply(x, heads, static, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     _rotate_heads(rotate_, x, heads, static, *tensors)
     return x
+
+
+def _refuses_changes(x: torch.Tensor) -> bool:
+    """Whether autograd allows no change in place: of a leaf, or of one of several views.
+
+    The result is then a tensor with a history of its own, as in flash-attn.
+    """
+    return x.is_leaf or x._base is not None
 
 
 def _rotate_heads(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from attn_core import backends
@@ -17,8 +19,7 @@ __all__ = [
     "apply_rotary_emb_torch",
 ]
 
-# Cosines and sines, and with XPos those of the keys.
-_Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+_Compute = Callable[[torch.device], torch.Tensor]
 
 
 def apply_rotary_emb(
@@ -294,6 +295,7 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     inv_freq: torch.Tensor
+    scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -310,8 +312,14 @@ class RotaryEmbedding(torch.nn.Module):
         self.base = float(base)
         self.interleaved = interleaved
         self.scale_base = scale_base
-        self.register_buffer("inv_freq", self._frequencies(device), persistent=False)
-        self._tables: _Tables | None = None
+        scale = None if scale_base is None else self._compute_scale(device)
+        self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self._seq_len_cached = 0
+        self._cos_cached: torch.Tensor | None = None
+        self._sin_cached: torch.Tensor | None = None
+        self._cos_k_cached: torch.Tensor | None = None
+        self._sin_k_cached: torch.Tensor | None = None
 
     def forward(
         self,
@@ -323,16 +331,20 @@ class RotaryEmbedding(torch.nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Rotate packed qkv, or q (B, S, H, D) and packed kv, in place.
 
-        Where `seqlen_offset` is a tensor, `max_seqlen` says how far its positions reach.
+        Where `seqlen_offset` is a tensor, `max_seqlen` says how far its positions reach; without it
+        the tables of an earlier call must reach there.
         """
-        seqlen = qkv.shape[1] if max_seqlen is None else max_seqlen
-        if max_seqlen is None:
-            if isinstance(seqlen_offset, torch.Tensor):
-                raise ValueError(
-                    "max_seqlen must be given where seqlen_offset is a tensor, got None"
-                )
-            seqlen += seqlen_offset
-        cos, sin, cos_k, sin_k = self._tables_for(seqlen, qkv.device, qkv.dtype)
+        if max_seqlen is None and not isinstance(seqlen_offset, torch.Tensor):
+            max_seqlen = qkv.shape[1] + seqlen_offset
+        if max_seqlen is not None:
+            self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
+        cos, sin = self._cos_cached, self._sin_cached
+        if cos is None or sin is None:
+            raise ValueError(
+                "max_seqlen must be given where seqlen_offset is a tensor in the first call, got "
+                "None"
+            )
+        cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
         rotation = (self.interleaved, seqlen_offset)
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, *rotation, num_heads_q)
@@ -341,35 +353,49 @@ class RotaryEmbedding(torch.nn.Module):
             return q, apply_rotary_emb_kv_(kv, cos, sin, *rotation)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, *rotation)
 
-    def _frequencies(self, device: torch.device | str | None) -> torch.Tensor:
+    # Subclasses written for flash-attn override the methods below, and read the tables they leave.
+
+    def _compute_inv_freq(self, device: torch.device | str | None = None) -> torch.Tensor:
         steps = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
         return 1.0 / self.base ** (steps / self.dim)
 
-    def _tables_for(self, seqlen: int, device: torch.device, dtype: torch.dtype) -> _Tables:
-        tables = self._tables
-        if (
-            tables is None
-            or tables[0].shape[0] < seqlen
-            or (tables[0].device, tables[0].dtype) != (device, dtype)
-            or (self.training and tables[0].is_inference())
-        ):
-            tables = self._compute_tables(seqlen, device, dtype)
-            self._tables = tables
-        return tables
-
-    def _compute_tables(self, seqlen: int, device: torch.device, dtype: torch.dtype) -> _Tables:
-        # Always from float32: a model cast to bfloat16 has cast its buffers too, and the product of
-        # a position and a frequency needs more bits.
-        positions = torch.arange(seqlen, device=device, dtype=torch.float32)
-        angles = torch.outer(positions, self._frequencies(device))
-        cos, sin = angles.cos(), angles.sin()
-        if self.scale_base is None:
-            return cos.to(dtype), sin.to(dtype), None, None
+    def _compute_scale(self, device: torch.device | str | None = None) -> torch.Tensor:
         steps = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
-        scale = (steps + 0.4 * self.dim) / (1.4 * self.dim)
-        scale = scale ** ((positions - seqlen // 2) / self.scale_base)[:, None]
-        tables = (cos * scale, sin * scale, cos / scale, sin / scale)
-        return tuple(table.to(dtype) for table in tables)  # type: ignore[return-value]
+        return (steps + 0.4 * self.dim) / (1.4 * self.dim)
+
+    def _update_cos_sin_cache(
+        self,
+        seqlen: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the tables anew where they are too short, or of another device or dtype."""
+        cos = self._cos_cached
+        if (
+            cos is not None
+            and seqlen <= self._seq_len_cached
+            and (cos.device, cos.dtype) == (device, dtype)
+            and not (self.training and cos.is_inference())
+        ):
+            return
+        self._seq_len_cached = seqlen
+        positions = torch.arange(seqlen, device=device, dtype=torch.float32)
+        frequencies = self._in_float32(self.inv_freq, self._compute_inv_freq)
+        angles = torch.outer(positions, frequencies.to(positions.device))
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale is not None and self.scale_base is not None:
+            scale = self._in_float32(self.scale, self._compute_scale).to(positions.device)
+            scale = scale ** ((positions - seqlen // 2) / self.scale_base)[:, None]
+            self._cos_k_cached, self._sin_k_cached = (
+                (cos / scale).to(dtype),
+                (sin / scale).to(dtype),
+            )
+            cos, sin = cos * scale, sin * scale
+        self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
+
+    def _in_float32(self, buffer: torch.Tensor, compute: _Compute) -> torch.Tensor:
+        """Return a buffer, computed anew where a cast of the model has taken bits from it."""
+        return buffer if buffer.dtype == torch.float32 else compute(buffer.device)
 
     def extra_repr(self) -> str:
         """Show the settings in the module's repr."""
