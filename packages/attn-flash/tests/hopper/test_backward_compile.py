@@ -22,8 +22,9 @@ TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
 }
-# Bytes, most of them outside the loop.
-MAX_SPILLS = {64: 256, 128: 64}
+# Bytes: numbers that stay the same through the loop, most of them for the branch that masks. An
+# accumulator that does not fit takes thousands.
+MAX_SPILLS = {64: 288, 128: 128}
 
 
 class Recorder:
@@ -62,7 +63,7 @@ def record(monkeypatch, D, window, *, deterministic=True, dtype=torch.bfloat16, 
     recorders = {}
     for module, name in (
         (backward, "_attention_backward_kernel"),
-        (backward_sums, "_rows_kernel"),
+        (backward_sums, "_prepare_kernel"),
         (backward_sums, "_finish_kernel"),
     ):
         recorders[name] = Recorder(getattr(module, name))
@@ -76,11 +77,11 @@ def record(monkeypatch, D, window, *, deterministic=True, dtype=torch.bfloat16, 
 
 
 VARIANTS = [
-    pytest.param(D, window, deterministic, id=f"d{D}-{name}-{word}")
-    for D, (name, window), (word, deterministic) in itertools.product(
-        (64, 128), WINDOWS.items(), (("fast", False), ("deterministic", True))
+    pytest.param(D, WINDOWS[name], deterministic, id=f"d{D}-{name}-{word}")
+    for D, name, (word, deterministic) in itertools.product(
+        (64, 128), ("full", "causal"), (("fast", False), ("deterministic", True))
     )
-]
+] + [pytest.param(D, WINDOWS["window"], True, id=f"d{D}-window") for D in (64, 128)]
 
 
 @pytest.mark.parametrize("D, window, deterministic", VARIANTS)
@@ -90,6 +91,7 @@ def test_products_overlap_and_accumulators_stay_in_registers(D, window, determin
     ]
     compiled = kernel.compile()
     assert compiled.fits
+    assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]
 
 
@@ -103,5 +105,5 @@ def test_padded_heads_in_float16(D, monkeypatch):
 @pytest.mark.parametrize("D", [64, 128])
 def test_kernels_around(D, with_dlse, monkeypatch):
     recorders = record(monkeypatch, D, (-1, -1), with_dlse=with_dlse)
-    for name in ("_rows_kernel", "_finish_kernel"):
+    for name in ("_prepare_kernel", "_finish_kernel"):
         assert recorders[name].compile().spills == 0

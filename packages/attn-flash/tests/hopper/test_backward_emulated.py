@@ -76,7 +76,7 @@ def expected_results(case, q, k, v, dout, dlse):
 
 
 def rows(case, dout, dlse, out, lse, padded_m):
-    """What `backward_sums.rows` computes."""
+    """What `backward_sums.prepare` computes."""
     shape = case.B * case.H, padded_m
     lse_log2, delta = np.full(shape, np.inf, np.float32), np.zeros(shape, np.float32)
     delta[:, : case.M] = ((dout * out).sum(-1) - dlse).reshape(-1, case.M)

@@ -96,7 +96,7 @@ CASES = [
     # The kernel for short sequences: as many heads as multiprocessors, or more.
     *(Case(32, 12, heads_kv, M, N, 64)
       for heads_kv in (12, 3)
-      for M, N in ((197, 197), (257, 257), (64, 320), (320, 1), (1, 130), (130, 208), (50, 225))),
+      for M, N in ((197, 197), (257, 257), (65, 320), (320, 1), (1, 130), (130, 208), (50, 60))),
     *(Case(20, 16, 16, S, S, D, OPEN, HALF) for S in (17, 196, 256) for D in (32, 64)),
 ]  # fmt: skip
 
@@ -203,7 +203,9 @@ def test_two_streams_at_once(device):
 def test_compiled(device):
     case = Case(2, 4, 4, 200, 200, 64, CAUSAL)
     tensors = case.tensors(device)
-    compiled = torch.compile(lambda q, k, v: flash_attn_func(q, k, v, causal=True), fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k, v: flash_attn_func(q, k, v, causal=True), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(*tensors), attend(case, *tensors)[0])
 
 

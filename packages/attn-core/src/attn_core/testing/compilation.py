@@ -20,7 +20,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Bytes one program may have: CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability"; AMD Instinct MI300 ISA reference, "LDS".
-_SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+_SHARED_MEMORY = {
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376),
+    **{"sm_80": 166912, "sm_90": 232448, "sm_100": 232448},
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 65536),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class CompiledKernel:
         What did not fit into registers: bytes stored to local memory on NVIDIA, registers on AMD.
     shared : int
         Bytes of shared memory of one program.
+    serializes : bool
+        Whether ptxas made asynchronous products of warpgroups wait for one another (notes C7510 and
+        following), for want of registers mostly. False on AMD.
     asm : mapping of str to str or bytes
         Every stage of the compilation: ``"ttgir"``, ``"llir"``, ``"ptx"`` or ``"amdgcn"``, ...
     """
@@ -45,6 +52,7 @@ class CompiledKernel:
     registers: int
     spills: int
     shared: int
+    serializes: bool
     asm: Mapping[str, Any]
 
     @property
@@ -96,8 +104,9 @@ def compile_ahead(
     with _fake_driver(gpu):
         compiled = triton.compile(source, target=gpu, options=options)
     usage = _amd_usage if gpu.backend == "hip" else _nvidia_usage
-    registers, spills = usage(compiled, gpu)
-    return CompiledKernel(target, registers, spills, compiled.metadata.shared, dict(compiled.asm))
+    registers, spills, serializes = usage(compiled, gpu)
+    asm = dict(compiled.asm)
+    return CompiledKernel(target, registers, spills, compiled.metadata.shared, serializes, asm)
 
 
 def _source(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any]) -> Any:
@@ -162,7 +171,7 @@ def _fake_driver(target: Any) -> Iterator[None]:
         driver._active = previous
 
 
-def _nvidia_usage(compiled: Any, target: Any) -> tuple[int, int]:
+def _nvidia_usage(compiled: Any, target: Any) -> tuple[int, int, bool]:
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = compiled.asm["ptx"]
@@ -172,16 +181,19 @@ def _nvidia_usage(compiled: Any, target: Any) -> tuple[int, int]:
         file.write_text(ptx)
         command = [get_ptxas(target.arch).path, "-v", f"-arch={arch}", file, "-o", f"{file}.cubin"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(_search(r"Used (\d+) registers", log)), int(
-        _search(r"(\d+) bytes spill stores", log)
+    return (
+        int(_search(r"Used (\d+) registers", log)),
+        int(_search(r"(\d+) bytes spill stores", log)),
+        re.search(r"\bC75\d\d\b", log) is not None,
     )
 
 
-def _amd_usage(compiled: Any, target: Any) -> tuple[int, int]:
+def _amd_usage(compiled: Any, target: Any) -> tuple[int, int, bool]:
     text = compiled.asm["amdgcn"]
     return (
         int(_search(r"\.vgpr_count:\s+(\d+)", text)),
         int(_search(r"\.vgpr_spill_count:\s+(\d+)", text)),
+        False,
     )
 
 

@@ -84,17 +84,21 @@ class _Tensor:
     def to(self, dtype: str) -> _Tensor:
         return _Tensor(round_to(self.array, dtype), dtype)
 
+    def __neg__(self) -> _Tensor:
+        return _Tensor(-self.array)
+
 
 def _binary(function: Callable[[Any, Any], Any], swap: bool = False) -> Any:
     def compute(self: _Tensor, other: Any) -> _Tensor:
         a, b = _array(self), _array(other)
-        result = np.asarray(function(b, a) if swap else function(a, b))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result = np.asarray(function(b, a) if swap else function(a, b))
         return _Tensor(result.astype(np.float32) if result.dtype == np.float64 else result)
 
     return compute
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "rshift", "lshift"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "rshift", "lshift"):
     _function = getattr(operator, _name if hasattr(operator, _name) else f"{_name}_")
     setattr(_Tensor, f"__{_name}__", _binary(_function))
     setattr(_Tensor, f"__r{_name}__", _binary(_function, swap=True))
@@ -115,6 +119,9 @@ class _Memory:
 
     def index(self, i: Any) -> _Memory:
         return _Memory(self.array[int(_array(i))], self.dtype)
+
+    def slice(self, start: int, length: int) -> _Memory:
+        return _Memory(self.array[start : start + length], self.dtype)
 
     def permute(self, order: Sequence[int]) -> _Memory:
         return _Memory(self.array.transpose(order), self.dtype)
@@ -298,12 +305,15 @@ class Pointer:
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Any:
     if np.ndim(pointer.offset) == 0:
         time.sleep(_LATENESS / 10)
-        return int(pointer.array[int(pointer.offset)])
+        return int(pointer.array[int(pointer.offset)]) if mask is None or _array(mask) else other
     mask = np.ones(np.shape(pointer.offset), bool) if mask is None else _array(mask)
     return _Tensor(np.where(mask, pointer.array[np.where(mask, pointer.offset, 0)], other))
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    if np.ndim(pointer.offset) == 0:
+        pointer.array[int(pointer.offset)] = value
+        return
     mask = np.ones(np.shape(pointer.offset), bool) if mask is None else _array(mask)
     pointer.array[pointer.offset[mask]] = _array(value)[mask]
 
@@ -404,11 +414,22 @@ def _extreme(function: Any) -> Any:
     return compute
 
 
+def _maximum(x: _Tensor, axis: int) -> Any:
+    result = x.array.max(axis)
+    return _Tensor(result) if result.ndim else int(result)
+
+
+def _log2(x: _Tensor) -> _Tensor:
+    with np.errstate(divide="ignore"):
+        return _Tensor(np.log2(x.array))
+
+
 def _language() -> types.ModuleType:
     gl = types.ModuleType("language")
     gl.__dict__.update(
         constexpr=type("constexpr", (), {"__new__": lambda cls, value: value}),
         tensor=_Tensor,
+        tuple=tuple,
         shared_memory_descriptor=_Memory,
         float32="fp32", float16="fp16", bfloat16="bf16", int32="i32", int64="i64",
         static_range=range,
@@ -424,8 +445,10 @@ def _language() -> types.ModuleType:
         reshape=lambda x, shape: _Tensor(x.array.reshape(shape)),
         permute=lambda x, order: _Tensor(x.array.transpose(order)),
         sum=lambda x, axis: _Tensor(x.array.sum(axis, dtype=np.float32)),
-        max=lambda x, axis: _Tensor(x.array.max(axis)),
-        log2=lambda x: _Tensor(np.log2(x.array)),
+        max=_maximum,
+        log2=_log2,
+        fma=lambda a, b, c: a * b + c,
+        cast=lambda x, dtype: x,
         to_tensor=lambda x: x,
         program_id=lambda axis: _here.program_id,
         num_programs=lambda axis: _here.num_programs,
@@ -436,7 +459,7 @@ def _language() -> types.ModuleType:
         warp_specialize=_warp_specialize,
         **{name: lambda *args, **options: None for name in (
             "NVMMASharedLayout", "SwizzledSharedLayout", "NVMMADistributedLayout",
-            "DotOperandLayout", "SliceLayout",
+            "DotOperandLayout", "SliceLayout", "BlockedLayout",
         )},
     )  # fmt: skip
     return gl

@@ -28,9 +28,8 @@ def attention(
         return out.zero_(), lse.fill_(-float("inf"))
     q, k, v = addressable(q), addressable(k), addressable(v)
     scale, window = options.scale, options.window
-    consumers = schedules.short_consumers(q, k, window)
-    if consumers:
-        forward_short(q, k, v, out, lse, scale, consumers)
+    if schedules.is_short(q, k, window):
+        forward_short(q, k, v, out, lse, scale)
     else:
         forward(q, k, v, out, lse, scale, window, schedules.schedule(q, k, window))
     return out, lse

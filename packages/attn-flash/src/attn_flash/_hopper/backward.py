@@ -67,7 +67,7 @@ class _Tensors:
     v: tma.tensor_descriptor
     dk: tma.tensor_descriptor
     dv: tma.tensor_descriptor
-    lse: tma.tensor_descriptor  # [1, BLOCK_M] of the rows that `sums.rows` made, as delta
+    lse: tma.tensor_descriptor  # [1, BLOCK_M] of the rows that `sums.prepare` made, as delta
     delta: tma.tensor_descriptor
     dq_sum: tma.tensor_descriptor  # `sums.UNIT`
 
@@ -125,19 +125,15 @@ class _Tile:
 def _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
     """Return tile number `ticket`.
 
-    Where tiles differ in length the longest come first, and where the sum of dq has an order the
-    last keys do; both by groups of heads whose queries the L2 cache holds.
+    Heads alternate, within groups whose queries the L2 cache holds. Where tiles differ in length
+    the longest come first, and where the sum of dq has an order the last keys do.
     """
     blocks_n = problem.blocks_n
-    if problem.HAS_RIGHT or problem.DETERMINISTIC:
-        tiles_per_group = blocks_n * heads_per_group
-        group = ticket // tiles_per_group
-        width = gl.minimum(heads_per_group, num_heads - group * heads_per_group)
-        head = group * heads_per_group + ticket % tiles_per_group % width
-        n = ticket % tiles_per_group // width
-    else:
-        head = ticket // blocks_n
-        n = ticket % blocks_n
+    tiles_per_group = blocks_n * heads_per_group
+    group = ticket // tiles_per_group
+    width = gl.minimum(heads_per_group, num_heads - group * heads_per_group)
+    head = group * heads_per_group + ticket % tiles_per_group % width
+    n = ticket % tiles_per_group // width
     if problem.DETERMINISTIC:
         n = blocks_n - 1 - n
     shift = problem.M - problem.N  # key j is at the position of query j + shift
@@ -253,6 +249,7 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
     BLOCK_D: gl.constexpr = tensors.q.block_shape[3]
     DTYPE: gl.constexpr = tensors.q.dtype
+    DV_BEFORE_DS: gl.constexpr = BLOCK_D == 128  # where registers are left to overlap the two
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
     DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
@@ -286,10 +283,13 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
         delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+        if DV_BEFORE_DS:
+            dv = warpgroup_mma(p_operand, do, dv, is_async=True)
         ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
         ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
         shared.ds.index(i * 2 + W).store(ds)
+        if not DV_BEFORE_DS:
+            dv = warpgroup_mma(p_operand, do, dv, is_async=True)
         fence_async_shared()
         meet_at(_DS_STORED, _CONSUMERS)
         dq = _start_dq(shared, i, W, accumulator_layout(64))
@@ -325,43 +325,62 @@ def _accumulate_second(tensors, shared, problem, tile):
 
 
 @gluon.jit
-def _await_turn(turn_ptr, turn):
-    while gl.load(turn_ptr, volatile=True) != turn:
-        pass
+def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
+    """How many programs add to dQ of query block m before this one: those with later keys."""
+    last_n = problem.blocks_n - 1
+    if problem.HAS_RIGHT:
+        end_key = (m + 1) * BLOCK_M + problem.N - problem.M + problem.right
+        last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
+    return last_n - tile.n
 
 
 @gluon.jit
 def _add_dq(tensors, shared, problem, tile, turns_ptr):
-    """Add each step's dQ to its sum in memory."""
+    """Add each step's dQ to its sum in memory, whose first summand is stored."""
     BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
     UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
     row = tile.b * problem.H + tile.h_kv * problem.group
     m = tile.first
-    for _ in range((tile.last - tile.first) * problem.group):
-        tma.store_wait(1)
+    steps = (tile.last - tile.first) * problem.group
+    turn_ptr = turns_ptr + row * problem.blocks_m + m
+    added = 0
+    if steps > 0:
         arrive_at(_DQ_EMPTY, _CONSUMER_AND_ADDER)
-        tma.store_wait(0)
         arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
-        block = row * problem.blocks_m + m
-        meet_at(_DQ_FULL, _CONSUMER_AND_ADDER)
         if problem.DETERMINISTIC:
-            last_n = problem.blocks_n - 1
-            if problem.HAS_RIGHT:
-                end_key = (m + 1) * BLOCK_M + problem.N - problem.M + problem.right
-                last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
-            _await_turn(turns_ptr + block, last_n - tile.n)
-        reduce_add(tensors.dq_sum, [block * UNITS * 16, 0], shared.dq.index(0))
-        meet_at(_DQ_FULL + 1, _CONSUMER_AND_ADDER)
-        reduce_add(tensors.dq_sum, [(block * UNITS + 1) * 16, 0], shared.dq.index(1))
+            added = gl.load(turn_ptr, volatile=True)
+    for step in range(steps):
+        unit = (row * problem.blocks_m + m) * UNITS
+        turn = _turn(problem, tile, m, BLOCK_M)
         if problem.DETERMINISTIC:
-            wait_for_bulk_writes()
-            gl.thread_barrier()
-            gl.atomic_add(turns_ptr + block, 1, sem="release")
+            while added != turn:
+                added = gl.load(turn_ptr, volatile=True)
+        for w in gl.static_range(2):
+            meet_at(_DQ_FULL + w, _CONSUMER_AND_ADDER)
+            if problem.DETERMINISTIC and turn == 0:
+                coord = [(unit + w) * 16, 0]
+                tma.async_copy_shared_to_global(tensors.dq_sum, coord, shared.dq.index(w))
+            else:
+                reduce_add(tensors.dq_sum, [(unit + w) * 16, 0], shared.dq.index(w))
         m += 1
         if m == tile.last:
             m = tile.first
             row += 1
-    tma.store_wait(0)
+        is_last = step + 1 == steps
+        tma.store_wait(1)
+        if not is_last:
+            arrive_at(_DQ_EMPTY, _CONSUMER_AND_ADDER)
+        tma.store_wait(0)
+        if not is_last:
+            arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
+        if problem.DETERMINISTIC:
+            next_ptr = turns_ptr + row * problem.blocks_m + m
+            # Looked up while the sum is being written.
+            added = gl.load(next_ptr, mask=not is_last, other=0, volatile=True)
+            wait_for_bulk_writes()
+            gl.thread_barrier()
+            gl.atomic_add(turn_ptr, 1, sem="release")
+            turn_ptr = next_ptr
 
 
 # fmt: off
@@ -467,16 +486,15 @@ def attention_backward(
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    stats, dq_sum = sums.rows(dout, dlse, out, lse, block_d)
-    blocks_m = stats.shape[-1] // block_m
+    rows, dq_sum, counters = sums.prepare(dout, dlse, out, lse, block_m, block_d, deterministic)
+    blocks_m = rows.shape[-1] // block_m
     blocks_n = -(-N // BLOCK_N.value)
-    counters = q.new_zeros(1 + B * H * blocks_m if deterministic else 1, dtype=torch.int32)
     _attention_backward_kernel[(blocks_n * B * H_KV,)](
         rows_descriptor(q, block_m, block_d),
         rows_descriptor(dout, block_m, block_d),
         *(rows_descriptor(tensor, _KEYS.value, block_d) for tensor in (k, v, dk, dv)),
-        flat_descriptor(stats[0], (1, block_m)),
-        flat_descriptor(stats[1], (1, block_m)),
+        flat_descriptor(rows[0], (1, block_m)),
+        flat_descriptor(rows[1], (1, block_m)),
         flat_descriptor(dq_sum, sums.UNIT),
         counters, counters[1:],
         M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV, _heads_per_group(q, H_KV),
@@ -484,5 +502,5 @@ def attention_backward(
         HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, DETERMINISTIC=deterministic,
         num_warps=4, maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
-    sums.finish(dq_sum, dq, scale, block_d)
+    sums.finish(dq_sum, counters[1:] if deterministic else None, dq, scale, block_d)
     return dq, dk, dv

@@ -1,9 +1,9 @@
 """What the backward kernel reads and writes once for each query: lse, delta and the sum of dq.
 
-`rows` prepares the first two, as rows padded to whole blocks, and clears the sum. `finish` turns
-the sum into dq. The sum is kept in units of 64 queries by 64 columns, each in the order in which
-a warpgroup's registers hold it: then a thread writes 16 bytes at a time and no two threads of a
-warp meet in a bank of shared memory. A unit is 16 rows of 256 numbers.
+`prepare` computes the first two, as rows padded to whole blocks. `finish` turns the sum into dq.
+The sum is kept in units of 64 queries by 64 columns, each in the order in which a warpgroup's
+registers hold it: then a thread writes 16 bytes at a time and no two threads of a warp meet in a
+bank of shared memory. A unit is 16 rows of 256 numbers.
 """
 
 import torch
@@ -36,14 +36,16 @@ def _from_unit(unit):
 
 # fmt: off
 @triton.jit(do_not_specialize=["M", "padded_m", "H"])
-def _rows_kernel(
+def _prepare_kernel(
     out_ptr, stride_ob, stride_om, stride_oh,
     do_ptr, stride_dob, stride_dom, stride_doh,
     lse_ptr,  # [B, H, M], contiguous
-    dlse_ptr,  # the same, with HAS_DLSE
-    lse_log2_ptr, delta_ptr, dq_sum_ptr,
+    dlse_ptr,  # the same, or None
+    lse_log2_ptr, delta_ptr,  # [B * H, padded_m]
+    dq_sum_ptr,
+    counters_ptr,
     M, padded_m, H,
-    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -63,21 +65,27 @@ def _rows_kernel(
     do_ptrs = do_ptr + b * stride_dob + h * stride_doh + row * stride_dom + offs_d[None, :]
     do = tl.load(do_ptrs, mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(out * do, 1)
-    if HAS_DLSE:
+    if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + pid_bh * M + offs_m, mask=mask_m, other=0.0)
     lse = tl.load(lse_ptr + pid_bh * M + offs_m, mask=mask_m, other=-float("inf"))
     # Rows without keys and rows of padding: +inf makes their probabilities 0 instead of NaN.
     lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
     tl.store(delta_ptr + pid_bh * padded_m + offs_m, delta)
     tl.store(lse_log2_ptr + pid_bh * padded_m + offs_m, lse_log2)
-    sum_ptr = dq_sum_ptr + (pid_bh * padded_m + start_m) * BLOCK_D
-    tl.store(sum_ptr + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    if DETERMINISTIC:
+        tl.store(counters_ptr + 1 + pid, 0)
+        tl.store(counters_ptr, 0)
+    else:
+        sum_ptr = dq_sum_ptr + (pid_bh * padded_m + start_m) * BLOCK_D
+        zeros = tl.zeros([BLOCK_M * BLOCK_D], tl.float32)
+        tl.store(sum_ptr + tl.arange(0, BLOCK_M * BLOCK_D), zeros)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["M", "padded_m", "H"])
 def _finish_kernel(
     dq_sum_ptr,
+    turns_ptr,  # how many programs have added to each pair of units, or None: all of them
     dq_ptr, stride_dqb, stride_dqm, stride_dqh,
     M, padded_m, H, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -88,8 +96,12 @@ def _finish_kernel(
     pid = tl.program_id(0)
     unit = pid % units
     pid_bh = (pid // units).to(tl.int64)
-    sum_ptr = dq_sum_ptr + pid_bh * padded_m * BLOCK_D + unit * _UNIT_SIZE
-    dq = _from_unit(tl.load(sum_ptr + tl.arange(0, _UNIT_SIZE))) * scale
+    sum_ptrs = dq_sum_ptr + pid.to(tl.int64) * _UNIT_SIZE + tl.arange(0, _UNIT_SIZE)
+    if turns_ptr is None:
+        dq = tl.load(sum_ptrs)
+    else:
+        dq = tl.load(sum_ptrs, mask=tl.load(turns_ptr + pid // 2) > 0, other=0.0)
+    dq = _from_unit(dq) * scale
     offs_m = unit // UNITS * 64 + tl.arange(0, 64)
     offs_d = unit % UNITS * 64 + tl.arange(0, 64)
     mask = (offs_m < M)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -98,30 +110,34 @@ def _finish_kernel(
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-def rows(dout, dlse, out, lse, block_d):
-    """Return lse in units of log2 and delta, (2, B * H, padded M), and a cleared sum of dq."""
+def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
+    """Return lse in units of log2 and delta, (2, B * H, padded M), the sum of dq and counters.
+
+    Without `deterministic` the sum is 0. With it the counters are: a ticket, and then one of each
+    block of block_m queries.
+    """
     B, M, H, D = out.shape
     padded_m = -(-M // PADDING) * PADDING
-    stats = out.new_empty((2, B * H, padded_m), dtype=torch.float32)
-    dq_sum = out.new_empty((B * H * padded_m * block_d // UNIT[1], UNIT[1]), dtype=torch.float32)
-    block_m = 4096 // block_d
-    _rows_kernel[(padded_m // block_m * B * H,)](
+    blocks = B * H * (padded_m // block_m)
+    rows = out.new_empty((2, B * H, padded_m), dtype=torch.float32)
+    dq_sum = out.new_empty((blocks * block_m * block_d // UNIT[1], UNIT[1]), dtype=torch.float32)
+    counters = out.new_empty(1 + blocks, dtype=torch.int32)
+    _prepare_kernel[(blocks,)](
         out, *out.stride()[:3],
         dout, *dout.stride()[:3],
         lse, dlse,
-        stats[0], stats[1], dq_sum,
+        rows[0], rows[1], dq_sum, counters,
         M, padded_m, H,
-        HAS_DLSE=dlse is not None, HEAD_DIM=D, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+        DETERMINISTIC=deterministic, HEAD_DIM=D, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
-    return stats, dq_sum
+    return rows, dq_sum, counters
 
 
-def finish(dq_sum, dq, scale, block_d):
-    """Write dq (B, M, H, D): the scaled sum."""
-    B, M, H, D = dq.shape
+def finish(dq_sum, turns, dq, scale, block_d):
+    """Write dq (B, M, H, D): the scaled sum, 0 where nobody has added to it."""
+    _, M, H, D = dq.shape
     padded_m = -(-M // PADDING) * PADDING
-    units = padded_m // 64 * (block_d // 64)
-    _finish_kernel[(units * B * H,)](
-        dq_sum, dq, *dq.stride()[:3], M, padded_m, H, scale,
+    _finish_kernel[(dq_sum.numel() // _UNIT_SIZE.value,)](
+        dq_sum, turns, dq, *dq.stride()[:3], M, padded_m, H, scale,
         HEAD_DIM=D, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

@@ -118,7 +118,8 @@ def _tile(problem, number):
         tiles_per_group = problem.num_tiles * problem.heads_per_group
         group = number // tiles_per_group
         first_head = group * problem.heads_per_group
-        width = gl.minimum(problem.heads_per_group, problem.num_heads - first_head)
+        heads = gl.maximum(problem.num_heads - first_head, 1)  # past the last tile there are none
+        width = gl.minimum(problem.heads_per_group, heads)
         rank = number - group * tiles_per_group
         head = first_head + rank % width
         m = problem.num_tiles - 1 - rank // width
@@ -270,8 +271,6 @@ def _row_max(s):
 @gluon.jit
 def _softmax(s, m_i, problem):
     """Return P, the new running maximum and the factor of sums that used the old one."""
-    if problem.NEGATE:  # a running maximum needs a scale that is not negative
-        s = -s
     m_new = gl.maximum(m_i, _row_max(s))
     pivot = m_new * problem.scale_log2
     if problem.HAS_LEFT or problem.HAS_RIGHT:
@@ -285,12 +284,13 @@ def _softmax(s, m_i, problem):
 def _store_registers(tensors, problem, tile, row, out):
     """Write rows of out straight from registers."""
     LAYOUT: gl.constexpr = out.type.layout
-    offs_m = row + gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    stride_m = problem.H * problem.HEAD_DIM
+    first = (gl.cast(tile.b, gl.int64) * problem.M + row) * stride_m + tile.h * problem.HEAD_DIM
+    rows = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    head = (tile.b * problem.M).to(gl.int64) * problem.H + tile.h
-    offs = gl.expand_dims(offs_m * (problem.H * problem.HEAD_DIM), 1) + gl.expand_dims(offs_d, 0)
-    mask = gl.expand_dims(offs_m < problem.M, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM, 0)
-    gl.store(tensors.out_ptr + head * problem.HEAD_DIM + offs, out, mask=mask)
+    mask = gl.expand_dims(row + rows < problem.M, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM, 0)
+    offs = gl.expand_dims(rows * stride_m, 1) + gl.expand_dims(offs_d, 0)
+    gl.store(tensors.out_ptr + first + offs, out, mask=mask)
 
 
 @gluon.jit
@@ -298,7 +298,7 @@ def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.conste
     """Normalise a tile's output, and write it and lse."""
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
     row = tile.m * problem.BLOCK_M + W * ROWS
-    head = (tile.b * problem.H + tile.h).to(gl.int64) * problem.M
+    head = gl.cast(tile.b * problem.H + tile.h, gl.int64) * problem.M
     store_lse(lse_ptr + head, m_i, l_i, row, problem)
     out = scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
     if problem.STAGES_OUT:
@@ -321,6 +321,14 @@ def _start_scores(shared, problem, q, count, W: gl.constexpr):
         meet_at(_TURN + W, 256)
     zeros = gl.zeros([ROWS, problem.BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(q, shared.k.index(i).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _await_scores(problem, s, PENDING: gl.constexpr):
+    s = warpgroup_mma_wait(PENDING, deps=(s,))
+    if problem.NEGATE:  # a running maximum needs a scale that is not negative
+        s = -s
+    return s
 
 
 @gluon.jit
@@ -377,7 +385,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     mbarrier.wait(shared.q_full.index(W), 0)
     s = _start_scores(shared, problem, q, count, W)
     _pass_turn(problem, W)
-    s = warpgroup_mma_wait(0, deps=(s,))
+    s = _await_scores(problem, s, 0)
     _release(shared.k, _K_EMPTY, problem, count)
     row = tile.m * problem.BLOCK_M + W * ROWS
     if IS_MASKED:
@@ -392,7 +400,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             s = _start_scores(shared, problem, q, count + 1, W)
             acc = _start_output(shared, p_operand, acc, count)
             _pass_turn(problem, W)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            s = _await_scores(problem, s, 1)
             _release(shared.k, _K_EMPTY, problem, count + 1)
             if problem.HAS_LEFT or problem.HAS_RIGHT:  # noqa: SIM102 - known to the compiler
                 if _crosses_edge(problem, row, block * BLOCK_N):
@@ -421,7 +429,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             s = _start_scores(shared, problem, q, count + 1, W)
             acc = _start_output(shared, p_operand, acc, count)
             _pass_turn(problem, W)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            s = _await_scores(problem, s, 1)
             _release(shared.k, _K_EMPTY, problem, count + 1)
             row = following.m * problem.BLOCK_M + W * ROWS
             if IS_MASKED:

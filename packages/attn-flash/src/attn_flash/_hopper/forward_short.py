@@ -2,9 +2,10 @@
 
 Sequences of some hundred tokens, such as those of vision transformers, leave a pipeline over blocks
 of keys nothing to overlap, and blocks of 128 tokens mostly padding. Here keys come in pieces of
-128, 64, 32 and 16 that cover them up to 16, a consumer takes any 64 queries of any of its program's
-heads, and since it sees all scores of a query at once its softmax needs one pass. Consumers do not
-wait for each other: one's softmax runs under another's products. One warp copies a head ahead.
+128, 64, 32 and 16 that cover them to 16, or nearly, and each of two consumers takes every other 64
+queries of the program's heads. A consumer sees all scores of a query at once, so its softmax needs
+one pass. The products of one, P V of a tile and Q K^T of its next, run under the softmax of the
+other. One warp copies a head ahead.
 """
 
 import torch
@@ -22,14 +23,17 @@ from attn_flash._hopper import problem as host
 from attn_flash._hopper.launch import Launcher, Rows
 from attn_flash._hopper.primitives import (
     accumulator_layout,
+    arrive_at,
     exp2,
     load_rows,
+    meet_at,
     record,
     store_rows,
 )
 from attn_flash._hopper.softmax import ROWS, scale_rows, store_lse, thread_sums
 
-_STAGES = gl.constexpr(2)  # heads whose keys and values are in shared memory
+_CONSUMERS = gl.constexpr(2)
+_TURN = gl.constexpr(12)  # named barriers, one for each consumer
 
 
 @record
@@ -46,10 +50,10 @@ class _Tensors:
 class _Shared:
     """Shared memory of a program, and the barriers that say what is in it."""
 
-    q: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, ROWS, BLOCK_D]
-    k: gl.tuple  # of [_STAGES, PIECE or at least ROWS, BLOCK_D], as v
+    q: gl.shared_memory_descriptor  # [Q_STAGES * _CONSUMERS, ROWS, BLOCK_D]
+    k: gl.tuple  # of [STAGES, PIECE or at least ROWS, BLOCK_D], as v
     v: gl.tuple
-    out: gl.shared_memory_descriptor  # [CONSUMERS, ROWS, BLOCK_D]
+    out: gl.shared_memory_descriptor  # [_CONSUMERS, ROWS, BLOCK_D]
     q_full: gl.shared_memory_descriptor  # of each buffer of q, as q_empty
     q_empty: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor  # of each stage, as v_full and empty
@@ -68,7 +72,7 @@ class _Problem:
     num_heads: gl.tensor  # of all batch entries
     scale_log2: gl.tensor
     TILES: gl.constexpr  # of a head
-    CONSUMERS: gl.constexpr
+    STAGES: gl.constexpr  # heads whose keys and values are in shared memory
     PIECES: gl.constexpr
     NEGATE: gl.constexpr
 
@@ -117,19 +121,19 @@ def _load_pieces(desc, pieces, barrier, b, h, stage, PIECES: gl.constexpr):
 @gluon.jit
 def _load(tensors, shared, problem):
     """Copy each head's keys and values, and its queries as consumers ask for them."""
-    Q_STAGES: gl.constexpr = shared.q.shape[0] // problem.CONSUMERS
+    Q_STAGES: gl.constexpr = shared.q.shape[0] // _CONSUMERS
     unit = 0
     for visit in range(_heads(problem)):
         b, h = _head(problem, visit)
         h_kv = h // problem.group
-        stage = visit % _STAGES
-        mbarrier.wait(shared.empty.index(stage), (visit // _STAGES + 1) & 1)
+        stage = visit % problem.STAGES
+        mbarrier.wait(shared.empty.index(stage), (visit // problem.STAGES + 1) & 1)
         _load_pieces(
             tensors.k, shared.k, shared.k_full.index(stage), b, h_kv, stage, problem.PIECES
         )
         for tile in gl.static_range(problem.TILES):
-            i = unit % (Q_STAGES * problem.CONSUMERS)
-            turn = unit // (Q_STAGES * problem.CONSUMERS)
+            i = unit % (Q_STAGES * _CONSUMERS)
+            turn = unit // (Q_STAGES * _CONSUMERS)
             mbarrier.wait(shared.q_empty.index(i), (turn + 1) & 1)
             mbarrier.expect(shared.q_full.index(i), tensors.q.block_type.nbytes)
             load_rows(tensors.q, b, h, tile * ROWS, shared.q_full.index(i), shared.q.index(i))
@@ -150,34 +154,42 @@ def _start_product(q, buffer, PIECE: gl.constexpr):
 
 
 @gluon.jit
-def _start_scores(q, pieces, stage, PIECES: gl.constexpr):
-    """Start the scores of all pieces."""
+def _start_rest(q, pieces, stage, PIECES: gl.constexpr):
+    """Start the scores of all pieces but the first."""
     scores = ()
-    for i in gl.static_range(len(PIECES)):
+    for i in gl.static_range(1, len(PIECES)):
         scores += (_start_product(q, pieces[i].index(stage), PIECES[i]),)
     return scores
 
 
 @gluon.jit
-def _finish_scores(started, problem):
-    """Wait for the scores, hide what lies past the last key and find each row's maximum."""
+def _await_scores(started):
+    scores = ()
+    for i in gl.static_range(len(started)):
+        scores += (warpgroup_mma_wait(len(started) - 1 - i, deps=(started[i],)),)
+    return scores
+
+
+@gluon.jit
+def _hide(scores, problem):
+    """Hide what lies past the last key, and find each row's maximum."""
     PIECES: gl.constexpr = problem.PIECES
     LAST: gl.constexpr = len(PIECES) - 1
-    _TOTAL: gl.constexpr = total(PIECES)
+    TOTAL: gl.constexpr = total(PIECES)
     ROW: gl.constexpr = gl.SliceLayout(1, accumulator_layout(PIECES[0]))
-    scores = ()
+    hidden_scores = ()
     m_i = gl.full([ROWS], -float("inf"), gl.float32, ROW)
     for i in gl.static_range(len(PIECES)):
-        s = warpgroup_mma_wait(LAST - i, deps=(started[i],))
+        s = scores[i]
         if problem.NEGATE:  # a maximum needs a scale that is not negative
             s = -s
         if i == LAST:
             keys = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-            hidden = keys >= problem.N - (_TOTAL - s.shape[1])
-            s = gl.where(gl.expand_dims(hidden, 0), -float("inf"), s)
+            is_hidden = keys >= problem.N - (TOTAL - s.shape[1])
+            s = gl.where(gl.expand_dims(is_hidden, 0), -float("inf"), s)
         m_i = gl.maximum(m_i, gl.convert_layout(gl.max(s, axis=1), ROW, assert_trivial=True))
-        scores += (s,)
-    return scores, m_i
+        hidden_scores += (s,)
+    return hidden_scores, m_i
 
 
 @gluon.jit
@@ -200,46 +212,81 @@ def _softmax(scores, m_i, problem, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
 
 
 @gluon.jit
-def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
-    """Compute every CONSUMERS-th tile of the program's heads."""
-    CONSUMERS: gl.constexpr = problem.CONSUMERS
-    PIECES: gl.constexpr = problem.PIECES
-    Q_STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
-    BLOCK_D: gl.constexpr = shared.q.shape[2]
-    DTYPE: gl.constexpr = tensors.q.dtype
-    O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=2)
-    turn = 0
-    for unit in range(W, _heads(problem) * problem.TILES, CONSUMERS):
-        visit = unit // problem.TILES
-        b, h = _head(problem, visit)
-        row = (unit - visit * problem.TILES) * ROWS
-        stage = visit % _STAGES
-        phase = (visit // _STAGES) & 1
-        i = turn % Q_STAGES * CONSUMERS + W
+def _start_output(operands, pieces, stage, BLOCK_D: gl.constexpr):
+    """Start P V of all pieces."""
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, accumulator_layout(BLOCK_D))
+    for i in gl.static_range(len(operands)):
+        v = pieces[i].index(stage).slice(0, operands[i].shape[1])
+        acc = warpgroup_mma(operands[i], v, acc, use_acc=i > 0, is_async=True)
+    return acc
+
+
+@gluon.jit
+def _store(tensors, shared, problem, lse_ptr, visit, row, acc, m_i, sums, W: gl.constexpr):
+    """Normalise a tile's output, and write it and lse."""
+    b, h = _head(problem, visit)
+    l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
+    store_lse(lse_ptr + gl.cast(b * problem.H + h, gl.int64) * problem.M, m_i, l_i, row, problem)
+    tma.store_wait(0)  # the last tile has left the buffer
+    shared.out.index(W).store(scale_rows(acc, 1.0 / l_i).to(tensors.q.dtype))
+    fence_async_shared()
+    store_rows(tensors.out, b, h, row, shared.out.index(W))
+
+
+@gluon.jit
+def _await_inputs(shared, problem, unit, turn, W: gl.constexpr):
+    """Wait for the queries of a tile and the keys of its head; return their buffers' numbers."""
+    Q_STAGES: gl.constexpr = shared.q.shape[0] // _CONSUMERS
+    visit = unit // problem.TILES
+    stage = visit % problem.STAGES
+    i = turn % Q_STAGES * _CONSUMERS + W
+    if unit < _heads(problem) * problem.TILES:
         mbarrier.wait(shared.q_full.index(i), (turn // Q_STAGES) & 1)
-        mbarrier.wait(shared.k_full.index(stage), phase)
-        started = _start_scores(shared.q.index(i), shared.k, stage, PIECES)
-        scores, m_i = _finish_scores(started, problem)
+        mbarrier.wait(shared.k_full.index(stage), (visit // problem.STAGES) & 1)
+    return i, stage
+
+
+@gluon.jit
+def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
+    """Compute every other tile of the program's heads."""
+    BLOCK_D: gl.constexpr = shared.q.shape[2]
+    PIECES: gl.constexpr = problem.PIECES
+    DTYPE: gl.constexpr = tensors.q.dtype
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(BLOCK_D), k_width=2)
+    units = _heads(problem) * problem.TILES
+    if W == 1:
+        arrive_at(_TURN, 256)
+    i, stage = _await_inputs(shared, problem, W, 0, W)
+    first = _start_product(shared.q.index(i), shared.k[0].index(stage), PIECES[0])
+    rest = _start_rest(shared.q.index(i), shared.k, stage, PIECES)
+    scores = _await_scores((first,) + rest)  # noqa: RUF005
+    turn = 0
+    for unit in range(W, units, _CONSUMERS):
         mbarrier.arrive(shared.q_empty.index(i), count=1)
+        visit = unit // problem.TILES
+        scores, m_i = _hide(scores, problem)
         operands, sums = _softmax(scores, m_i, problem, DTYPE, OPERAND)
-        mbarrier.wait(shared.v_full.index(stage), phase)
-        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-        for j in gl.static_range(len(PIECES)):
-            v = shared.v[j].index(stage).slice(0, operands[j].shape[1])
-            acc = warpgroup_mma(operands[j], v, acc, use_acc=j > 0, is_async=True)
-        l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
-        head = (b * problem.H + h).to(gl.int64) * problem.M
-        store_lse(lse_ptr + head, m_i, l_i, row, problem)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(shared.empty.index(stage), count=1)
-        out = scale_rows(acc, 1.0 / l_i).to(DTYPE)
-        tma.store_wait(0)  # the last tile has left the buffer
-        shared.out.index(W).store(out)
-        fence_async_shared()
-        store_rows(tensors.out, b, h, row, shared.out.index(W))
+        mbarrier.wait(shared.v_full.index(stage), (visit // problem.STAGES) & 1)
+        v_stage = stage
         turn += 1  # noqa: SIM113 - not of Python
+        i, stage = _await_inputs(shared, problem, unit + _CONSUMERS, turn, W)
+        meet_at(_TURN + W, 256)
+        acc = _start_output(operands, shared.v, v_stage, BLOCK_D)
+        # After the last tile these run on what is left in the buffers, for nobody.
+        first = _start_product(shared.q.index(i), shared.k[0].index(stage), PIECES[0])
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        rest = _start_rest(shared.q.index(i), shared.k, stage, PIECES)
+        arrive_at(_TURN + 1 - W, 256)
+        mbarrier.arrive(shared.empty.index(v_stage), count=1)
+        row = (unit - visit * problem.TILES) * ROWS
+        _store(tensors, shared, problem, lse_ptr, visit, row, acc, m_i, sums, W)
+        scores = _await_scores((first,) + rest)  # noqa: RUF005
     tma.store_wait(0)
+    if W == 0:
+        meet_at(_TURN, 256)  # the turn that the other consumer passed on
+    elif units % _CONSUMERS == 1:  # the other one has a tile more
+        meet_at(_TURN + 1, 256)
+        arrive_at(_TURN, 256)
 
 
 @gluon.jit
@@ -253,21 +300,20 @@ def _attend_second(tensors, shared, problem, lse_ptr):
 
 
 @gluon.jit
-def _attend_third(tensors, shared, problem, lse_ptr):
-    _attend(tensors, shared, problem, lse_ptr, 2)
-
-
-@gluon.jit
-def _new_piece(DTYPE: gl.constexpr, PIECE: gl.constexpr, BLOCK_D: gl.constexpr):
+def _new_piece(
+    DTYPE: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr
+):
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    return gl.allocate_shared_memory(DTYPE, [_STAGES, max(PIECE, ROWS), BLOCK_D], SWIZZLED)
+    return gl.allocate_shared_memory(DTYPE, [STAGES, max(PIECE, ROWS), BLOCK_D], SWIZZLED)
 
 
 @gluon.jit
-def _new_pieces(DTYPE: gl.constexpr, PIECES: gl.constexpr, BLOCK_D: gl.constexpr):
+def _new_pieces(
+    DTYPE: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr
+):
     pieces = ()
     for i in gl.static_range(len(PIECES)):
-        pieces += (_new_piece(DTYPE, PIECES[i], BLOCK_D),)
+        pieces += (_new_piece(DTYPE, PIECES[i], STAGES, BLOCK_D),)
     return pieces
 
 
@@ -278,61 +324,49 @@ def _attention_forward_short_kernel(
     lse_ptr,  # [B, H, M], contiguous
     M, N, H, group, num_heads, scale_log2,
     TILES: gl.constexpr, PIECES: gl.constexpr, NEGATE: gl.constexpr, BLOCK_D: gl.constexpr,
-    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):
     # fmt: on
     DTYPE: gl.constexpr = q_desc.dtype
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     shared = _Shared(
-        gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, ROWS, BLOCK_D], SWIZZLED),
-        _new_pieces(DTYPE, PIECES, BLOCK_D),
-        _new_pieces(DTYPE, PIECES, BLOCK_D),
-        gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, BLOCK_D], SWIZZLED),
-        gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(DTYPE, [Q_STAGES * _CONSUMERS, ROWS, BLOCK_D], SWIZZLED),
+        _new_pieces(DTYPE, PIECES, STAGES, BLOCK_D),
+        _new_pieces(DTYPE, PIECES, STAGES, BLOCK_D),
+        gl.allocate_shared_memory(DTYPE, [_CONSUMERS, ROWS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(gl.int64, [Q_STAGES * _CONSUMERS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [Q_STAGES * _CONSUMERS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
     )
-    for i in gl.static_range(Q_STAGES * CONSUMERS):
+    for i in gl.static_range(Q_STAGES * _CONSUMERS):
         mbarrier.init(shared.q_full.index(i), count=1)
         mbarrier.init(shared.q_empty.index(i), count=1)
-    for i in gl.static_range(_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(shared.k_full.index(i), count=1)
         mbarrier.init(shared.v_full.index(i), count=1)
         mbarrier.init(shared.empty.index(i), count=TILES)
     tensors = _Tensors(q_desc, k_desc, v_desc, out_desc)
     problem = _Problem(
-        M, N, H, group, num_heads, scale_log2, TILES, CONSUMERS, PIECES, NEGATE
+        M, N, H, group, num_heads, scale_log2, TILES, STAGES, PIECES, NEGATE
     )
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_attend_first, (tensors, shared, problem, lse_ptr)),
-                (_attend_second, (tensors, shared, problem, lse_ptr)),
-                (_load, (tensors, shared, problem)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_attend_first, (tensors, shared, problem, lse_ptr)),
-                (_attend_second, (tensors, shared, problem, lse_ptr)),
-                (_attend_third, (tensors, shared, problem, lse_ptr)),
-                (_load, (tensors, shared, problem)),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )
+    gl.warp_specialize(
+        [
+            (_attend_first, (tensors, shared, problem, lse_ptr)),
+            (_attend_second, (tensors, shared, problem, lse_ptr)),
+            (_load, (tensors, shared, problem)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
 _launch = Launcher(_attention_forward_short_kernel)
 _BLOCK_D = 64
 _Q_STAGES = 2
-_MAX_REGISTERS = {2: 168, 3: 128}  # of a thread at the start; warp_specialize shares them out
+_MAX_REGISTERS = 168  # of a thread at the start; warp_specialize shares them out
 # Pieces for a number of 16 keys.
 _TAILS = ((), (16,), (32,), (64,), (64,), (64, 16), (64, 32), (128,), (128,))
 
@@ -344,7 +378,6 @@ def forward_short(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
-    consumers: int,
 ) -> None:
     """Compute out (B, M, H, D) and lse (B, H, M) of q (B, M, H, D) and k, v (B, N, H_KV, D)."""
     B, M, H, _ = q.shape
@@ -358,12 +391,17 @@ def forward_short(
         args=(lse, M, N, H, H // H_KV, B * H, host.scale_log2(scale)),
         constants={
             "TILES": -(-M // ROWS.value), "PIECES": pieces_of(N), "NEGATE": scale < 0,
-            "BLOCK_D": _BLOCK_D, "CONSUMERS": consumers, "Q_STAGES": _Q_STAGES,
+            "BLOCK_D": _BLOCK_D, "STAGES": stages_of(M), "Q_STAGES": _Q_STAGES,
         },
-        maxnreg=_MAX_REGISTERS[consumers],
+        maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
 
 
 def pieces_of(length: int) -> tuple[int, ...]:
     """Pieces of keys, powers of two, that cover `length` to the next multiple of 16, or nearly."""
     return (128,) * (length // 128) + _TAILS[-(-(length % 128) // 16)]
+
+
+def stages_of(len_q: int) -> int:
+    """Heads in shared memory: a consumer asks for its next tile before it is done with this one."""
+    return 3 if len_q <= 64 else 2

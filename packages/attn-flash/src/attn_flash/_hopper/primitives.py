@@ -14,11 +14,11 @@ def record(cls):
     constants = tuple(cls.__annotations__[name] is gl.constexpr for name in names)
 
     @gluon.constexpr_function
-    def __init__(self, *values):
+    def fill(self, *values):
         for name, is_constant, value in zip(names, constants, values, strict=True):
             setattr(self, name, gl.constexpr(value) if is_constant else value)
 
-    cls.__init__ = __init__
+    cls.__init__ = fill
     return aggregate(cls)
 
 

@@ -46,7 +46,6 @@ class Schedule(NamedTuple):
 _WIDE = Schedule(block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_out=False)
 _LONG = 4096  # keys from which 192 queries at a time pay
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
-_FEW_KEYS = 208  # whose scores leave registers for a third warpgroup
 
 
 def schedule(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> Schedule:
@@ -60,12 +59,9 @@ def schedule(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> Sched
     return Schedule(is_dynamic=is_closed)
 
 
-def short_consumers(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> int:
-    """Return the warpgroups of the kernel for short sequences, 0 where it is not the best."""
+def is_short(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
+    """Whether the kernel for short sequences computes q (B, M, H, D) and k (B, N, H_KV, D)."""
     B, M, H, D = q.shape
-    N = k.shape[1]
-    if window != (-1, -1) or D > 64 or max(M, N) > _SHORT:
-        return 0
-    if problem.num_sms(q.device) > B * H:
-        return 0
-    return 3 if N <= _FEW_KEYS else 2
+    limit = _SHORT if M > 64 else _SHORT // 2  # heads of one tile need a third in shared memory
+    fits = D <= 64 and M <= _SHORT and k.shape[1] <= limit
+    return fits and window == (-1, -1) and problem.num_sms(q.device) <= B * H
