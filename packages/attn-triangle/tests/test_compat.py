@@ -66,6 +66,15 @@ def test_cuequivariance_auxiliary_results(device):
     assert_same(largest, scores.amax(-1))
 
 
+def test_cuequivariance_takes_a_scale_of_zero_and_a_wider_bias(device):
+    (q, k, v, bias), _ = cue_inputs(device)
+    out, _, largest = cuequivariance.triangle_attention(
+        q, k, v, bias.double(), scale=0.0, return_aux=True
+    )
+    assert_same(out, softmax_attention(q, k, v, bias, 0.0))
+    assert_same(largest, bias.amax(-1).expand_as(largest))
+
+
 def test_cuequivariance_keeps_the_dimension_it_adds(device):
     (q, k, v, bias), keep = cue_inputs(device)
     out = cuequivariance.triangle_attention(q[0], k[0], v[0], bias[0], keep[0])
@@ -146,6 +155,8 @@ def test_bad_biases_are_named(device):
     q, k, v, row, pair = evoformer_inputs(device)
     with pytest.raises(ValueError, match=r"first of biases must have shape \(2, 5, 1, 1, 7\)"):
         compat.DS4Sci_EvoformerAttention(q, k, v, [pair, row])
+    with pytest.raises(ValueError, match=r"Q must have shape .*, got \(5, 7, 2\)"):
+        compat.DS4Sci_EvoformerAttention(*(x[0, ..., 0] for x in (q, k, v)), [])
     with pytest.raises(ValueError, match="at most two"):
         compat.DS4Sci_EvoformerAttention(q, k, v, [row, pair, pair])
     with pytest.raises(ValueError, match="got bool"):
@@ -158,6 +169,24 @@ def test_trifast(device):
     out = trifast.triangle_attention(q, k, v, b, mask)
     assert_same(out, trifast.attention_reference(q, k, v, b, mask))
     assert torch.equal(trifast.triangle_attention_with_lse(q, k, v, b, mask)[0], out)
+
+
+def test_trifast_operator(device):
+    inputs = trifast.gen_tensors(5, 8, 2, True, device, torch.float32)
+    torch.library.opcheck(trifast.triangle_attention_with_lse, inputs)
+
+
+def test_trifast_gradients(device):
+    *leaves, mask = trifast.gen_tensors(7, 8, 2, True, device, torch.float32, batch=2)
+    mask[:, 2] = True
+    out, lse = trifast.triangle_attention_with_lse(*leaves, mask)
+    dout = random_tensor(out.shape, seed="dout", device=device)
+    *grads, dmask = trifast.triangle_attention_bwd(dout, *leaves, out, lse, mask)
+    assert dmask.shape == mask.shape
+    assert not dmask.any()
+    expected = torch.autograd.grad(trifast.attention_reference(*leaves, mask), leaves, dout)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
 
 MODULES = [(name, module) for name, places in installing._NAMES.items() for module in places]

@@ -20,8 +20,7 @@ def evoformer_attention(
 
     Both are added to the scores and have gradients. Returns (*, N, L, H, D), contiguous.
     """
-    if q.dim() < 4:
-        raise ValueError(f"Q must have shape (*, N, L, H, D), got {tuple(q.shape)}")
+    require_rank(q)
     q, k, v = (x.movedim(-2, -4) for x in (q, k, v))  # [*, H, N, L, D]
     mask = None if row_bias is None else _like(row_bias, q)[..., 0, 0, :]
     bias = q.new_zeros((1, 1, 1)) if pair_bias is None else _like(pair_bias, q).squeeze(-4)
@@ -29,6 +28,12 @@ def evoformer_attention(
         q, k, v, bias, mask, scale=scale, deterministic=deterministic
     )
     return out.movedim(-4, -2)
+
+
+def require_rank(q: torch.Tensor) -> None:
+    """Check that queries have rows, positions, heads and channels."""
+    if q.dim() < 4:
+        raise ValueError(f"Q must have shape (*, N, L, H, D), got {tuple(q.shape)}")
 
 
 def _like(bias: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_triangle import _torch, api
+from attn_triangle import _torch, api, checks
 
 FALLBACK_THRESHOLD = 0
 """Length up to which the other package leaves its kernel; ours takes any."""
@@ -72,7 +72,7 @@ def triangle_attention(
     if q.dim() == 4:
         q, k, v, bias = (x[None] for x in (q, k, v, bias))
     q, k, v = _autocast(q, k, v)
-    if bias.dtype not in (q.dtype, torch.float32, torch.float64):
+    if bias.dtype not in (q.dtype, torch.float32):
         bias = bias.float()
     hidden = _hidden_keys(mask, kv_lengths, k.shape[-2])
     q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.squeeze(1)
@@ -91,7 +91,8 @@ def triangle_attention(
     if not return_aux:
         return out  # type: ignore[no-any-return]
     with torch.no_grad():
-        largest = _torch.largest_score(q, k, bias, hidden, scale or q.shape[-1] ** -0.5)
+        factor = checks.softmax_scale(scale, q.shape[-1])
+        largest = _torch.largest_score(q, k, bias, hidden, factor)
     return out, lse.detach().transpose(1, 2), largest.transpose(1, 2)
 
 

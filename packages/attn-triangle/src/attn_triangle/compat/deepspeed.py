@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_triangle.compat._evoformer import evoformer_attention
+from attn_triangle.compat._evoformer import evoformer_attention, require_rank
 
 
 def DS4Sci_EvoformerAttention(  # noqa: N802  (its name there)
@@ -49,6 +49,7 @@ def DS4Sci_EvoformerAttention(  # noqa: N802  (its name there)
     """
     if len(biases) > 2:
         raise ValueError(f"biases must hold at most two tensors, got {len(biases)}")
+    require_rank(Q)
     row_bias, pair_bias = (*biases, None, None)[:2]
     _require_shapes(Q, K, row_bias, pair_bias)
     return evoformer_attention(Q, K, V, row_bias, pair_bias)

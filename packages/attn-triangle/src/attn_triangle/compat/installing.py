@@ -24,9 +24,12 @@ _NAMES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "trifast.torch": {
             "triangle_attention": trifast.triangle_attention,
             "_triangle_attention": trifast.triangle_attention_with_lse,
+            "triangle_attention_bwd": trifast.triangle_attention_bwd,
         },
         "trifast.equiv": {
             "attention_reference": trifast.attention_reference,
+            "triangle_attention_simple": trifast.attention_reference,
+            "triangle_self_attention_ds4s": trifast.triangle_attention,
             "disable_tf32": utils.disable_tf32,
             "enable_tf32": utils.enable_tf32,
         },
