@@ -42,6 +42,12 @@ def test_unknown_backend(registry):
         backends.resolve(registry.op, registry.Problem(), "tensorflow")
 
 
+def test_a_backend_s_name_is_a_string(registry):
+    registry.add("torch")
+    with pytest.raises(ValueError, match=r"backend must be the name of one, got \['torch'\]"):
+        backends.resolve(registry.op, registry.Problem(), ["torch"])
+
+
 def test_environment_takes_the_place_of_auto_alone(registry, monkeypatch):
     registry.add("torch", 0)
     registry.add("triton", 10)

@@ -16,6 +16,10 @@ x = torch.empty(2, 3)
     [
         (lambda: checks.require_tensor("q", 3), "q must be a tensor, got int"),
         (
+            lambda: checks.require_tensor("q", x.to_sparse()),
+            "q must be a strided tensor, got layout torch.sparse_coo",
+        ),
+        (
             lambda: checks.require_rank("q", x, "(B, M, D)"),
             "q must have 3 dimensions (B, M, D), got shape (2, 3)",
         ),

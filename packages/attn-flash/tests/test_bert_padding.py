@@ -96,7 +96,10 @@ def test_rows_go_among_zeros():
             "indices must have dtype",
         ),
         (lambda: pad_input(torch.zeros(3, 2), torch.tensor([1]), 1, 3), "indices must have shape"),
-        (lambda: pad_input(torch.zeros(1, 2), torch.tensor([1]), -1, 3), "batch must be 0 or more"),
+        (
+            lambda: pad_input(torch.zeros(1, 2), torch.tensor([1]), -1, 3),
+            "batch must not be negative",
+        ),
         (lambda: index_first_axis(torch.tensor(1.0), torch.tensor([0])), "must have a first dim"),
         (lambda: index_first_axis([1], torch.tensor([0])), "input must be a tensor, got list"),
     ],

@@ -213,6 +213,59 @@ def test_an_encoder_sees_both_sides():
     torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
 
 
+def t5():
+    config = transformers.T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16, pad_token_id=0,
+        eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    return build(lambda: transformers.T5ForConditionalGeneration(config))
+
+
+def test_position_biases_are_learned():
+    model = t5()
+    inputs = {"input_ids": tokens(), "attention_mask": padding("right"), "labels": tokens(3, 7)}
+    results = []
+    for implementation in ("eager", hook.NAME):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        output = model(**inputs)
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.logits.detach(), gradients))
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+    biases = [grad for name, grad in results[1][1].items() if "relative_attention_bias" in name]
+    assert len(biases) == 2
+    assert all(grad.abs().max() > 1e-3 for grad in biases)
+
+
+def test_an_encoder_decoder_generates():
+    model, ids = t5(), tokens()
+    texts = []
+    for implementation in ("eager", hook.NAME):
+        model.set_attn_implementation(implementation)
+        options = {"max_new_tokens": 9, "do_sample": False, "min_new_tokens": 9}
+        texts.append(model.generate(ids, attention_mask=padding("right"), **options))
+    assert torch.equal(*texts)
+
+
+def test_a_compiled_model_is_one_graph():
+    model = build(gemma)
+    ids = tokens()
+    torch._dynamo.reset()
+    for side in ("none", "left"):
+        mask = padding(side)
+        expected, wanted = run(model, "eager", ids, mask, use_cache=False)
+        model.set_attn_implementation(hook.NAME)
+        model.zero_grad()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        logits = compiled(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.tanh().square().sum().backward()
+        torch.testing.assert_close(logits.detach(), expected, atol=1e-4, rtol=1e-4)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        torch.testing.assert_close(grads, wanted, atol=1e-3, rtol=1e-3)
+
+
 def test_dropout_reaches_the_kernel():
     model = build(gpt2).train()
     for block in model.transformer.h:

@@ -176,11 +176,15 @@ def resolve(op: str, problem: Problem, requested: str = AUTO) -> str:
 
     Raises
     ------
+    ValueError
+        `requested` is no string.
     BackendUnavailableError
         The named backend does not exist for this operator.
     UnsupportedProblemError
         The named backend, or every backend, refuses the problem; the message has each reason.
     """
+    if not isinstance(requested, str):
+        raise ValueError(f"backend must be the name of one, got {requested!r}")
     if requested == AUTO:
         requested = environment.backend()
     if torch.compiler.is_compiling():

@@ -9,9 +9,11 @@ import torch
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Check that `value` is a tensor."""
+    """Check that `value` is a tensor with strides."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a strided tensor, got layout {value.layout}")
 
 
 def require_rank(name: str, tensor: torch.Tensor, symbols: str) -> None:

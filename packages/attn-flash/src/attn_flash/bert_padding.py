@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from attn_core.checks import require_device, require_rank, require_shape, require_tensor
+from attn_core.checks import (
+    require_device,
+    require_dtype,
+    require_rank,
+    require_shape,
+    require_tensor,
+)
+from attn_flash.checks import length
+from attn_flash.rotary_checks import may_read, require_values
 
 __all__ = [
     "index_first_axis",
@@ -19,6 +27,8 @@ __all__ = [
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
 ]
+
+_LENGTHS = (torch.int32, torch.int64)
 
 
 def unpad_input(
@@ -65,12 +75,13 @@ def unpad_input(
     (torch.Size([3, 8]), [0, 1, 3], [0, 2, 3], 2)
     """
     _check_padded(hidden_states)
-    for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
-        if mask is not None:
-            _check_mask(name, mask, hidden_states)
-    kept = attention_mask if unused_mask is None else attention_mask.long() + unused_mask.long()
+    _check_mask("attention_mask", attention_mask, hidden_states)
+    kept = used = attention_mask.bool()
+    if unused_mask is not None:
+        _check_mask("unused_mask", unused_mask, hidden_states)
+        kept = used | unused_mask.bool()
     indices = kept.flatten().nonzero().flatten()
-    seqused = attention_mask.sum(-1, dtype=torch.int32)
+    seqused = used.sum(-1, dtype=torch.int32)
     seqlens = kept.sum(-1, dtype=torch.int32)
     unpadded = index_first_axis(hidden_states.flatten(0, 1), indices)
     return unpadded, indices, *_bounds(seqlens), seqused
@@ -115,7 +126,7 @@ def unpad_input_for_concatenated_sequences(
     [0, 3, 5, 9]
     """
     _check_padded(hidden_states)
-    _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
+    _check_lengths(attention_mask_in_length, hidden_states)
     tokens = attention_mask_in_length.sum(-1)
     steps = torch.arange(hidden_states.shape[1], device=tokens.device)
     indices = (steps < tokens[:, None]).flatten().nonzero().flatten()
@@ -156,9 +167,8 @@ def pad_input(
     >>> pad_input(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([0, 1, 3]), 2, 3).tolist()
     [[5.0, 6.0, 0.0], [7.0, 0.0, 0.0]]
     """
-    for name, value in (("batch", batch), ("seqlen", seqlen)):
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
+    require_tensor("hidden_states", hidden_states)
+    batch, seqlen = length("batch", batch), length("seqlen", seqlen)
     padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return padded.reshape(batch, seqlen, *padded.shape[1:])
 
@@ -191,7 +201,9 @@ def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
     [7, 5]
     """
     require_tensor("input", input)
-    _check_indices(indices, input)
+    if input.dim() == 0:
+        raise ValueError("input must have a first dimension, got shape ()")
+    _check_indices(indices, input, input.shape[0])
     return input.index_select(0, indices)
 
 
@@ -263,9 +275,11 @@ def index_put_first_axis(
     [6, 0, 5, 0]
     """
     require_tensor("values", values)
-    _check_indices(indices, values)
+    first_axis_dim = length("first_axis_dim", first_axis_dim)
+    _check_indices(indices, values, first_axis_dim)
     require_shape("indices", indices, "(T,)", values.shape[:1])
-    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+    rows = values.new_zeros((first_axis_dim, *values.shape[1:]))
+    return rows.index_copy(0, indices.long(), values)
 
 
 def _bounds(seqlens: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -284,14 +298,23 @@ def _check_padded(hidden_states: torch.Tensor) -> None:
 def _check_mask(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> None:
     require_shape(name, mask, "(B, S)", hidden_states.shape[:2])
     require_device(name, mask, "hidden_states", hidden_states)
-    if mask.is_complex():
-        raise ValueError(f"{name} must hold booleans or numbers, got {mask.dtype}")
+    if may_read(mask.device) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name} must hold booleans, or 0 and 1, got other numbers")
 
 
-def _check_indices(indices: torch.Tensor, rows: torch.Tensor) -> None:
+def _check_lengths(lengths: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    name, shape = "attention_mask_in_length", hidden_states.shape[:2]
+    require_shape(name, lengths, "(B, S)", shape)
+    require_device(name, lengths, "hidden_states", hidden_states)
+    require_dtype(name, lengths, _LENGTHS)
+    if may_read(lengths.device):
+        require_values(name, lengths, 0, shape[1])
+        require_values(f"each row of {name}, added up,", lengths.sum(-1), 0, shape[1])
+
+
+def _check_indices(indices: torch.Tensor, like: torch.Tensor, rows: int) -> None:
     require_rank("indices", indices, "(T,)")
-    require_device("indices", indices, "the rows", rows)
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"indices must have dtype int64, int32, got {indices.dtype}")
-    if rows.dim() == 0:
-        raise ValueError("input must have a first dimension, got shape ()")
+    require_device("indices", indices, "the rows", like)
+    require_dtype("indices", indices, (torch.int64, torch.int32))
+    if may_read(indices.device):
+        require_values("indices", indices, 0, rows - 1)

@@ -117,9 +117,28 @@ def window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
         raise ValueError(
             f"window_size must be two integers (left, right), got {window_size!r}"
         ) from None
-    if causal:
+    if flag("causal", causal):
         right = 0
     return (left if left >= 0 else -1), (right if right >= 0 else -1)
+
+
+def reach(window_size: int) -> int:
+    """Return how many keys before its own a query sees, from their number with it; -1 for all."""
+    try:
+        number = operator.index(window_size)
+    except TypeError:
+        raise ValueError(f"window_size must be an integer, got {window_size!r}") from None
+    if number == 0:
+        raise ValueError("window_size must be positive, or negative for no window, got 0")
+    return number - 1 if number > 0 else -1
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a switch as a bool."""
+    try:
+        return bool(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{name} must be True or False, got {value!r}") from None
 
 
 def length(name: str, value: Any) -> int:

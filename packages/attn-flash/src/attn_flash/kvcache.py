@@ -124,11 +124,12 @@ def flash_attn_with_kvcache(
     >>> bool((k_cache[2, 300] == k[2, 0]).all())
     True
     """
+    return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
     splits = kvcache_checks.num_splits(num_splits)
     capacity = kvcache_checks.capacity(k_cache, block_table)
     window = checks.window(causal, window_size)
     window = kvcache_checks.binding_window(window, capacity)
-    softcap = kvcache_checks.softcap(softcap)
+    softcap = checks.softcap(softcap)
     seqlens, length = kvcache_checks.cache_length(cache_seqlens, k, capacity)
     cache = kvcache_checks.Cache(seqlens, length, cache_batch_idx, cache_leftpad, block_table)
     problem = kvcache_checks.kvcache_problem(
@@ -145,7 +146,7 @@ def flash_attn_with_kvcache(
         softcap,
     )
     scale = checks.softmax_scale(softmax_scale, problem.head_dim)
-    rotary = (rotary_cos, rotary_sin, bool(rotary_interleaved))
+    rotary = (rotary_cos, rotary_sin, checks.flag("rotary_interleaved", rotary_interleaved))
     name = backends.resolve(kvcache_ops.ATTENTION, problem, backend)
     if k is not None:
         kvcache_ops.append(k, v, k_cache, v_cache, *rotary, *cache, name)

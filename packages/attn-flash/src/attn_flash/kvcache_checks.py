@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 
 from attn_core import checks
 from attn_core.errors import UnsupportedProblemError
-from attn_flash.rotary_checks import check_tables, may_read
+from attn_flash.rotary_checks import check_tables, may_read, require_values
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 256
@@ -78,10 +77,11 @@ def kvcache_problem(
     _check_caches(q, k_cache, v_cache, is_paged=cache.block_table is not None)
     _check_block_table(q, cache.block_table)
     _check_places(q, k_cache, cache)
-    problem = describe(q, k_cache, v_cache, k, cache.block_table, rotary_cos, window, softcap)
-    _check_new_tokens(q, k_cache, v_cache, k, v, problem.capacity)
-    _check_rotary(q, k, rotary_cos, rotary_sin, problem.capacity)
+    room = capacity(k_cache, cache.block_table)
+    _check_new_tokens(q, k_cache, v_cache, k, v, room)
+    _check_rotary(q, k, rotary_cos, rotary_sin, room)
     _check_alibi_slopes(q, alibi_slopes)
+    problem = describe(q, k_cache, v_cache, k, cache.block_table, rotary_cos, window, softcap)
     _check_lengths(cache, problem, k_cache.shape[0])
     _require_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, alibi_slopes=alibi_slopes)
     return problem
@@ -125,13 +125,6 @@ def num_splits(value: Any) -> int:
     if not 0 <= splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be an integer from 0 to {MAX_SPLITS}, got {value!r}")
     return splits
-
-
-def softcap(value: Any) -> float:
-    """Return the cap of the scores, 0 for none."""
-    if isinstance(value, torch.Tensor) or not 0.0 <= value < math.inf:
-        raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
-    return float(value)
 
 
 def binding_window(window: Sequence[int], capacity: int) -> tuple[int, int]:
@@ -286,12 +279,12 @@ def _check_lengths(cache: Cache, problem: KVCacheProblem, cache_rows: int) -> No
         return
     is_paged = cache.block_table is not None
     rows = cache.block_table.shape[0] if cache.block_table is not None else cache_rows
-    _require_values("cache_seqlens", cache.seqlens, 0, room)
-    _require_values("cache_batch_idx", cache.batch_idx, 0, rows - 1)
-    _require_values("cache_leftpad", cache.leftpad, 0, problem.capacity)
+    require_values("cache_seqlens", cache.seqlens, 0, room)
+    require_values("cache_batch_idx", cache.batch_idx, 0, rows - 1)
+    require_values("cache_leftpad", cache.leftpad, 0, problem.capacity)
     if is_paged:
         for name, entries in _entries_in_use(cache, problem):
-            _require_values(name, entries, 0, cache_rows - 1)
+            require_values(name, entries, 0, cache_rows - 1)
 
 
 def _entries_in_use(cache: Cache, problem: KVCacheProblem) -> Iterator[tuple[str, torch.Tensor]]:
@@ -303,15 +296,6 @@ def _entries_in_use(cache: Cache, problem: KVCacheProblem) -> Iterator[tuple[str
         pages = -(-(length + problem.new) // problem.page_size)
         first = 0 if cache.leftpad is None else int(cache.leftpad[b]) // problem.page_size
         yield f"block_table[{row}]", cache.block_table[row, first:pages]
-
-
-def _require_values(name: str, values: torch.Tensor | None, low: int, high: int) -> None:
-    if values is None or values.numel() == 0:
-        return
-    smallest, largest = (int(value) for value in values.aminmax())
-    if smallest < low or largest > high:
-        wrong = smallest if smallest < low else largest
-        raise ValueError(f"{name} must hold values from {low} to {high}, got {wrong}")
 
 
 def _require_no_grad(**tensors: torch.Tensor | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple
 
 import torch
 
 from attn_core import checks, environment
+from attn_flash.checks import length
 
 MAX_HEAD_DIM = 1024
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,20 +37,23 @@ def rotary_problem(
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     name: str = "x",
+    tables: tuple[str, str] = ("cos", "sin"),
 ) -> RotaryProblem:
     """Validate the arguments of `apply_rotary_emb` and describe the problem they pose."""
+    if cu_seqlens is not None:
+        checks.require_tensor("cu_seqlens", cu_seqlens)
     checks.require_rank(name, x, "(B, S, H, D)" if cu_seqlens is None else "(T, H, D)")
     checks.require_dtype(name, x, DTYPES)
-    check_tables("cos", cos, "sin", sin, name, x)
+    check_tables(tables[0], cos, tables[1], sin, name, x)
     batch = x.shape[0]
     checks.require_range(f"the head dimension of {name}", x.shape[-1], 1, MAX_HEAD_DIM)
     if cu_seqlens is not None:
-        batch = _check_cu_seqlens(x, cu_seqlens, max_seqlen)
+        batch = _check_cu_seqlens(name, x, cu_seqlens, max_seqlen)
     if seqlen_offsets is not None:
         checks.require_shape("seqlen_offsets", seqlen_offsets, "(B,)", (batch,))
         checks.require_dtype("seqlen_offsets", seqlen_offsets, (torch.int32, torch.int64))
         checks.require_device("seqlen_offsets", seqlen_offsets, name, x)
-    _check_positions(x, cos, seqlen_offsets, offset, cu_seqlens, max_seqlen)
+    _check_positions(x, tables[0], cos, seqlen_offsets, offset, cu_seqlens, max_seqlen)
     return describe(x, cos, interleaved, cu_seqlens)
 
 
@@ -83,6 +88,36 @@ def check_tables(
             raise ValueError(f"{name} must not require a gradient: rotation does not give one")
 
 
+def check_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Check tables with a row for each token, (S, D_rotary / 2) or with dimensions before."""
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        checks.require_tensor(name, tensor)
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name} must have 2 dimensions or more, got shape {tuple(tensor.shape)}"
+            )
+    checks.require_shape("sin", sin, "(S, D_rotary / 2)", cos.shape)
+    checks.require_device("cos", cos, "x", x)
+    checks.require_device("sin", sin, "x", x)
+    tokens, rows = x.shape[:-2], cos.shape[:-1]
+    sizes = zip(reversed(rows), reversed(tokens), strict=False)
+    if len(rows) > len(tokens) or any(a not in (1, b) for a, b in sizes):
+        raise ValueError(f"cos must have a row for each token {tuple(tokens)}, got {tuple(rows)}")
+    if 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(
+            f"cos must have at most half as many columns as x has, {x.shape[-1]} // 2, got "
+            f"{cos.shape[-1]}"
+        )
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a number that is finite and more than 0."""
+    is_number = isinstance(value, (int, float)) and 0 < value < math.inf
+    if not is_number:
+        raise ValueError(f"{name} must be a finite number, more than 0, got {value!r}")
+    return float(value)
+
+
 def offsets(seqlen_offsets: Any) -> tuple[torch.Tensor | None, int]:
     """Split seqlen_offsets into a tensor and a number."""
     if isinstance(seqlen_offsets, torch.Tensor):
@@ -102,21 +137,33 @@ def may_read(device: torch.device) -> bool:
     return device.type == "cpu" or environment.checks_values()
 
 
-def _check_cu_seqlens(x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None) -> int:
+def require_values(name: str, values: torch.Tensor | None, low: int, high: int) -> None:
+    """Check every value of a tensor of integers, if there is one."""
+    if values is None or values.numel() == 0:
+        return
+    smallest, largest = (int(value) for value in values.aminmax())
+    if smallest < low or largest > high:
+        wrong = smallest if smallest < low else largest
+        raise ValueError(f"{name} must hold values from {low} to {high}, got {wrong}")
+
+
+def _check_cu_seqlens(
+    name: str, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None
+) -> int:
     checks.require_rank("cu_seqlens", cu_seqlens, "(B + 1,)")
     checks.require_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
-    checks.require_device("cu_seqlens", cu_seqlens, "x", x)
+    checks.require_device("cu_seqlens", cu_seqlens, name, x)
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have shape (B + 1,), got (0,)")
     if max_seqlen is None:
         raise ValueError("max_seqlen must be given with cu_seqlens, got None")
-    if isinstance(max_seqlen, bool) or not hasattr(max_seqlen, "__index__") or max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be an integer, 0 or more, got {max_seqlen!r}")
+    length("max_seqlen", max_seqlen)
     return cu_seqlens.shape[0] - 1
 
 
 def _check_positions(
     x: torch.Tensor,
+    cos_name: str,
     cos: torch.Tensor,
     seqlen_offsets: torch.Tensor | None,
     offset: int,
@@ -124,28 +171,22 @@ def _check_positions(
     max_seqlen: int | None,
 ) -> None:
     """Check that the tables have a row for each position, where that waits for no device."""
-    length = x.shape[1] if max_seqlen is None or cu_seqlens is None else max_seqlen
-    room = cos.shape[0] - length
+    longest = x.shape[1] if max_seqlen is None or cu_seqlens is None else max_seqlen
+    room = cos.shape[0] - longest
     if room < 0:
         raise ValueError(
-            f"cos must have a row for each of {length} positions, got {cos.shape[0]} rows"
+            f"{cos_name} must have a row for each of {longest} positions, got {cos.shape[0]} rows"
         )
     if seqlen_offsets is None and not 0 <= offset <= room:
         raise ValueError(
-            f"seqlen_offsets must be from 0 to {room} (rows of cos less the sequence's length), "
-            f"got {offset}"
+            f"seqlen_offsets must be from 0 to {room} (rows of {cos_name} less the sequence's "
+            f"length), got {offset}"
         )
     if not may_read(x.device):
         return
-    if seqlen_offsets is not None and seqlen_offsets.numel() > 0:
-        low, high = (int(value) for value in seqlen_offsets.aminmax())
-        if low < 0 or high > room:
-            raise ValueError(
-                f"seqlen_offsets must hold values from 0 to {room} (rows of cos less the "
-                f"sequence's length), got {low if low < 0 else high}"
-            )
+    require_values("seqlen_offsets", seqlen_offsets, 0, room)
     if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, x.shape[0], length)
+        _check_bounds(cu_seqlens, x.shape[0], longest)
 
 
 def _check_bounds(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> None:

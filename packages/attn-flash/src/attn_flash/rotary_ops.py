@@ -152,7 +152,9 @@ def _part(x: torch.Tensor, heads: tuple[int, int] | None) -> torch.Tensor:
     if heads is None:
         return x
     part = x[:, :, heads[0] : heads[1]]
-    return part if part.dim() == 4 else part.view(*part.shape[:2], -1, part.shape[4])
+    if part.dim() == 4:
+        return part
+    return part.view(*part.shape[:2], part.shape[2] * part.shape[3], part.shape[4])
 
 
 def _copy_rotated(x: torch.Tensor, *args: Any) -> None:

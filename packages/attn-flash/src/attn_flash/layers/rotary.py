@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from attn_core import backends
-from attn_core.checks import require_rank
+from attn_core.checks import require_rank, require_tensor
 from attn_flash import rotary_checks, rotary_ops, rotary_reference
+from attn_flash.checks import flag, length
 
 __all__ = [
     "RotaryEmbedding",
@@ -19,6 +20,7 @@ __all__ = [
     "apply_rotary_emb_torch",
 ]
 
+_TABLE_NAMES = (("cos", "sin"), ("cos_k", "sin_k"))
 _Compute = Callable[[torch.device], torch.Tensor]
 
 
@@ -85,12 +87,12 @@ def apply_rotary_emb(
     """
     offsets, offset = rotary_checks.offsets(seqlen_offsets)
     problem = rotary_checks.rotary_problem(
-        x, cos, sin, bool(interleaved), offsets, offset, cu_seqlens, max_seqlen
+        x, cos, sin, flag("interleaved", interleaved), offsets, offset, cu_seqlens, max_seqlen
     )
     name = backends.resolve(rotary_ops.ROTATE, problem, backend)
     longest = x.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
     static = (longest, problem.interleaved, False, name)
-    if inplace:
+    if flag("inplace", inplace):
         return rotary_ops.rotate_inplace(
             x, (None,), (offset, *static), offsets, cu_seqlens, cos, sin
         )
@@ -121,6 +123,11 @@ def apply_rotary_emb_torch(
     Tensor, shape (B, S, H, D)
         The rotated tensor.
 
+    Raises
+    ------
+    ValueError
+        The tables do not fit x; the message names them.
+
     Examples
     --------
     >>> import torch
@@ -128,6 +135,8 @@ def apply_rotary_emb_torch(
     >>> apply_rotary_emb_torch(torch.ones(1, 1, 1, 2), torch.zeros(1, 1), torch.ones(1, 1))
     tensor([[[[-1.,  1.]]]])
     """
+    rotary_checks.check_rows(x, cos, sin)
+    interleaved = flag("interleaved", interleaved)
     return rotary_reference.rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved)
 
 
@@ -309,9 +318,11 @@ class RotaryEmbedding(torch.nn.Module):
         if isinstance(dim, bool) or not isinstance(dim, int) or dim <= 0 or dim % 2:
             raise ValueError(f"dim must be an even integer, 2 or more, got {dim!r}")
         self.dim = dim
-        self.base = float(base)
-        self.interleaved = interleaved
-        self.scale_base = scale_base
+        self.base = rotary_checks.positive("base", base)
+        self.interleaved = flag("interleaved", interleaved)
+        self.scale_base = (
+            None if scale_base is None else rotary_checks.positive("scale_base", scale_base)
+        )
         scale = None if scale_base is None else self._compute_scale(device)
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
@@ -334,9 +345,12 @@ class RotaryEmbedding(torch.nn.Module):
         Where `seqlen_offset` is a tensor, `max_seqlen` says how far its positions reach; without it
         the tables of an earlier call must reach there.
         """
-        if max_seqlen is None and not isinstance(seqlen_offset, torch.Tensor):
-            max_seqlen = qkv.shape[1] + seqlen_offset
+        require_tensor("qkv", qkv)
+        offsets, offset = rotary_checks.offsets(seqlen_offset)
+        if max_seqlen is None and offsets is None and qkv.dim() > 1:
+            max_seqlen = qkv.shape[1] + length("seqlen_offset", offset)
         if max_seqlen is not None:
+            max_seqlen = max((length("max_seqlen", max_seqlen), *qkv.shape[1:2]))
             self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         if cos is None or sin is None:
@@ -410,8 +424,9 @@ def _heads_of(
         packed = qkv.shape[2]
         if num_heads_q is None:
             raise ValueError("num_heads_q must be given where qkv has four dimensions, got None")
+        num_heads_q = length("num_heads_q", num_heads_q)
         keys, rest = divmod(packed - num_heads_q, 2)
-        if num_heads_q < 0 or keys < 0 or rest:
+        if keys < 0 or rest:
             raise ValueError(
                 "qkv must have num_heads_q + 2 H_KV heads along dimension 2, got "
                 f"{packed} heads and num_heads_q = {num_heads_q}"
@@ -439,10 +454,12 @@ def _rotate_parts(
 ) -> torch.Tensor:
     offsets, offset = rotary_checks.offsets(seqlen_offsets)
     seqlen = packed.shape[1]
-    example = packed if packed.dim() == 4 else packed[:, :, 0]
-    for cos, sin in zip(tables[::2], tables[1::2], strict=True):
+    interleaved = flag("interleaved", interleaved)
+    example = packed if packed.dim() == 4 else packed.select(2, 0)
+    pairs = zip(tables[::2], tables[1::2], _TABLE_NAMES, strict=False)
+    for cos, sin, names in pairs:
         problem = rotary_checks.rotary_problem(
-            example, cos, sin, bool(interleaved), offsets, offset, None, None, name=name
+            example, cos, sin, interleaved, offsets, offset, None, None, name, names
         )
     backend = backends.resolve(rotary_ops.ROTATE, problem, backend)
     static = (offset, seqlen, problem.interleaved, False, backend)
