@@ -1,0 +1,231 @@
+"""The Hopper kernels on a CPU: Gluon's on the emulator, the others in Triton's interpreter.
+
+The emulator delays whatever the hardware may delay, so that a missing wait shows as a wrong number
+and a missing arrival as an error.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_core.testing import hopper as emulator
+from attn_triangle import reference
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+pytestmark = [
+    pytest.mark.interpret,
+    # Weights that float16 does not hold are what `redo` is for.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+
+# In the order in which they import one another.
+MODULES = (
+    "configs", "tiles", "problem", "redo", "rows", "forward", "dk_dv", "dq", "dbias", "backward",
+)  # fmt: skip
+GLUON = {
+    "forward": "_attention_forward_kernel",
+    "dk_dv": "_attention_backward_dk_dv_kernel",
+    "dq": "_attention_backward_dq_kernel",
+    "dbias": "_attention_backward_dbias_kernel",
+}
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+SMS = 3
+
+
+class Case(NamedTuple):
+    """One problem; `mask` is none, random, rows (some masked as a whole), front or padded."""
+
+    B: int = 1
+    H: int = 1
+    R: int = 3
+    M: int = 130
+    N: int = 150
+    D: int = 16
+    mask: str = "rows"
+    masked_rows: str = "mean"
+    deterministic: bool = True
+
+    def __str__(self):
+        words = [self.mask, self.masked_rows, "det" if self.deterministic else "atomics"]
+        return "b{}-h{}-r{}-m{}-n{}-d{}-".format(*self[:6]) + "-".join(words)
+
+    def draw(self, name, *shape, dtype=torch.float16):
+        return random_tensor(shape, seed=f"{self}-{name}", dtype=dtype)
+
+    def inputs(self):
+        """q, k and v as a projection leaves them, heads before channels in memory."""
+        B, H, R, M, N, D = self[:6]
+        q, k, v = (
+            self.draw(name, B, R, length, H, D).permute(0, 3, 1, 2, 4)
+            for name, length in (("q", M), ("k", N), ("v", N))
+        )
+        return [q, k, v, self.draw("bias", B, H, M, N)]
+
+    def make_mask(self):
+        shape = (self.B, self.R, self.N)
+        keys = torch.arange(self.N)
+        if self.mask == "none":
+            return None
+        if self.mask == "padded":
+            return (keys >= 100).expand(shape)
+        mask = self.draw("mask", *shape) > 0
+        if self.mask == "rows":
+            mask[:, ::2] = True
+        if self.mask == "front":  # the first tile of keys says nothing of the second
+            mask[:, ::2] = keys < 130
+        return mask
+
+
+class Dtype(str):
+    """A dtype that kernels ask for its size."""
+
+    @property
+    def primitive_bitwidth(self):
+        return 32 if self == "fp32" else 16
+
+
+class Descriptor(emulator.Descriptor):
+    """A descriptor that kernels ask for the shape of its tiles."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.dtype = Dtype(self.dtype)
+        self.block_type.shape = self.block_shape
+
+
+class Pointer(emulator.Pointer):
+    """A pointer into a tensor of any strides, which kernels ask for its dtype."""
+
+    def __init__(self, flat, offset=0):
+        super().__init__(flat, offset)
+        self.dtype = SimpleNamespace(element_ty=str(flat.dtype))
+
+    @classmethod
+    def to(cls, x):
+        size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        return cls(x.as_strided((size,), (1,)))
+
+    def __add__(self, offset):
+        return Pointer(self.flat, self.offset + emulator._array(offset))
+
+
+class Integer(int):
+    """A number that kernels widen before they multiply it."""
+
+    def to(self, _dtype):
+        return int(self)
+
+
+def load(pointer, mask=None, other=0.0):
+    offsets = np.asarray(pointer.offset)
+    if offsets.ndim == 0:
+        return pointer.flat[int(offsets)].item()
+    mask = np.broadcast_to(True if mask is None else emulator._array(mask), offsets.shape)
+    found = np.full(offsets.shape, other, np.float32)
+    found[mask] = pointer.flat[torch.from_numpy(offsets[mask])].float().numpy()
+    return emulator._Tensor(found)
+
+
+def atomic_add(pointer, value, sem):
+    with emulator._changed:
+        index = torch.from_numpy(pointer.offset.reshape(-1))
+        pointer.flat.index_add_(0, index, torch.from_numpy(value.array.reshape(-1)))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The modules of the backend on an emulated GPU of `SMS` multiprocessors."""
+    monkeypatch.setattr(emulator, "_LATENESS", 5e-4)
+    with emulator.emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
+        modules = dict(zip(MODULES, found, strict=True))
+        modules["problem"].TensorDescriptor = Descriptor
+        gl = modules["forward"].gl
+        gl.__dict__.update(load=load, atomic_add=atomic_add, to_tensor=Integer, int8="i8")
+        for name, kernel in GLUON.items():
+            monkeypatch.setattr(modules[name], "_launch", starter(getattr(modules[name], kernel)))
+            monkeypatch.setattr(
+                modules[name], "device_info", lambda device: SimpleNamespace(num_sms=SMS)
+            )
+        yield SimpleNamespace(**modules)
+
+
+def starter(kernel):
+    """What does without the driver what a `Launcher` does."""
+
+    def start(num_programs, strides, args, constexprs, config):
+        args = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in args]
+        kernel[(num_programs,)](*args, **constexprs)
+
+    return start
+
+
+def attend(hopper, case, inputs, mask, dout, dlse, wanted="dq dk_dv dbias"):
+    """Results and gradients of the kernels, which find nothing but NaN in fresh memory."""
+    scale = case.D**-0.5
+    with poison_new_allocations():
+        out, lse = hopper.forward.attention(*inputs, mask, scale, case.masked_rows)
+        grads = hopper.backward.attention_backward(
+            dout, dlse, *inputs, mask, out, lse, scale, case.masked_rows, wanted,
+            case.deterministic,
+        )  # fmt: skip
+    return dict(zip(NAMES, (out, lse, *grads), strict=False))
+
+
+def plain(case, inputs, mask, dout, dlse):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out, lse = reference.attention(*leaves, mask, case.D**-0.5, case.masked_rows)
+    grads = torch.autograd.grad([out, lse], leaves, [dout.to(out.dtype), dlse.to(lse.dtype)])
+    return dict(zip(NAMES, (out, lse, *grads), strict=True))
+
+
+def check(hopper, case, inputs=None):
+    inputs = case.inputs() if inputs is None else inputs
+    mask = case.make_mask()
+    dout = case.draw("dout", *inputs[0].shape)
+    dlse = case.draw("dlse", *inputs[0].shape[:-1], dtype=torch.float32)
+    actual = attend(hopper, case, inputs, mask, dout, dlse)
+    same_dtype = plain(case, inputs, mask, dout, dlse)
+    exact = plain(case, [x.double() for x in inputs], mask, dout, dlse)
+    for name in NAMES:
+        assert_within_budget(actual[name], same_dtype[name], exact[name], name=name)
+
+
+CASES = [
+    Case(),
+    Case(deterministic=False),
+    Case(B=2, H=2, M=128, N=128, mask="none"),
+    Case(masked_rows="zero", mask="front"),
+    Case(N=300, mask="padded"),
+    Case(R=1, M=70, N=40, D=64, mask="random", deterministic=False),
+    Case(R=2, M=1, N=129, D=24, mask="none", deterministic=False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_and_gradients(case, hopper):
+    check(hopper, case)
+
+
+def test_bias_is_broadcast_and_its_gradient_reduced(hopper):
+    for deterministic in (True, False):
+        case = Case(B=2, H=2, M=64, N=70, deterministic=deterministic)
+        q, k, v, _ = case.inputs()
+        check(hopper, case, [q, k, v, case.draw("bias", 1, 2, 1, 70, dtype=torch.float32)])
+
+
+def test_scores_of_which_the_first_tile_is_no_guide(hopper):
+    case = Case(mask="none")
+    q, k, v, bias = case.inputs()
+    bias[..., 0, :] = -torch.inf
+    bias[..., 1, :128] = -1e4
+    bias[..., 2, :128] = -torch.inf
+    bias[..., 3, 128:] = 300.0
+    check(hopper, case, [q, k, v, bias])
