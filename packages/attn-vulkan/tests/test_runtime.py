@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -11,7 +12,12 @@ import pytest
 
 import attn_vulkan
 from attn_vulkan import placement
-from attn_vulkan._vk.errors import DeviceLostError, VulkanOutOfMemoryError, error_of
+from attn_vulkan._vk.errors import (
+    DeviceLostError,
+    VulkanError,
+    VulkanOutOfMemoryError,
+    error_of,
+)
 from attn_vulkan.runtime import context as context_module
 from attn_vulkan.runtime.context import open_context
 
@@ -60,6 +66,19 @@ def test_a_discrete_gpu_gives_the_same_bits(problem, monkeypatch):
     monkeypatch.setattr(placement, "_SHARED_MEMORY", ())
     monkeypatch.setattr(placement, "IMPORT_FROM_BYTES", 0)
     np.testing.assert_array_equal(attn_vulkan.attention(*problem), expected)
+
+
+@pytest.mark.parametrize("smallest_import", [0, 1 << 30], ids=["imported", "staged"])
+def test_a_discrete_gpu_gives_the_same_gradients(problem, monkeypatch, smallest_import):
+    out, lse = attn_vulkan.attention(*problem, return_lse=True)
+    dout = np.ones_like(out)
+    expected = attn_vulkan.attention_backward(dout, *problem, out, lse)
+    monkeypatch.setattr(placement, "_SHARED_MEMORY", ())
+    monkeypatch.setattr(placement, "IMPORT_FROM_BYTES", smallest_import)
+    open_context().memory.trim()  # results of earlier calls are no help
+    grads = attn_vulkan.attention_backward(dout, *problem, out, lse)
+    for grad, want in zip(grads, expected, strict=True):
+        np.testing.assert_array_equal(grad, want)
 
 
 def test_threads(problem):
@@ -122,18 +141,102 @@ def test_a_lost_device_is_opened_again(problem, monkeypatch):
     context = open_context()
 
     def fail(*_):
-        # A lost device works on nothing any more; this one must be done with the arrays too.
-        context.functions.vkDeviceWaitIdle(context.handle)
         raise error_of("vkGetSemaphoreCounterValue", -4)
 
     monkeypatch.setattr(context.functions, "vkGetSemaphoreCounterValue", fail)
-    try:
-        with pytest.raises(DeviceLostError, match="VK_ERROR_DEVICE_LOST"):
+    with pytest.raises(DeviceLostError, match="VK_ERROR_DEVICE_LOST"):
+        attn_vulkan.attention(*problem)
+    assert open_context() is not context
+    assert np.isfinite(attn_vulkan.attention(*problem)).all()
+    with (
+        pytest.raises(DeviceLostError, match="was closed: call again to open it"),
+        context.in_use(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("function", ["_reached", "_submit"], ids=["waiting", "submitting"])
+def test_an_interrupted_call_ends_when_the_device_does(problem, monkeypatch, function):
+    context = open_context()
+    attn_vulkan.attention(*problem)
+    events = []
+    real_submit = context._submit
+    real_release, real_idle = context.memory.release, context.functions.vkDeviceWaitIdle
+
+    def interrupt(*arguments):
+        if function == "_submit":
+            real_submit(*arguments)
+        raise KeyboardInterrupt
+
+    def release(buffer):
+        events.append("release")
+        real_release(buffer)
+
+    def wait_idle(*arguments):
+        events.append("idle")
+        return real_idle(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context.memory, "release", release)
+        patch.setattr(context.functions, "vkDeviceWaitIdle", wait_idle)
+        patch.setattr(context, function, interrupt)
+        with pytest.raises(KeyboardInterrupt):
             attn_vulkan.attention(*problem)
-        assert open_context() is not context
-        assert np.isfinite(attn_vulkan.attention(*problem)).all()
-    finally:
-        monkeypatch.undo()
+    assert events[0] == "idle"
+    assert "release" in events
+    assert open_context() is context
+    assert np.isfinite(attn_vulkan.attention(*problem)).all()
+
+
+def test_a_context_is_destroyed_by_its_last_user(monkeypatch):
+    monkeypatch.setattr(context_module, "_contexts", {})
+    context = open_context()
+    destroyed = []
+    real = context._destroy
+
+    def destroy():
+        destroyed.append(context)
+        real()
+
+    monkeypatch.setattr(context, "_destroy", destroy)
+    with context.in_use():
+        context.close()
+        assert not destroyed
+        context.close()
+    assert destroyed == [context]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_a_child_process_opens_its_own_device():
+    open_context()
+    child = os.fork()
+    if not child:
+        os._exit(len(context_module._contexts))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_outputs_are_fetched_before_their_buffers_are_reused(problem, monkeypatch):
+    context = open_context()
+    expected = attn_vulkan.attention(*problem)
+    monkeypatch.setattr(placement.Placement, "_is_imported", lambda *_: False)
+    real = context.memory.release
+
+    def overwritten_at_once(buffer):
+        if buffer.pointer and buffer.kind == "staging":
+            ctypes.memset(buffer.pointer, 255, buffer.size)
+        real(buffer)
+
+    monkeypatch.setattr(context.memory, "release", overwritten_at_once)
+    np.testing.assert_array_equal(attn_vulkan.attention(*problem), expected)
+
+
+@pytest.mark.parametrize("value", ["99", "-1", "first"])
+def test_a_device_that_is_not_there(monkeypatch, value):
+    monkeypatch.setenv("ATTN_VULKAN_DEVICE", value)
+    message = rf"ATTN_VULKAN_DEVICE must be between 0 and \d+, got {value}"
+    with pytest.raises(VulkanError, match=message):
+        open_context()
 
 
 def test_pipelines_are_kept_on_disk(problem, monkeypatch, tmp_path):
@@ -142,7 +245,7 @@ def test_pipelines_are_kept_on_disk(problem, monkeypatch, tmp_path):
     context = open_context()
     attn_vulkan.attention(*problem)
     context.close()
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.iterdir()  # and no temporary one
     assert file.name.startswith(f"vulkan-{context.device.uuid}")
     assert file.stat().st_size >= 32  # a header, and what the driver cares to keep
     file.write_bytes(b"not a cache" * 10)
@@ -156,13 +259,23 @@ def test_copies_and_timestamps():
     source, target = (context.memory.allocate(4096, "staging") for _ in range(2))
     ctypes.memset(source.pointer, 7, 4096)
     ctypes.memset(target.pointer, 0, 4096)
+    found = []
     with context.commands() as commands:
         commands.keep(source)
         commands.keep(target)
         commands.timestamp()
         commands.copy(source, 0, target, 16, 32)
         commands.timestamp()
-    copied = ctypes.string_at(target.pointer, 64)
+        commands.then(lambda: found.append(ctypes.string_at(target.pointer, 64)))
+        commands.then(lambda: found.extend(commands.seconds()))
+    copied, start, end = found
     assert copied == bytes(16) + b"\x07" * 32 + bytes(16)
-    start, end = commands.seconds()
     assert 0 <= end - start < 10
+
+
+def test_too_many_timestamps():
+    with open_context().recording() as commands:
+        for _ in range(256):
+            commands.timestamp()
+        with pytest.raises(ValueError, match="256 timestamps at most"):
+            commands.timestamp()

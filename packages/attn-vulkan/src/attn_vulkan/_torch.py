@@ -138,13 +138,14 @@ def _on_cuda(
     """Run on the stream of the caller, who does not wait."""
     from attn_vulkan import cuda
 
-    with torch.cuda.device(device):
-        bridge = cuda.open_bridge(device)
-        placement = cuda.CudaPlacement(bridge, launch.spans(arrays))
-        commands = bridge.context.acquire()
+    with (
+        torch.cuda.device(device),
+        cuda.placed(cuda.open_bridge(device), launch.spans(arrays)) as placement,
+        placement.context.recording() as commands,
+    ):
         tensors = launch.tensors_of(arrays, placement.address)
-        record(bridge.context, commands, problem, tensors, scale)
-        placement.finish(commands)
+        record(placement.context, commands, problem, tensors, scale)
+        placement.run(commands)
 
 
 def _flash_arrays(options: Any, **tensors: torch.Tensor) -> dict[str, Array]:

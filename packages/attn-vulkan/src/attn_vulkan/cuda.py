@@ -12,16 +12,18 @@ import bisect
 import ctypes
 import functools
 import math
+import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from ctypes import c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from attn_vulkan._vk.errors import VulkanError
+from attn_vulkan._vk.errors import VulkanError, VulkanOutOfMemoryError
 from attn_vulkan.device import devices
 from attn_vulkan.placement import Span
 from attn_vulkan.runtime.commands import Commands
@@ -30,6 +32,7 @@ from attn_vulkan.runtime.memory import Buffer
 
 _PINNED = _POSIX_FD = _ON_DEVICE = 1
 _READ_AND_WRITE = 3
+_OUT_OF_MEMORY = 2
 _TIMELINE_FD = 9
 _SMALLEST = 1 << 21
 
@@ -110,32 +113,21 @@ class SharedMemory:
         location = _Location(_ON_DEVICE, self._index)
         properties = _Properties(_PINNED, _POSIX_FD, location)
         handle, address, fd = c_ulonglong(), c_ulonglong(), c_int(-1)
-        _call(
-            "cuMemCreate",
-            ctypes.byref(handle),
-            c_size_t(size),
-            ctypes.byref(properties),
-            c_ulonglong(0),
-        )
-        _call(
-            "cuMemAddressReserve",
-            ctypes.byref(address),
-            c_size_t(size),
-            c_size_t(0),
-            c_ulonglong(0),
-            c_ulonglong(0),
-        )
-        _call("cuMemMap", address, c_size_t(size), c_size_t(0), handle, c_ulonglong(0))
+        none, length = c_ulonglong(0), c_size_t(size)
         access = _Access(location, _READ_AND_WRITE)
-        _call("cuMemSetAccess", address, c_size_t(size), ctypes.byref(access), c_size_t(1))
-        _call(
-            "cuMemExportToShareableHandle",
-            ctypes.byref(fd),
-            handle,
-            c_int(_POSIX_FD),
-            c_ulonglong(0),
-        )
-        buffer = self._context.memory.import_fd(fd.value, size)
+        with ExitStack() as undo:
+            _call("cuMemCreate", ctypes.byref(handle), length, ctypes.byref(properties), none)
+            undo.callback(_call, "cuMemRelease", handle)
+            _call("cuMemAddressReserve", ctypes.byref(address), length, c_size_t(0), none, none)
+            undo.callback(_call, "cuMemAddressFree", address, length)
+            _call("cuMemMap", address, length, c_size_t(0), handle, none)
+            undo.callback(_call, "cuMemUnmap", address, length)
+            _call("cuMemSetAccess", address, length, ctypes.byref(access), c_size_t(1))
+            kind = c_int(_POSIX_FD)
+            _call("cuMemExportToShareableHandle", ctypes.byref(fd), handle, kind, none)
+            undo.callback(os.close, fd.value)
+            buffer = self._context.memory.import_fd(fd.value, size)
+            undo.pop_all()
         self._blocks[address.value] = size, stream, buffer
         bisect.insort(self._starts, address.value)
         return address.value
@@ -170,8 +162,7 @@ class Bridge:
         """Run recorded commands after what is on `stream` now, and before what comes later."""
         if not self.context.device.features.external_semaphore_fd:
             torch.cuda.current_stream().synchronize()
-            self.context.wait(self.context.submit(commands))
-            self.context.recycle(commands)
+            self.context.run(commands)
             return
         with self._lock:
             timeline = self._timelines.get(stream)
@@ -180,11 +171,9 @@ class Bridge:
             before, after = timeline.value + 1, timeline.value + 2
             timeline.value = after
             timeline.enqueue("cuSignalExternalSemaphoresAsync", before)
-            submitted = self.context.submit(
-                commands, (timeline.semaphore, before), (timeline.semaphore, after)
-            )
+            semaphore = timeline.semaphore
+            self.context.submit(commands, (semaphore, before), (semaphore, after))
             timeline.enqueue("cuWaitExternalSemaphoresAsync", after)
-        self.context.recycle(commands, submitted)
 
     def _create(self, stream: int) -> _Timeline:
         semaphore = self.context.create_semaphore(exported=True)
@@ -197,28 +186,35 @@ class Bridge:
 class CudaPlacement:
     """Puts the CUDA spans of one call where Vulkan reaches them; see `placement.Placement`."""
 
-    def __init__(self, bridge: Bridge, spans: Iterable[Span]) -> None:
+    def __init__(self, bridge: Bridge) -> None:
+        self.context = bridge.context
         self._bridge = bridge
         self._stream = torch.cuda.current_stream().cuda_stream
         self._addresses: dict[tuple[int, int], int] = {}
         self._exchanged: list[tuple[Span, int]] = []
-        for span in spans:
-            if span.size:
-                self._addresses[span.pointer, span.size] = self._place(span)
+
+    def place(self, span: Span) -> None:
+        """Put a span within Vulkan's reach."""
+        if span.size:
+            self._addresses[span.pointer, span.size] = self._reachable(span)
 
     def address(self, span: Span) -> int:
         """Where shaders find the first byte of a span."""
         return self._addresses[span.pointer, span.size] if span.size else 0
 
-    def finish(self, commands: Commands) -> None:
+    def run(self, commands: Commands) -> None:
         """Run what was recorded and copy outputs back, all in the order of the stream."""
         self._bridge.run(commands, self._stream)
         for span, block in self._exchanged:
             if span.is_output:
                 self._copy(span.pointer, block, span.size)
+
+    def release(self) -> None:
+        """Give the exchange buffers to the next call on the stream."""
+        for _, block in self._exchanged:
             self._bridge.memory.release(block)
 
-    def _place(self, span: Span) -> int:
+    def _reachable(self, span: Span) -> int:
         memory = self._bridge.memory
         address = memory.vulkan_address(span.pointer, span.size)
         if address is not None:
@@ -234,6 +230,19 @@ class CudaPlacement:
     def _copy(self, target: int, source: int, size: int) -> None:
         sizes = c_ulonglong(target), c_ulonglong(source), c_size_t(size)
         _call("cuMemcpyDtoDAsync_v2", *sizes, c_void_p(self._stream))
+
+
+@contextmanager
+def placed(bridge: Bridge, spans: Iterable[Span]) -> Iterator[CudaPlacement]:
+    """Put spans within Vulkan's reach for the length of a block."""
+    with bridge.context.in_use():
+        placement = CudaPlacement(bridge)
+        try:
+            for span in spans:
+                placement.place(span)
+            yield placement
+        finally:
+            placement.release()
 
 
 class _Block:
@@ -269,7 +278,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.empty(shape, dtype=dtype, device=device)
-    address = bridge.memory.allocate(size, torch.cuda.current_stream(device).cuda_stream)
+    with bridge.context.in_use():
+        address = bridge.memory.allocate(size, torch.cuda.current_stream(device).cuda_stream)
     block = _Block(address, size)
     tensor = torch.as_tensor(block, device=device)
     weakref.finalize(block, bridge.memory.release, address)
@@ -288,17 +298,20 @@ def refusal(device: torch.device) -> str | None:
 
 
 def open_bridge(device: torch.device) -> Bridge:
-    """Open the Vulkan device that is the same GPU as a CUDA device, once."""
+    """Open the Vulkan device that is the same GPU as a CUDA device, or return it where it is."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     with _open_lock:
-        return _open_bridge(index)
+        bridge = _bridges.get(index)
+        if bridge is None or bridge.context.is_closed:
+            bridge = _bridges[index] = _make_bridge(index)
+        return bridge
 
 
+_bridges: dict[int, Bridge] = {}
 _open_lock = threading.Lock()
 
 
-@functools.cache
-def _open_bridge(index: int) -> Bridge:
+def _make_bridge(index: int) -> Bridge:
     found = _vulkan_index(torch.device("cuda", index))
     if found is None:
         raise VulkanError(f"Vulkan does not drive CUDA device {index}")
@@ -318,5 +331,7 @@ def _library() -> Any:
 
 def _call(name: str, *arguments: Any) -> None:
     result = getattr(_library(), name)(*arguments)
+    if result == _OUT_OF_MEMORY:
+        raise VulkanOutOfMemoryError(f"{name} failed: CUDA has no memory left")
     if result:
         raise VulkanError(f"{name} failed with CUresult {result}")

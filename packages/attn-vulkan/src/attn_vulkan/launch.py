@@ -18,7 +18,8 @@ from attn_vulkan.variants import Plan
 _FLOAT_BYTES = 4
 _COMBINE_THREADS = 64
 _DELTA_THREADS = 64
-_OUTPUTS = ("out", "lse", "dq", "dk", "dv")
+_RESULTS = ("out", "lse")
+_GRADIENTS = ("dq", "dk", "dv")
 _VECTOR_BYTES = 16
 # Tensors whose first dimension packed sequences share.
 _PACKED_Q = ("q", "out", "lse", "dout", "dq", "delta")
@@ -152,13 +153,13 @@ def _run(
         placement = Placement(context, commands, spans(arrays))
         record(context, commands, problem, tensors_of(arrays, placement.address), softmax_scale)
         placement.fetch()
-    placement.finish()
 
 
 def spans(arrays: Arrays) -> list[Span]:
     """Memory that a call reads and writes."""
     is_packed = "cu_q" in arrays
-    return [array.span(name in _OUTPUTS, is_packed) for name, array in arrays.items()]
+    outputs = _GRADIENTS if "dq" in arrays else _RESULTS  # the backward pass reads the results
+    return [array.span(name in outputs, is_packed) for name, array in arrays.items()]
 
 
 def tensors_of(arrays: Arrays, address_of: Callable[[Span], int]) -> Tensors:

@@ -33,11 +33,14 @@ class Span:
 @dataclass
 class _Placed:
     span: Span
-    address: int
-    host: Buffer | None = None  # what the device reads the host's bytes from, and at which offset
+    host: Buffer  # what the device reads the host's bytes from, and at which offset
     offset: int = 0
-    local: Buffer | None = None
     is_staged: bool = False
+    local: Buffer | None = None
+    address: int = 0
+
+    def copy_to_span(self) -> None:
+        ctypes.memmove(self.span.pointer, self.host.pointer, self.span.size)
 
 
 class Placement:
@@ -61,16 +64,13 @@ class Placement:
         return self._placed[span.pointer, span.size].address if span.size else 0
 
     def fetch(self) -> None:
-        """Record the copies of outputs back to host memory, after the kernels."""
-        for placed in self._placed.values():
-            if placed.span.is_output and placed.local is not None and placed.host is not None:
+        """Bring outputs back to host memory, after the kernels."""
+        outputs = [placed for placed in self._placed.values() if placed.span.is_output]
+        for placed in outputs:
+            if placed.local is not None:
                 self._commands.copy(placed.local, 0, placed.host, placed.offset, placed.span.size)
-
-    def finish(self) -> None:
-        """Copy staged outputs to where they belong; the commands must have ended."""
-        for placed in self._placed.values():
-            if placed.span.is_output and placed.is_staged and placed.host is not None:
-                ctypes.memmove(placed.span.pointer, placed.host.pointer, placed.span.size)
+            if placed.is_staged:
+                self._commands.then(placed.copy_to_span)
 
     def _is_imported(self, span: Span) -> bool:
         if not self._context.device.features.external_memory_host:
@@ -90,13 +90,12 @@ class Placement:
     def _place(self, span: Span) -> _Placed:
         for first, end, buffer in self._imports:
             if first <= span.pointer and span.pointer + span.size <= end:
-                return self._localised(_Placed(span, 0, buffer, span.pointer - first))
+                return self._localised(_Placed(span, buffer, span.pointer - first))
         staging = self._commands.keep(self._context.memory.allocate(span.size, "staging"))
         ctypes.memmove(staging.pointer, span.pointer, span.size)
-        return self._localised(_Placed(span, 0, staging, is_staged=True))
+        return self._localised(_Placed(span, staging, is_staged=True))
 
     def _localised(self, placed: _Placed) -> _Placed:
-        assert placed.host is not None
         if self._in_place:
             placed.address = placed.host.address + placed.offset
             return placed

@@ -87,7 +87,8 @@ def time_passes(context: Context, problem: Problem) -> dict[str, float]:
     heads, dim = problem.heads, problem.head_dim
     size = problem.batches * max(problem.len_q, problem.len_k) * heads * dim * itemsize
     strides = (problem.len_q * heads * dim, heads * dim, dim, 1)
-    seconds = {}
+    seconds: dict[str, float] = {}
+    times: list[float] = []
     with context.commands() as commands:
         names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
         fields: dict[str, Any] = {
@@ -103,8 +104,7 @@ def time_passes(context: Context, problem: Problem) -> dict[str, float]:
         for _ in range(_REPEATS):
             launch.record_backward(context, commands, problem, Tensors(**fields), dim**-0.5)
             commands.timestamp()
-        recorded = commands
-    times = recorded.seconds()
+        commands.then(lambda: times.extend(commands.seconds()))
     steps = [end - start for start, end in itertools.pairwise(times)]
     seconds["forward"] = sorted(steps[1 : 1 + 2 * _REPEATS])[_REPEATS]
     seconds["backward"] = sorted(steps[1 + 2 * _REPEATS :])[_REPEATS // 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_uint64, c_void_p
 from typing import TYPE_CHECKING
 
@@ -26,19 +27,31 @@ class Commands:
     """Records dispatches and copies; `Context.commands` hands it out, submits it and waits.
 
     Each command waits for those before it, unless it is told not to.
+
+    Attributes
+    ----------
+    pending : int
+        Value of the context's semaphore that ends them; 0 where they have ended.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._functions = context.functions
         self._device = context.handle
-        self._pool = self._create_pool()
-        self.handle = self._create_buffer()
-        self._queries = self._create_queries()
-        self._parameters = context.memory.allocate(_PARAMETER_BYTES, "parameters")
+        self.pending = 0
         self._used = 0
         self._timestamps = 0
         self._kept: list[Buffer] = []
+        self._callbacks: list[Callable[[], object]] = []
+        self._parameters = context.memory.allocate(_PARAMETER_BYTES, "parameters")
+        self._pool = self._queries = 0
+        try:
+            self._pool = self._create_pool()
+            self.handle = self._create_buffer()
+            self._queries = self._create_queries()
+        except BaseException:
+            self.destroy()
+            raise
         self._barrier = vk.VkMemoryBarrier(srcAccessMask=_WRITES, dstAccessMask=_READS | _WRITES)
 
     def begin(self) -> None:
@@ -97,6 +110,8 @@ class Commands:
 
     def timestamp(self) -> None:
         """Note the time at which everything recorded so far has ended."""
+        if self._timestamps == _MAX_TIMESTAMPS:
+            raise ValueError(f"commands hold {_MAX_TIMESTAMPS} timestamps at most")
         if self._timestamps == 0:
             self._functions.vkCmdResetQueryPool(self.handle, self._queries, 0, _MAX_TIMESTAMPS)
         self._functions.vkCmdWriteTimestamp(
@@ -108,7 +123,7 @@ class Commands:
         self._timestamps += 1
 
     def seconds(self) -> list[float]:
-        """Times of the timestamps; the commands must have ended."""
+        """Times of the timestamps, once the commands have ended: call it in `then`."""
         ticks = (c_uint64 * self._timestamps)()
         self._functions.vkGetQueryPoolResults(
             self._device,
@@ -127,16 +142,25 @@ class Commands:
         self._kept.append(buffer)
         return buffer
 
+    def then(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when the commands have ended, before the kept buffers are released."""
+        self._callbacks.append(callback)
+
+    def finish(self) -> None:
+        """Call what was handed to `then`."""
+        for callback in self._callbacks:
+            callback()
+
     def end(self) -> None:
         """Stop recording; the host will see everything written."""
         self.barrier()
         self._functions.vkEndCommandBuffer(self.handle)
 
     def release(self) -> None:
-        """Release the buffers that were kept."""
-        for buffer in self._kept:
-            self._context.memory.release(buffer)
-        self._kept.clear()
+        """Release the buffers that were kept; the commands must have ended."""
+        self._callbacks.clear()
+        while self._kept:
+            self._context.memory.release(self._kept.pop())
 
     def destroy(self) -> None:
         """Destroy the command buffer and what belongs to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -54,6 +55,8 @@ class Context:
         Allocates and imports buffers.
     pipelines : Pipelines
         Makes and keeps compiled shaders.
+    is_closed : bool
+        Nobody may start to use it.
     """
 
     def __init__(self, instance: Instance, device: Device) -> None:
@@ -62,50 +65,75 @@ class Context:
         self._physical = instance.physical_devices()[device.index]
         properties = instance.properties(self._physical)
         self.timestamp_nanoseconds: float = properties.limits.timestampPeriod
-        family = self._compute_family()
-        self.handle = self._create_device(family)
-        self.functions = self._functions()
-        self.family = family
-        queue = c_void_p()
-        self.functions.vkGetDeviceQueue(self.handle, family, 0, ctypes.addressof(queue))
-        self._queue = queue.value
-        self._queue_lock = threading.Lock()
-        self._semaphore = self.create_semaphore()
-        self._submitted = 0
-        self._idle: list[tuple[int, Commands]] = []  # with the value that ends their last use
+        self.family = self._compute_family()
         self.host_alignment = self._host_alignment()
-        self.memory = Memory(self, instance.memory_properties(self._physical))
-        self.pipelines = Pipelines(self, properties)
+        self._lock = threading.Lock()  # of the queue and of what follows
+        self._submitted = 0
+        self._idle: list[Commands] = []
+        self._users = 0
+        self.is_closed = False
+        self.handle = self._create_device(self.family)
+        self.functions = self._functions()
+        try:
+            queue = c_void_p()
+            self.functions.vkGetDeviceQueue(self.handle, self.family, 0, ctypes.addressof(queue))
+            self._queue = queue.value
+            self._semaphore = self.create_semaphore()
+            self.memory = Memory(self, instance.memory_properties(self._physical))
+            self.pipelines = Pipelines(self, properties)
+        except BaseException:
+            self.functions.vkDestroyDevice(self.handle, None)
+            raise
 
     @contextmanager
     def commands(self) -> Iterator[Commands]:
         """Record commands; leaving the block submits them and waits for their end.
 
-        An error while recording submits nothing. Either way the buffers that were handed to
-        `Commands.keep` are released.
+        Then what was handed to `Commands.then` is called, and what was handed to `Commands.keep`
+        released. Errors as in `recording`.
         """
-        commands = self.acquire()
-        try:
+        with self.recording() as commands:
             yield commands
-            self.wait(self.submit(commands))
+            self.run(commands)
+
+    @contextmanager
+    def recording(self) -> Iterator[Commands]:
+        """Lend commands, for the caller to record and to submit.
+
+        They are used again once they have ended. An error, of any kind, leaves the block when the
+        device works on nothing any more: the caller may drop memory that it was given.
+        """
+        with self.in_use():
+            commands = None
+            try:
+                commands = self._acquire()
+                yield commands
+            except BaseException as error:
+                self._settle()
+                if commands is not None:
+                    commands.pending = 0
+                if isinstance(error, DeviceLostError):
+                    self.close()
+                raise
+            finally:
+                if commands is not None:
+                    self._recycle(commands)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the context from being destroyed for the length of a block."""
+        with self._lock:
+            if self.is_closed:
+                raise DeviceLostError(f"{self.device.name} was closed: call again to open it")
+            self._users += 1
+        try:
+            yield
         finally:
-            self.recycle(commands)
-
-    def acquire(self) -> Commands:
-        """Commands to record, which the caller submits and hands to `recycle`."""
-        with self._queue_lock:
-            commands = self._finished()
-        commands = commands or Commands(self)
-        commands.release()
-        commands.begin()
-        return commands
-
-    def recycle(self, commands: Commands, submitted: int = 0) -> None:
-        """Take commands back; they are used again once the semaphore has reached `submitted`."""
-        if not submitted:
-            commands.release()
-        with self._queue_lock:
-            self._idle.append((submitted, commands))
+            with self._lock:
+                self._users -= 1
+                is_last = self.is_closed and not self._users
+            if is_last:
+                self._destroy()
 
     def export_semaphore(self, semaphore: int) -> int:
         """POSIX file descriptor of a semaphore that was made to be exported."""
@@ -127,28 +155,26 @@ class Context:
         commands: Commands,
         wait: tuple[int, int] | None = None,
         signal: tuple[int, int] | None = None,
-    ) -> int:
-        """Submit what was recorded; return the value the context's semaphore will reach.
+    ) -> None:
+        """Submit what was recorded, and do not wait for it.
 
         `wait` and `signal` are (semaphore, value) pairs of timeline semaphores.
         """
         commands.end()
-        with self._queue_lock:
-            value = self._submitted + 1
+        with self._lock:
+            self._submitted += 1  # also where submitting fails: no value is signalled twice
+            commands.pending = self._submitted
             waits = [wait] if wait else []
-            signals = [(self._semaphore, value), *([signal] if signal else [])]
+            signals = [(self._semaphore, commands.pending), *([signal] if signal else [])]
             self._submit(commands, waits, signals)
-            self._submitted = value
-        return value
 
-    def wait(self, value: int) -> None:
-        """Wait until the context's semaphore has reached `value`."""
-        try:
-            if not any(self._reached() >= value for _ in range(_POLLS)):
-                self._sleep_until(value)
-        except DeviceLostError:
-            self._forget()
-            raise
+    def run(self, commands: Commands) -> None:
+        """Submit what was recorded, wait for its end and call what was handed to `then`."""
+        self.submit(commands)
+        if not any(self._reached() >= commands.pending for _ in range(_POLLS)):
+            self._sleep_until(commands.pending)
+        commands.pending = 0
+        commands.finish()
 
     def create_semaphore(self, exported: bool = False) -> int:
         """Make a timeline semaphore that starts at 0, `exported` as a file descriptor."""
@@ -165,10 +191,20 @@ class Context:
         return semaphore.value
 
     def close(self) -> None:
-        """Wait for the device and destroy everything; the context cannot be used afterwards."""
-        self._forget()
-        self.functions.vkDeviceWaitIdle(self.handle)
-        for _, commands in self._idle:
+        """Let nobody use the context any more; it is destroyed when the last user leaves it."""
+        for index, context in list(_contexts.items()):
+            if context is self:
+                del _contexts[index]
+        with self._lock:
+            is_last = not self.is_closed and not self._users
+            self.is_closed = True
+        if is_last:
+            self._destroy()
+
+    def _destroy(self) -> None:
+        """Wait for the device and destroy everything."""
+        self._settle()
+        for commands in self._idle:
             commands.release()
             commands.destroy()
         self._idle.clear()
@@ -181,14 +217,36 @@ class Context:
     @functools.cache  # noqa: B019  (a context lives as long as its process)
     def _knows_layout(self, dtype: str) -> bool:
         """Whether matrices are laid out as the matrix shaders take for granted."""
-        found = self.memory.allocate(_LANES * 4, "staging")
-        ctypes.memset(found.pointer, 0, _LANES * 4)
+        answers = (c_float * _LANES)()
+        size = ctypes.sizeof(answers)
         pipeline = self.pipelines.get(f"layout_{dtype}", ())
         with self.commands() as commands:
-            commands.keep(found)
+            found = commands.keep(self.memory.allocate(size, "staging"))
+            ctypes.memset(found.pointer, 0, size)
             commands.dispatch(pipeline, bytes(Parameters(part_lse=found.address)), (1, 1, 1))
-        answers = (c_float * _LANES).from_address(found.pointer)
+            commands.then(lambda: ctypes.memmove(answers, found.pointer, size))
         return all(answer == 1.0 for answer in answers)
+
+    def _acquire(self) -> Commands:
+        """Commands that are empty and ready to record."""
+        with self._lock:
+            commands = self._finished()
+        commands = commands or Commands(self)
+        commands.pending = 0
+        commands.release()
+        commands.begin()
+        return commands
+
+    def _recycle(self, commands: Commands) -> None:
+        if not commands.pending:
+            commands.release()
+        with self._lock:
+            self._idle.append(commands)
+
+    def _settle(self) -> None:
+        """Wait until the device works on nothing; a lost one does not."""
+        with self._lock, contextlib.suppress(VulkanError):
+            self.functions.vkDeviceWaitIdle(self.handle)
 
     def _host_alignment(self) -> int:
         properties = vk.VkPhysicalDeviceExternalMemoryHostPropertiesEXT()
@@ -228,10 +286,9 @@ class Context:
 
     def _finished(self) -> Commands | None:
         """Commands whose last use has ended, taken off the list."""
-        for position, (submitted, commands) in enumerate(self._idle):
-            if not submitted or self._reached() >= submitted:
-                del self._idle[position]
-                return commands
+        for position, commands in enumerate(self._idle):
+            if not commands.pending or self._reached() >= commands.pending:
+                return self._idle.pop(position)
         return None
 
     def _reached(self) -> int:
@@ -249,11 +306,6 @@ class Context:
             pValues=ctypes.addressof(values),
         )
         self.functions.vkWaitSemaphores(self.handle, ctypes.addressof(info), _WAIT_NANOSECONDS)
-
-    def _forget(self) -> None:
-        for index, context in list(_contexts.items()):
-            if context is self:
-                del _contexts[index]
 
     def _compute_family(self) -> int:
         families = self._instance.queue_families(self._physical)
@@ -320,7 +372,11 @@ def open_context(index: int | None = None) -> Context:
             instance = create_instance()
             if instance is None:
                 raise VulkanError(NO_DEVICE)
-            _contexts[device.index] = Context(instance, device)
+            try:
+                _contexts[device.index] = Context(instance, device)
+            except BaseException:
+                instance.destroy()
+                raise
         return _contexts[device.index]
 
 
@@ -330,12 +386,16 @@ def choose_device(index: int | None = None) -> Device:
     if not found:
         raise VulkanError(NO_DEVICE)
     if index is None and os.environ.get(DEVICE_VARIABLE):
-        index = int(os.environ[DEVICE_VARIABLE])
+        return _numbered(found, os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE)
     if index is None:
         return min(found, key=lambda device: _PREFERRED_TYPES.index(device.type))
-    if not 0 <= index < len(found):
-        raise VulkanError(f"the device must be between 0 and {len(found) - 1}, got {index}")
-    return found[index]
+    return _numbered(found, str(index), "the device")
+
+
+def _numbered(found: list[Device], position: str, name: str) -> Device:
+    if not position.isdecimal() or int(position) >= len(found):
+        raise VulkanError(f"{name} must be between 0 and {len(found) - 1}, got {position}")
+    return found[int(position)]
 
 
 @atexit.register
@@ -343,6 +403,17 @@ def close_all() -> None:
     """Close every context, as the interpreter does when it ends."""
     for context in list(_contexts.values()):
         context.close()
+
+
+def _forget_all() -> None:
+    """Open devices anew in a child process: those of its parent are none of its own."""
+    global _open_lock
+    _open_lock = threading.Lock()  # another thread of the parent may hold the old one
+    _contexts.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _enabled_features(device: Device) -> list[vk.Tagged]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -138,35 +140,28 @@ class Memory:
         self.trim()
 
     def _create(self, size: int, kind: str) -> Buffer:
-        handle, required = self._create_buffer(size, 0)
-        try:
+        with self._new_buffer(kind, size, 0) as (buffer, required):
             type_index = self._type(required.memoryTypeBits, _PREFERENCES[kind])
-            memory = self._allocate(required.size, type_index, None)
-        except VulkanError:
-            self._functions.vkDestroyBuffer(self._device, handle, None)
-            raise
-        buffer = self._bind(kind, size, handle, memory)
-        if kind != "device":
-            pointer = c_void_p()
-            self._functions.vkMapMemory(
-                self._device, memory, 0, _WHOLE, 0, ctypes.addressof(pointer)
-            )
-            buffer.pointer = pointer.value or 0
+            buffer.memory = self._allocate(required.size, type_index, None)
+            self._bind(buffer)
+            if kind != "device":
+                self._map(buffer)
         return buffer
 
     def _imported(
         self, size: int, handle_type: int, importing: vk.Tagged, type_bits: int
     ) -> Buffer:
-        handle, required = self._create_buffer(size, handle_type)
-        try:
+        with self._new_buffer("imported", size, handle_type) as (buffer, required):
             type_index = self._type(required.memoryTypeBits & type_bits, (_LOCAL, 0))
-            memory = self._allocate(size, type_index, importing)
-        except VulkanError:
-            self._functions.vkDestroyBuffer(self._device, handle, None)
-            raise
-        return self._bind("imported", size, handle, memory)
+            buffer.memory = self._allocate(size, type_index, importing)
+            self._bind(buffer)
+        return buffer
 
-    def _create_buffer(self, size: int, handle_type: int) -> tuple[int, vk.VkMemoryRequirements]:
+    @contextmanager
+    def _new_buffer(
+        self, kind: str, size: int, handle_type: int
+    ) -> Iterator[tuple[Buffer, vk.VkMemoryRequirements]]:
+        """Make a buffer without memory; an error in the block destroys it."""
         external = vk.VkExternalMemoryBufferCreateInfo(handleTypes=handle_type)
         info = vk.VkBufferCreateInfo(
             pNext=ctypes.addressof(external) if handle_type else None, size=size, usage=_USAGE
@@ -179,7 +174,14 @@ class Memory:
         self._functions.vkGetBufferMemoryRequirements(
             self._device, handle.value, ctypes.addressof(required)
         )
-        return handle.value, required
+        buffer = Buffer(kind, size, address=0, pointer=0, handle=handle.value, memory=0)
+        with self._lock:
+            self.live += 1
+        try:
+            yield buffer, required
+        except BaseException:
+            self._destroy(buffer)
+            raise
 
     def _allocate(self, size: int, type_index: int, importing: vk.Tagged | None) -> int:
         flags = vk.VkMemoryAllocateFlagsInfo(
@@ -195,13 +197,19 @@ class Memory:
         )
         return memory.value
 
-    def _bind(self, kind: str, size: int, handle: int, memory: int) -> Buffer:
-        self._functions.vkBindBufferMemory(self._device, handle, memory, 0)
-        info = vk.VkBufferDeviceAddressInfo(buffer=handle)
-        address = self._functions.vkGetBufferDeviceAddress(self._device, ctypes.addressof(info))
-        with self._lock:
-            self.live += 1
-        return Buffer(kind, size, address, 0, handle, memory)
+    def _bind(self, buffer: Buffer) -> None:
+        self._functions.vkBindBufferMemory(self._device, buffer.handle, buffer.memory, 0)
+        info = vk.VkBufferDeviceAddressInfo(buffer=buffer.handle)
+        buffer.address = self._functions.vkGetBufferDeviceAddress(
+            self._device, ctypes.addressof(info)
+        )
+
+    def _map(self, buffer: Buffer) -> None:
+        pointer = c_void_p()
+        self._functions.vkMapMemory(
+            self._device, buffer.memory, 0, _WHOLE, 0, ctypes.addressof(pointer)
+        )
+        buffer.pointer = pointer.value or 0
 
     def _destroy(self, buffer: Buffer) -> None:
         self._functions.vkDestroyBuffer(self._device, buffer.handle, None)

@@ -131,7 +131,9 @@ class Pipelines:
         return layout.value
 
     def _create_cache(self) -> int:
-        stored = self._file.read_bytes() if self._file.exists() else b""
+        stored = b""
+        with contextlib.suppress(OSError):
+            stored = self._file.read_bytes()
         text = ctypes.create_string_buffer(stored, len(stored))
         info = vk.VkPipelineCacheCreateInfo(
             initialDataSize=len(stored), pInitialData=ctypes.addressof(text) if stored else None
@@ -152,6 +154,10 @@ class Pipelines:
             get(self._device, self._cache, ctypes.addressof(size), ctypes.addressof(text))
             self._file.parent.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._file.parent)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(text.raw[: size.value])
-            Path(temporary).replace(self._file)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(text.raw[: size.value])
+                Path(temporary).replace(self._file)
+            except OSError:
+                Path(temporary).unlink()
+                raise
