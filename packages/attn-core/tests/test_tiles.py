@@ -55,25 +55,30 @@ def test_merge_states_is_its_torch_twin():
 
 @triton.jit
 def keep_kernel(
-    out, seed, offset, threshold, H, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    out, seed, offset, threshold, H, M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(2) // H
     h = tl.program_id(2) % H
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_n = tl.program_id(1) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    keep = keep_tile(seed, offset, b, h, offs_m, start_n, threshold, BLOCK_N)
+    keep = keep_tile(seed, offset, b, h, offs_m, start_n, threshold, BLOCK_M, BLOCK_N, TRANSPOSED)
+    if TRANSPOSED:
+        keep = tl.trans(keep)
     cells = (tl.program_id(2) * M + offs_m[:, None]) * N + offs_n[None, :]
     tl.store(out + cells, keep, mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
 
 
 @pytest.mark.parametrize("block_m, block_n", [(32, 8), (16, 64)])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
 @pytest.mark.parametrize("seed", [0, -3, 2**31, 2**62 + 5])
-def test_keep_tile_has_the_bits_of_its_torch_twin(block_m, block_n, seed):
+def test_keep_tile_has_the_bits_of_its_torch_twin(block_m, block_n, seed, transposed):
     B, H, M, N = 2, 3, 19, 37
     out = torch.empty(B, H, M, N, dtype=torch.int8)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, block_n), B * H)
-    keep_kernel[grid](out, seed, 11, dropout.threshold(0.3), H, M, N, block_m, block_n)
+    limit = dropout.threshold(0.3)
+    keep_kernel[grid](out, seed, 11, limit, H, M, N, block_m, block_n, transposed)
     assert torch.equal(out.bool(), dropout.keep_mask((B, H, M, N), 0.3, seed, 11))
 
 

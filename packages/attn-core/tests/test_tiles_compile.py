@@ -20,7 +20,8 @@ def merge_dropped_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cells = out_ptr + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     out, lse = tl.load(cells), tl.load(lse_ptr + rows)
-    keep = keep_tile(seed, 0, tl.program_id(1), tl.program_id(2), rows, 0, threshold, BLOCK_D)
+    b, h = tl.program_id(1), tl.program_id(2)
+    keep = keep_tile(seed, 0, b, h, rows, 0, threshold, BLOCK_M, BLOCK_D)
     out, lse = merge_states(out, lse, tl.where(keep, out, 0.0), lse)
     tl.store(cells, out)
     tl.store(lse_ptr + rows, lse)

@@ -10,7 +10,6 @@ import torch
 from attn_core.dropout import keep_mask
 from attn_core.testing import random_tensor
 from attn_flash import (
-    UnsupportedProblemError,
     dropout_mask,
     flash_attention,
     flash_attn_func,
@@ -185,6 +184,34 @@ def test_rows_without_keys(sink):
         assert not grad[1].any()
 
 
+def test_sinks_of_minus_infinity_are_none():
+    leaves = [x.requires_grad_() for x in (*qkv(), torch.full((H,), -math.inf).double())]
+
+    def attend(*tensors):
+        return (
+            flash_attn_func(*tensors[:3], window_size=(-1, 0), sinks=tensors[3], key_mask=mask),
+        )
+
+    mask = torch.ones(B, N, dtype=torch.bool)
+    mask[1] = False
+    out, *grads, dsinks = differentiate(attend, leaves)
+    assert torch.equal(out, flash_attn_func(*leaves[:3], causal=True, key_mask=mask))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not dsinks.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_the_lowest_numbers_is_a_mean(dtype):
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv())
+    bias = torch.zeros(M, N, dtype=dtype)
+    bias[1] = torch.finfo(dtype).min
+    out = flash_attn_func(q, k, v, attn_bias=bias)
+    mean = v.float().mean(1).repeat_interleave(H // H_KV, 1)
+    torch.testing.assert_close(out[:, 1].float(), mean, atol=1e-2, rtol=1e-2)
+    (dv,) = torch.autograd.grad(out[:, 1].sum(), v)
+    torch.testing.assert_close(dv.float(), torch.full(dv.shape, H / H_KV / N), atol=1e-2, rtol=1e-2)
+
+
 def ragged(lengths_q, lengths_k, dtype=torch.float64):
     """Tensors and cumulative lengths of sequences, with a few tokens of none at the end."""
     starts = [
@@ -265,8 +292,33 @@ def test_block_table(page_size):
         flash_attn_varlen_func(q, *pages, *arguments, block_table=table, seqused_k=used),
         flash_attn_varlen_func(q, k, v, *arguments, seqused_k=used),
     )
-    with pytest.raises(UnsupportedProblemError, match="no backward pass"):
-        flash_attn_varlen_func(q.requires_grad_(), *pages, *arguments, block_table=table)
+
+
+def test_gradients_behind_a_block_table():
+    tensors, starts, *longest = ragged((3, 0, 5), (7, 2, 16))
+    q, k, v = (x.requires_grad_() for x in tensors)
+    table = torch.tensor([[3, 0, 99, 99], [3, 99, 99, 99], [1, 2, 4, 5]], dtype=torch.int32)
+    pages = [x[: 6 * 4].detach().clone().unflatten(0, (6, 4)).requires_grad_() for x in (k, v)]
+    lengths = [7, 2, 16]
+    rows = [
+        int(table[b, j // 4]) * 4 + j % 4 for b, length in enumerate(lengths) for j in range(length)
+    ]
+
+    def attend(q, k, v):
+        return flash_attn_varlen_func(
+            q, k, v, *starts, *longest, causal=True, return_attn_probs=True, block_table=table
+        )[:2]
+
+    def expect(q, k, v):
+        k, v = (x.flatten(0, 1)[rows] for x in (k, v))
+        return flash_attn_varlen_func(
+            q, k, v, *starts, *longest, causal=True, return_attn_probs=True
+        )[:2]
+
+    leaves = (q, *pages)
+    torch.testing.assert_close(differentiate(attend, leaves), differentiate(expect, leaves))
+    with torch.no_grad():
+        torch.testing.assert_close(attend(*leaves), expect(*leaves))
 
 
 def test_packed_ragged_tensors():

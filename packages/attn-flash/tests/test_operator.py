@@ -9,7 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_core.testing import embedded, random_tensor
-from attn_flash import FlashAttention, flash_attention, flash_attn_func, ops
+from attn_flash import (
+    FlashAttention,
+    UnsupportedProblemError,
+    flash_attention,
+    flash_attn_func,
+    ops,
+)
 from attn_flash.options import Options
 
 OPEN = (-1, -1)
@@ -210,3 +216,17 @@ def test_changing_an_input_before_backward_is_an_error():
     q.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_one_call_after_another():
+    q, k, v = (random_tensor((3, 2, 5, 4, 8), seed=name) for name in "qkv")
+    actual = torch.vmap(flash_attn_func, in_dims=(0, 0, None))(q, k, v[0])
+    expected = torch.stack([flash_attn_func(q[i], k[i], v[0]) for i in range(3)])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_functional_gradients_are_refused():
+    q, k, v = (x.detach() for x in make_inputs())
+    with pytest.raises(UnsupportedProblemError, match="no rule for torch.func.grad"):
+        torch.func.grad(lambda q: flash_attn_func(q, k, v).sum())(q)

@@ -15,6 +15,7 @@ from attn_core.dropout import keep_mask
 from attn_flash.options import Options
 from attn_flash.reference import distances, key_rows, sequences, visible
 
+_LOW = -1e38
 _BLOCK_BYTES = 1 << 27  # of one block of scores
 # Older kernels read past the end of k and v that have fewer heads than q.
 _CPU_KERNEL_TAKES_GQA = torch.__version__ >= "2.9"
@@ -110,7 +111,7 @@ def _attention(
         block_lse = torch.logsumexp(scores, dim=-1)  # [B, H, M]
         if options.sinks is not None:
             block_lse = torch.logaddexp(block_lse, options.sinks.to(block_lse)[:, None])
-        probs = torch.exp(scores - _finite(block_lse)[..., None])
+        probs = _probabilities(scores, block_lse)
         if options.dropout_p != 0.0:
             probs *= _dropout(probs, rows, options, first_batch)
         block = torch.einsum("bhgij,bhjd->bihgd", _by_group(probs, k), values)
@@ -131,7 +132,8 @@ def _attention_backward(
     options: Options,
     first_batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    if dlse is None and _fits_cpu_kernel(q, k, v, options):
+    # In float16 the CPU kernel's backward is slower than the formula, and rounds more often.
+    if dlse is None and q.dtype != torch.float16 and _fits_cpu_kernel(q, k, v, options):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_for_cpu_kernel(dout, q, k, v, out),
             lse,
@@ -141,22 +143,27 @@ def _attention_backward(
         )
         return (*(grad.transpose(1, 2).contiguous() for grad in grads), None, None)
     grouped, keys, values, douts = _grouped(q, k), _keys(k), _keys(v), _grouped(dout, k)
-    delta = (douts * _grouped(out, k)).sum(-1).flatten(2).transpose(1, 2)  # [B, H, M]
-    if dlse is not None:
-        delta = delta - dlse
     dq = q.new_zeros(q.shape)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     bias = options.attn_bias
     dbias = torch.zeros_like(bias, dtype=keys.dtype) if needs_dbias and bias is not None else None
+    sinks = options.sinks
+    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=keys.dtype)
     for rows in _query_blocks(q, k):
         scores, slope = _scores(grouped, keys, rows, options)
-        probs = torch.exp(scores - _finite(lse[..., rows])[..., None])
+        probs = _probabilities(scores, lse[..., rows])
         dprobs = torch.einsum("bihgd,bhjd->bhgij", douts[:, rows], values).flatten(1, 2)
         kept = probs
         if options.dropout_p != 0.0:
             factor = _dropout(probs, rows, options, first_batch)
             kept, dprobs = probs * factor, dprobs * factor
-        dscores = probs * (dprobs - delta[..., rows, None])
+        delta = (probs * dprobs).sum(-1)  # dout times out, before out was rounded
+        if dlse is not None:
+            delta -= dlse[..., rows]
+        dscores = probs * (dprobs - delta[..., None])
+        if dsinks is not None and sinks is not None:
+            share = torch.exp(sinks.to(lse)[:, None] - _finite(lse[..., rows]))
+            dsinks -= (share * delta).sum((0, 2))
         if dbias is not None:
             _add_reduced(dbias, dscores, rows)
         dscores = _by_group(dscores * slope, k)
@@ -164,11 +171,13 @@ def _attention_backward(
         dk += torch.einsum("bhgij,bihgd->bhjd", dscores, grouped[:, rows])
         dv += torch.einsum("bhgij,bihgd->bhjd", _by_group(kept, k), douts[:, rows])
     dk, dv = (grad.transpose(1, 2).to(k.dtype).contiguous() for grad in (dk, dv))
-    dsinks = None
-    if options.sinks is not None:
-        sinks = options.sinks.to(lse)[:, None]
-        dsinks = -(torch.exp(sinks - _finite(lse)) * delta).sum((0, 2)).to(options.sinks.dtype)
-    return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype), dsinks
+    return (
+        dq,
+        dk,
+        dv,
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
+        None if dsinks is None or sinks is None else dsinks.to(sinks.dtype),
+    )
 
 
 def _signed_probabilities(
@@ -178,7 +187,7 @@ def _signed_probabilities(
     probs = q.new_empty((*_lse_shape(q), k.shape[1]))
     for rows in _query_blocks(q, k):
         scores, _ = _scores(grouped, keys, rows, options)
-        block = torch.exp(scores - _finite(lse[..., rows])[..., None])
+        block = _probabilities(scores, lse[..., rows])
         if options.dropout_p != 0.0:
             block = torch.where(_kept(block, rows, options, first_batch), block, -block)
         probs[:, :, rows] = block.to(q.dtype)
@@ -294,6 +303,14 @@ def _add_reduced(dbias: torch.Tensor, dscores: torch.Tensor, rows: slice) -> Non
     """Add the gradient of the scores of some rows to that of a bias that broadcasts to all."""
     part = dbias if dbias.shape[2] == 1 else dbias[:, :, rows]
     part += dscores.sum_to_size(part.shape)
+
+
+def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """exp(scores - lse): 0 where a query sees no key, a mean where all it sees is the lowest."""
+    probs = torch.exp(scores - _finite(lse)[..., None])
+    # A logarithm of the number of keys is lost beside numbers as large as these.
+    is_lowest = (lse < _LOW) & (lse != -torch.inf)
+    return probs / torch.where(is_lowest, probs.sum(-1), 1.0)[..., None]
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:

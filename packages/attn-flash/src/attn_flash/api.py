@@ -14,6 +14,7 @@ from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
 from attn_flash.layers.rotary import rotate_heads_first
 from attn_flash.options import Options
+from attn_flash.paging import gathered
 
 OPEN_WINDOW = (-1, -1)
 
@@ -295,7 +296,8 @@ def flash_attn_varlen_func(
         Also return lse and probs.
     block_table : Tensor, shape (B, max_pages), int32, optional
         Key j of sequence b is in slot ``j % page_size`` of page ``block_table[b, j // page_size]``.
-        Pages may be of any size. There is no backward pass.
+        Pages may be of any size. Where a gradient is asked for, keys and values are gathered into
+        (B max_seqlen_k, H_KV, D) first; theirs is that of the pages.
     seqused_k : Tensor, shape (B,), int32, optional
         Only so many of each sequence's keys count.
     attn_bias : Tensor, optional
@@ -543,9 +545,7 @@ def flash_attention(
     torch.Size([1, 4, 100, 32])
     """
     _require_heads_first(q, k, v)
-    if window_size == 0:
-        raise ValueError("window_size must be positive, or negative for no window, got 0")
-    reach = window_size - 1 if window_size > 0 else -1
+    reach = checks.reach(window_size)
     if rot_cos is not None or rot_sin is not None:
         backend = extras.get("backend", backends.AUTO)
         q, k = rotate_heads_first(q, k, rot_cos, rot_sin, interleaved=False, backend=backend)
@@ -746,6 +746,9 @@ def _attend(
     backend: str,
 ) -> Any:
     problem = checks.attention_problem(q, k, v, options)
+    if problem.needs_grad and options.block_table is not None:
+        k, v, options = gathered(k, v, options)
+        problem = checks.attention_problem(q, k, v, options)
     name = backends.resolve(ops.ATTENTION, problem, backend)
     out, lse = ops.attention(q, k, v, *options, name)
     if not return_attn_probs:

@@ -32,12 +32,15 @@ TABLES = {
     "forward": configs.FORWARD,
     "dq": configs.BACKWARD_DQ,
     "dk_dv": configs.BACKWARD_DK_DV,
+    "dk_dv_terms": configs.BACKWARD_DK_DV_TERMS,
+    "dk_dv_bias": configs.BACKWARD_DK_DV_BIAS,
     "bias": configs.BACKWARD_BIAS,
 }
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.bool: "*i1",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -68,6 +71,7 @@ class Case(NamedTuple):
             "": {},
             "softcap": {"softcap": 30.0},
             "alibi": {"alibi_slopes": torch.empty(4, device="meta")},
+            "key_mask": {"key_mask": torch.empty(2, self.S, dtype=torch.bool, device="meta")},
             "bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").to(self.dtype)},
             "dropout": {
                 "dropout_p": 0.1,
@@ -107,8 +111,12 @@ BIAS = [
     *(Case(torch.float32, D, OPEN, term="bias", tf32=True) for D in (64, 128, 256)),
 ]
 VARLEN = Case(torch.bfloat16, 128, term="varlen")
-TERMS = [VARLEN, *(Case(torch.bfloat16, 128, term=term) for term in ("softcap", "alibi"))]
-TERMS += [Case(torch.bfloat16, 64, term=term) for term in ("bias", "dropout")]
+TERMS = [
+    VARLEN,
+    *(Case(torch.bfloat16, 128, term=term) for term in ("softcap", "alibi", "key_mask", "dropout")),
+    *(Case(torch.bfloat16, D, OPEN, term="bias") for D in (64, 128)),
+    *(Case(torch.bfloat16, 64, OPEN, term=term) for term in ("softcap", "alibi", "dropout")),
+]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
@@ -140,6 +148,9 @@ def use_target(monkeypatch, tmp_path):
 
 def launches(case, monkeypatch):
     """What each launcher would start for a case."""
+    monkeypatch.setattr(
+        forward.problem, "_softcap_mode", lambda q, options: 2 * (options.softcap > 0)
+    )
     if case.tf32:
         monkeypatch.setattr(forward.problem, "dot_precision", lambda tensor: "tf32")
     recorders = {name: Recorder() for name in LAUNCHERS}
@@ -192,9 +203,7 @@ RUNS += [
     for target in TARGETS
     for case in (BIAS if target in ("sm_90", "gfx942") else BIAS[2:4])
 ]
-RUNS += [
-    pytest.param(target, VARLEN, "rest", id=f"{target}-{VARLEN}-rest") for target in TARGETS
-]
+RUNS += [pytest.param(target, VARLEN, "rest", id=f"{target}-{VARLEN}-rest") for target in TARGETS]
 
 
 @pytest.mark.parametrize("target, case, name", RUNS)

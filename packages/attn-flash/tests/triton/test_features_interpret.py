@@ -114,6 +114,28 @@ def test_dense(name, window):
     check(q, k, v, options)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("name", ["alibi", "bool-bias", "everything"])
+def test_scales_that_are_not_positive(name, scale):
+    q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
+    check(q, k, v, Options(scale=scale, window_right=0, **FEATURES[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_row_of_the_lowest_numbers_is_a_mean(dtype):
+    q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
+    bias = torch.zeros(1, 1, M, N, dtype=dtype)
+    bias[..., 3, :] = torch.finfo(dtype).min
+    bias[..., 4, 1:] = torch.finfo(dtype).min
+    bias[..., 5, :] = -torch.inf
+    out, lse = forward.attention(q, k, v, Options(attn_bias=bias, scale=0.0))
+    torch.testing.assert_close(out[:, 3], v.mean(1).expand(B, H, D_V))
+    torch.testing.assert_close(out[:, 4], v[:, 0].expand(B, H, D_V))
+    assert not out[:, 5].any()
+    assert lse[..., 3].isfinite().all()
+    assert (lse[..., 5] == -torch.inf).all()
+
+
 @pytest.mark.parametrize(
     "name, window", [("plain", "full"), ("bias-of-a-head", "causal"), ("everything", "window")]
 )

@@ -16,13 +16,21 @@ import triton
 import triton.language as tl
 
 from attn_core.launch import Launcher
+from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.backward_bias import bias_gradient
-from attn_flash._triton.scores import drop, load_slope, load_state, load_term, modify_scores
+from attn_flash._triton.scores import (
+    BOOLEAN,
+    is_shown,
+    load_slope,
+    load_state,
+    load_term,
+    modify_scores,
+)
 from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
 
@@ -41,7 +49,7 @@ def _accumulate_dq(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Add dS K over the key blocks in [lo, hi)."""
@@ -52,45 +60,48 @@ def _accumulate_dq(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
-    HAS_TERMS: tl.constexpr = SOFTCAP > 0 or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
+    IS_BOOLEAN: tl.constexpr = (HAS_BIAS == BOOLEAN) | (HAS_KEY_MASK == BOOLEAN)
     k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
     v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
-    if HAS_BIAS:
+    if HAS_BIAS > 0:
         bias_offs = bias_rows[:, None] + offs_n[None, :] * stride_bn
         bias_ptr += tl.cast(lo, tl.int64) * stride_bn
+    if HAS_KEY_MASK > 0:
+        key_mask_ptrs = key_mask_ptr + tl.cast(lo, tl.int64) * stride_mn + offs_n * stride_mn
     position_f = (rows + (N - M)).to(tl.float32)
+    offs_nf = offs_n.to(tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
         bias, key_mask = 0.0, 0.0
-        if HAS_BIAS:
+        if HAS_BIAS > 0:
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
             bias_ptr += BLOCK_N * stride_bn
-        if HAS_KEY_MASK:
-            key_mask_ptrs = key_mask_ptr + (start_n + offs_n) * stride_mn
+        if HAS_KEY_MASK > 0:
             key_mask = load_term(key_mask_ptrs, mask_n, MASKED)[None, :]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            key_mask_ptrs += BLOCK_N * stride_mn
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if HAS_TERMS:
-            distance = position_f[:, None] - (start_n + offs_n).to(tl.float32)[None, :]
-            scores_log2, damping = modify_scores(
-                scores, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
-                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
-            )  # fmt: skip
-            p = tl.math.exp2(scores_log2 - lse_log2[:, None])
-        else:
-            p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
+        distance = (position_f - start_n)[:, None] - offs_nf[None, :]
+        scores, factor, damping = modify_scores(
+            products, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+        )  # fmt: skip
+        p = tl.math.exp2(scores * factor - lse_log2[:, None])
+        visible = tl.full([1, 1], True, tl.int1)
         if MASKED:
             visible = is_visible(
                 rows[:, None] + (N - M), start_n + offs_n[None, :], N, left, right,
                 HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            p = tl.where(visible, p, 0.0)
+        if MASKED or IS_BOOLEAN:
+            p = tl.where(is_shown(visible, bias, key_mask, HAS_BIAS, HAS_KEY_MASK), p, 0.0)
         if HAS_DROPOUT:
-            dp = drop(dp * keep_scale, seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
+            keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
+            dp = keep_scale * tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
         if SOFTCAP > 0:
             ds *= damping
@@ -178,14 +189,14 @@ def _attention_backward_dq_kernel(
     tl.store(rows_ptr + 2 * row, lse_log2, mask=mask_m)
     tl.store(rows_ptr + 2 * row + 1, delta, mask=mask_m)
 
-    if HAS_BIAS:
+    if HAS_BIAS > 0:
         bias_ptr += b * stride_bb + h * stride_bh
-    if HAS_KEY_MASK:
+    if HAS_KEY_MASK > 0:
         key_mask_ptr += b * stride_mb
     slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     bias_rows = offs_m
-    if HAS_BIAS:  # rows past the end read the last one: that is cheaper than a mask
+    if HAS_BIAS > 0:  # rows past the end read the last one: that is cheaper than a mask
         bias_rows = tl.minimum(offs_m, M - 1 - start_m) * stride_bm
         bias_ptr += start_m.to(tl.int64) * stride_bm
     lo, full_lo, full_hi, hi = key_blocks(
@@ -200,7 +211,7 @@ def _attention_backward_dq_kernel(
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-            BLOCK_N, BLOCK_D, BLOCK_DV,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
@@ -209,7 +220,7 @@ def _attention_backward_dq_kernel(
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
         HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
         SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-        BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
@@ -218,7 +229,7 @@ def _attention_backward_dq_kernel(
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
         HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
         SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-        TAIL_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
@@ -230,7 +241,7 @@ def _attention_backward_dq_kernel(
 # fmt: off
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, k, v, bias_rows, key_mask, start_n,
+    dk, dv, k, v, bias_cols, key_mask, start_n,
     q_ptr, stride_qm, stride_qd,
     do_ptr, stride_dom, stride_dod,
     row_ptr,
@@ -256,15 +267,16 @@ def _accumulate_dk_dv(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
-    HAS_TERMS: tl.constexpr = SOFTCAP > 0 or HAS_ALIBI or HAS_BIAS or HAS_KEY_MASK
+    IS_BOOLEAN: tl.constexpr = (HAS_BIAS == BOOLEAN) | (HAS_KEY_MASK == BOOLEAN)
     q_offs = tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
     do_offs = tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
-    if HAS_BIAS:
-        bias_offs = bias_rows[:, None] + offs_m[None, :] * stride_bm
+    if HAS_BIAS > 0:
+        bias_offs = offs_m[:, None] * stride_bm + bias_cols[None, :]
         bias_ptr += tl.cast(lo, tl.int64) * stride_bm
-    key_f = offs_key.to(tl.float32)
+    distance_f = (N - M) - offs_key.to(tl.float32)
+    offs_mf = offs_m.to(tl.float32)
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
         q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
@@ -274,20 +286,22 @@ def _accumulate_dk_dv(
         row = load_tile(row_ptrs, mask_m, mask_m, IS_TAIL, False)  # [BLOCK_M, 2]
         lse_log2, delta = tl.split(row)
         bias_t = 0.0
-        if HAS_BIAS:
-            bias_t = load_term(bias_ptr + bias_offs, mask_m[None, :], IS_TAIL)
+        if HAS_BIAS > 0:
+            # Loaded as it lies in memory: rows of adjacent elements.
+            bias_t = tl.trans(load_term(bias_ptr + bias_offs, mask_m[:, None], IS_TAIL))
             bias_ptr += BLOCK_M * stride_bm
-        scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        products_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if HAS_TERMS:
-            distance_t = (start_m + offs_m + (N - M)).to(tl.float32)[None, :] - key_f[:, None]
-            scores_t, damping = modify_scores(
-                scores_t, distance_t, bias_t, key_mask, scale_log2, softcap_log2, slope_log2,
-                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
-            )  # fmt: skip
-            p_t = tl.math.exp2(scores_t - lse_log2[None, :])
-        else:
-            p_t = tl.math.exp2(scores_t * scale_log2 - lse_log2[None, :])
+        distance_t = (distance_f + start_m)[:, None] + offs_mf[None, :]
+        scores_t, factor, damping = modify_scores(
+            products_t, distance_t, bias_t, key_mask, scale_log2, softcap_log2, slope_log2,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+        )  # fmt: skip
+        p_t = tl.math.exp2(scores_t * factor - lse_log2[None, :])
+        if IS_BOOLEAN:
+            anything = tl.full([1, 1], True, tl.int1)
+            shown = is_shown(anything, bias_t, key_mask, HAS_BIAS, HAS_KEY_MASK)
+            p_t = tl.where(shown, p_t, 0.0)
         position = start_m + offs_m + (N - M)
         if IS_TAIL:
             visible = is_visible(
@@ -303,10 +317,11 @@ def _accumulate_dk_dv(
         kept_t = p_t
         if HAS_DROPOUT:
             rows = start_m + offs_m
-            ones = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32) * keep_scale
-            factor_t = tl.trans(drop(ones, seed, offset, b, h, rows, start_n, threshold, BLOCK_N))
-            kept_t = p_t * factor_t
-            dp_t *= factor_t
+            keep_t = keep_tile(
+                seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True
+            )
+            kept_t = tl.where(keep_t, p_t, 0.0)
+            dp_t = keep_scale * tl.where(keep_t, dp_t, 0.0)
         dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
         if SOFTCAP > 0:
@@ -339,6 +354,7 @@ def _attention_backward_dk_dv_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -382,13 +398,16 @@ def _attention_backward_dk_dv_kernel(
     )
     whole_hi = tl.minimum(tl.cdiv(hi, BLOCK_M), M // BLOCK_M) * BLOCK_M
     tail = tl.maximum(lo, whole_hi)  # from here on a block has queries past the end
-    bias_rows = offs_n
+    bias_cols = offs_n
     key_mask = 0.0
-    # Keys past the end read the last one: that is cheaper than a mask.
-    if HAS_BIAS:
-        bias_rows = tl.minimum(offs_n, N - 1 - start_n) * stride_bn
-    if HAS_KEY_MASK:
-        key_mask_ptrs = key_mask_ptr + b * stride_mb + (start_n + offs_n) * stride_mn
+    # Keys past the end read the last ones: that is cheaper than a mask.
+    if HAS_BIAS > 0:
+        last_run = (N - 1 - start_n) // BIAS_RUN * BIAS_RUN
+        bias_cols = tl.minimum(offs_n // BIAS_RUN * BIAS_RUN, last_run) + offs_n % BIAS_RUN
+        bias_cols = tl.max_contiguous(tl.multiple_of(bias_cols, BIAS_RUN), BIAS_RUN) * stride_bn
+    if HAS_KEY_MASK > 0:
+        key_mask_ptr += b * stride_mb + start_n.to(tl.int64) * stride_mn
+        key_mask_ptrs = key_mask_ptr + offs_n * stride_mn
         key_mask = load_term(key_mask_ptrs, mask_n, True)[:, None]
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -402,11 +421,11 @@ def _attention_backward_dk_dv_kernel(
         row_ptr = rows_ptr + 2 * (group_row + tl.cast(g, tl.int64) * head_rows + first_q)
         slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
         bias_head = bias_ptr
-        if HAS_BIAS:
+        if HAS_BIAS > 0:
             bias_head = bias_ptr + b * stride_bb + h * stride_bh
             bias_head += start_n.to(tl.int64) * stride_bn
         dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, bias_rows, key_mask, start_n,
+            dk, dv, k, v, bias_cols, key_mask, start_n,
             q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
             bias_head, stride_bm,
             lo, full_lo, full_hi, tail, M, N, b, h,
@@ -417,7 +436,7 @@ def _attention_backward_dk_dv_kernel(
         )  # fmt: skip
         if (tail < hi) | (not (HAS_LEFT or HAS_RIGHT)):
             dk, dv = _accumulate_dk_dv(
-                dk, dv, k, v, bias_rows, key_mask, start_n,
+                dk, dv, k, v, bias_cols, key_mask, start_n,
                 q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
                 bias_head, stride_bm,
                 tail, full_lo, full_hi, hi, M, N, b, h,
@@ -428,6 +447,8 @@ def _attention_backward_dk_dv_kernel(
                 TAIL_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
+    if HAS_DROPOUT:
+        dv *= keep_scale
     mask = mask_n[:, None] & mask_d[None, :]
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + first_key * stride_dkn
     dk_ptrs = dk_ptr + tile_offsets(offs_n, stride_dkn, offs_d, stride_dkd)
@@ -510,7 +531,7 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
             rows,
             size.rows, size.N, size.H, num_tiles, size.B * size.H,
             problem.heads_per_group(k, size.N),
-            options.scale, options.scale * problem.LOG2_E, *terms.scalars, left, right,
+            options.scale, problem.log2_scale(options), *terms.scalars, left, right,
         ),
         constexprs={
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
@@ -527,6 +548,15 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
     return dq
 
 
+def _dk_dv_table(options):
+    if options.attn_bias is not None:
+        return configs.BACKWARD_DK_DV_BIAS
+    modifies = {"alibi_slopes", "key_mask", "softcap", "dropout_p"}
+    if modifies.isdisjoint(options.features()):
+        return configs.BACKWARD_DK_DV
+    return configs.BACKWARD_DK_DV_TERMS
+
+
 def _dk_dv(dout, q, k, v, rows, size, terms, options):
     """Compute dk and dv from the `rows` that `_dq` left."""
     left, right = options.window
@@ -534,9 +564,7 @@ def _dk_dv(dout, q, k, v, rows, size, terms, options):
         ragged.new_gradient(x, options.cu_seqlens_k, is_partly_used=options.seqused_k is not None)
         for x in (k, v)
     )
-    # Score terms need the registers that smaller tiles leave, as windows do.
-    window = (-1, 0) if terms.key else options.window
-    config = configs.tiles(configs.BACKWARD_DK_DV, q, size, window)
+    config = configs.tiles(_dk_dv_table(options), q, size, options.window)
     num_tiles = problem.ceil_div(size.N, config.block_n)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, dout, dk, dv))
     _launch_dk_dv(
@@ -554,13 +582,14 @@ def _dk_dv(dout, q, k, v, rows, size, terms, options):
             dv, *strides[5],
             size.rows, size.N, size.H_KV, num_tiles, size.B * size.H_KV,
             problem.heads_per_group(q, size.M),
-            options.scale, options.scale * problem.LOG2_E, *terms.scalars, left, right,
+            options.scale, problem.log2_scale(options), *terms.scalars, left, right,
         ),
         constexprs={
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
-            "PRECISION": problem.dot_precision(q), "BLOCK_M": config.block_m,
+            "PRECISION": problem.dot_precision(q),
+            "BIAS_RUN": problem.bias_run(options.attn_bias), "BLOCK_M": config.block_m,
             "TAIL_M": problem.tail_block(size.M, config.block_m, options),
             "BLOCK_N": config.block_n, "BLOCK_D": problem.padded_head_dim(size.D),
             "BLOCK_DV": problem.padded_head_dim(size.D_v),

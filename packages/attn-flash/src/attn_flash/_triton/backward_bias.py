@@ -9,10 +9,17 @@ import triton
 import triton.language as tl
 
 from attn_core.launch import Launcher
+from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_flash._triton import configs, problem
-from attn_flash._triton.scores import drop, load_slope, load_state, load_term, modify_scores
+from attn_flash._triton.scores import (
+    is_shown,
+    load_slope,
+    load_state,
+    load_term,
+    modify_scores,
+)
 from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
 
@@ -112,23 +119,25 @@ def _attention_backward_bias_kernel(
         bias_offs = rows.to(tl.int64)[:, None] * stride_bm + cols.to(tl.int64)[None, :] * stride_bn
         bias = load_term(bias_head + bias_offs, mask_m[:, None] & mask_n[None, :], True)
         key_mask = 0.0
-        if HAS_KEY_MASK:
+        if HAS_KEY_MASK > 0:
             key_mask = load_term(key_mask_ptr + b * stride_mb + cols * stride_mn, mask_n, True)
             key_mask = key_mask[None, :]
         distance = (rows + (len_k - len_q)).to(tl.float32)[:, None] - cols.to(tl.float32)[None, :]
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores, _ = modify_scores(
+        scores, factor, _ = modify_scores(
             products, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
-            dp = drop(dp * keep_scale, seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
+            keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
+            dp = keep_scale * tl.where(keep, dp, 0.0)
         visible = is_visible(
             rows[:, None] + (len_k - len_q), cols[None, :], len_k, left, right, HAS_LEFT, HAS_RIGHT
         )
-        p = tl.math.exp2(scores - lse_log2[:, None])
-        dbias += tl.where(visible & mask_m[:, None], p * (dp - delta[:, None]), 0.0)
+        visible = is_shown(visible & mask_m[:, None], bias, key_mask, HAS_BIAS, HAS_KEY_MASK)
+        p = tl.math.exp2(scores * factor - lse_log2[:, None])
+        dbias += tl.where(visible, p * (dp - delta[:, None]), 0.0)
 
     rows = tile_m * BLOCK_M + offs_m
     cols = tile_n * BLOCK_N + offs_n
@@ -185,7 +194,7 @@ def bias_gradient(
             dbias, *dbias.stride(),
             size.rows, size.N, size.H, bias.shape[2], bias.shape[3],
             *owned, *walked,
-            options.scale * problem.LOG2_E, *terms.scalars, left, right,
+            problem.log2_scale(options), *terms.scalars, left, right,
         ),
         constexprs={
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,

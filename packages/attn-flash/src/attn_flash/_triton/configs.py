@@ -107,6 +107,35 @@ BACKWARD_DK_DV = Table(
     ],
     sources=("attn_flash._triton.backward",),
 )
+# Score terms and dropout need the registers that smaller tiles leave; a bias most of all, whose
+# next tile waits in them. Chosen by what ptxas spills, and the instructions of the loop.
+BACKWARD_DK_DV_TERMS = Table(
+    "attn_flash.backward_dk_dv_terms",
+    rows={
+        **_LARGE_TILES,
+        **_rows(
+            "sm_90",
+            (16, "any", TileConfig(64, 64, 4, 3)),
+            (32, "any", TileConfig(64, 64, 4, 3)),
+            (64, "any", TileConfig(64, 64, 4, 3)),
+            (128, "any", TileConfig(32, 128, 8, 2)),
+            (256, "any", TileConfig(64, 64, 8, 2)),
+        ),
+    },
+    default=BACKWARD_DK_DV.default,
+    candidates=BACKWARD_DK_DV.candidates,
+    sources=BACKWARD_DK_DV.sources,
+)
+BACKWARD_DK_DV_BIAS = Table(
+    "attn_flash.backward_dk_dv_bias",
+    rows={
+        **BACKWARD_DK_DV_TERMS.rows,
+        **_rows("sm_90", (64, "any", TileConfig(64, 128, 8, 2))),
+    },
+    default=BACKWARD_DK_DV.default,
+    candidates=BACKWARD_DK_DV.candidates,
+    sources=BACKWARD_DK_DV.sources,
+)
 # Every operand changes from step to step, so all of them go through the pipeline's shared memory.
 BACKWARD_BIAS = Table(
     "attn_flash.backward_bias",

@@ -5,13 +5,23 @@ import triton
 import triton.language as tl
 
 from attn_core.launch import Launcher
+from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.scores import first_state
-from attn_core.tiles.softmax import finish_softmax, online_softmax, online_softmax_masked
+from attn_core.tiles.softmax import LN_2, finish_softmax, online_softmax, online_softmax_masked
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
-from attn_flash._triton.scores import drop, load_slope, load_state, load_term, modify_scores
+from attn_flash._triton.scores import (
+    ADDED,
+    finish_softmax_added,
+    is_shown,
+    load_slope,
+    load_state,
+    load_term,
+    modify_scores,
+    online_softmax_added,
+)
 from attn_flash._triton.sequences import paged_rows, ragged_bounds
 from attn_flash.options import Options
 
@@ -30,7 +40,7 @@ def _attend(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Attend to the key blocks in [lo, hi), with or without looking at the mask."""
@@ -41,16 +51,19 @@ def _attend(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
-    HIDES: tl.constexpr = HAS_BIAS or HAS_KEY_MASK
+    IS_ADDED: tl.constexpr = (HAS_BIAS == ADDED) | (HAS_KEY_MASK == ADDED)
     k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
     v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
     if PAGE_SIZE == 0:
         k_ptr += tl.cast(lo, tl.int64) * stride_kn
         v_ptr += tl.cast(lo, tl.int64) * stride_vn
-    if HAS_BIAS:
+    if HAS_BIAS > 0:
         bias_offs = bias_rows[:, None] + offs_n[None, :] * stride_bn
         bias_ptr += tl.cast(lo, tl.int64) * stride_bn
+    if HAS_KEY_MASK > 0:
+        key_mask_ptrs = key_mask_ptr + tl.cast(lo, tl.int64) * stride_mn + offs_n * stride_mn
     position_f = (rows + (N - M)).to(tl.float32)
+    offs_nf = offs_n.to(tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         if PAGE_SIZE > 0:
@@ -63,34 +76,34 @@ def _attend(
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
         bias, key_mask = 0.0, 0.0
-        if HAS_BIAS:
+        if HAS_BIAS > 0:
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
             bias_ptr += BLOCK_N * stride_bn
-        if HAS_KEY_MASK:
-            key_mask_ptrs = key_mask_ptr + (start_n + offs_n) * stride_mn
+        if HAS_KEY_MASK > 0:
             key_mask = load_term(key_mask_ptrs, mask_n, MASKED)[None, :]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        factor = scale_log2
-        if SOFTCAP > 0 or HAS_ALIBI or HIDES:
-            distance = position_f[:, None] - (start_n + offs_n).to(tl.float32)[None, :]
-            scores, _ = modify_scores(
-                scores, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
-                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
-            )  # fmt: skip
-            factor = 1.0
+            key_mask_ptrs += BLOCK_N * stride_mn
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        distance = (position_f - start_n)[:, None] - offs_nf[None, :]
+        scores, factor, _ = modify_scores(
+            products, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+        )  # fmt: skip
+        visible = tl.full([1, 1], True, tl.int1)
         if MASKED:
             visible = is_visible(
                 rows[:, None] + (N - M), start_n + offs_n[None, :], N, left, right,
                 HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
-        elif HIDES:
-            visible = tl.full([1, 1], True, tl.int1)
+        visible = is_shown(visible, bias, key_mask, HAS_BIAS, HAS_KEY_MASK)
+        if IS_ADDED:
+            m_i, l_i, alpha, p = online_softmax_added(m_i, l_i, scores, visible)
+        elif MASKED or HAS_BIAS > 0 or HAS_KEY_MASK > 0:
             m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         if HAS_DROPOUT:
-            p = drop(p, seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
+            keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if PAGE_SIZE == 0:
@@ -140,12 +153,15 @@ def _attend_rows(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     bias_rows = offs_m
-    if HAS_BIAS:  # rows past the end read the last one: that is cheaper than a mask
+    if HAS_BIAS > 0:  # rows past the end read the last one: that is cheaper than a mask
         bias_rows = tl.minimum(offs_m, M - 1 - start_m) * stride_bm
         bias_ptr += first_row * stride_bm
     if HAS_SINKS:
         sink_ptr += offs_m * 0
+    IS_ADDED: tl.constexpr = (HAS_BIAS == ADDED) | (HAS_KEY_MASK == ADDED)
     m_i, l_i = first_state(sink_ptr, mask_m, HAS_SINKS, BLOCK_M)
+    if IS_ADDED:
+        m_i *= LN_2
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
@@ -156,7 +172,7 @@ def _attend_rows(
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-            BLOCK_N, BLOCK_D, BLOCK_DV,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, rows, bias_rows,
@@ -166,7 +182,7 @@ def _attend_rows(
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, False,
         SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-        BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, rows, bias_rows,
@@ -176,12 +192,15 @@ def _attend_rows(
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
         SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-        TAIL_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     if HAS_DROPOUT:
         acc *= keep_scale
-    out, lse = finish_softmax(m_i, l_i, acc)
+    if IS_ADDED:
+        out, lse = finish_softmax_added(m_i, l_i, acc)
+    else:
+        out, lse = finish_softmax(m_i, l_i, acc)
     tl.store(lse_ptr + rows, lse, mask=mask_m)
     out_ptrs = out_ptr + first_row * stride_om + tile_offsets(offs_m, stride_om, offs_dv, stride_od)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_dv[None, :])
@@ -243,9 +262,9 @@ def _attention_forward_kernel(
         lse_ptr += pid_bh.to(tl.int64) * M
     if HAS_SINKS:
         sinks_ptr += h
-    if HAS_BIAS:
+    if HAS_BIAS > 0:
         bias_ptr += b * stride_bb + h * stride_bh
-    if HAS_KEY_MASK:
+    if HAS_KEY_MASK > 0:
         key_mask_ptr += b * stride_mb
     slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
@@ -309,7 +328,7 @@ def attention(
             lse,
             size.rows, size.N, size.H, num_tiles, size.B * size.H,
             problem.heads_per_group(k, size.N),
-            abs(options.scale) * problem.LOG2_E, *terms.scalars, left, right,
+            abs(problem.log2_scale(options)), *terms.scalars, left, right,
         ),
         constexprs={
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,

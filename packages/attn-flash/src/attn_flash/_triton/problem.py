@@ -24,6 +24,8 @@ NOT_SPECIALIZED = [
     "right",
 ]
 LOG2_E = 1.4426950408889634
+_RUN_BYTES = 16
+_LEAST_SCALE = 1e-30
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
 _TAIL_MATTERS = 1024  # tokens
 _LARGEST_TILE = (128, 256)  # rows and columns
@@ -122,7 +124,7 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
         ),
         flags={
             "SOFTCAP": _softcap_mode(q, options), "HAS_ALIBI": slopes is not None,
-            "HAS_BIAS": bias is not None, "HAS_KEY_MASK": key_mask is not None,
+            "HAS_BIAS": _kind(bias), "HAS_KEY_MASK": _kind(key_mask),
             "HAS_DROPOUT": has_dropout,
         },
         key=(
@@ -132,12 +134,36 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
     )  # fmt: skip
 
 
+def _kind(term: torch.Tensor | None) -> int:
+    """What a term does to scores, in the terms of `scores`."""
+    if term is None:
+        return 0
+    return 2 if term.dtype == torch.bool else 1
+
+
 def _softcap_mode(q: torch.Tensor, options: Options) -> int:
     """How kernels compute tanh, in the terms of `scores`."""
     if options.softcap == 0.0:
         return 0
     is_fast = q.element_size() == 2 and q.device.type == "cuda" and torch.version.hip is None
     return 2 if is_fast else 1
+
+
+def bias_run(bias: torch.Tensor | None) -> int:
+    """How many elements of a row of the bias, from a multiple on, share 16 aligned bytes.
+
+    Loading them at once never leaves the memory that belongs to the tensor.
+    """
+    if bias is None or bias.stride(-1) != 1 or bias.data_ptr() % _RUN_BYTES:
+        return 1
+    if any(stride % _RUN_BYTES for stride in bias.stride()[:-1]):
+        return 1
+    return _RUN_BYTES // bias.element_size()
+
+
+def log2_scale(options: Options) -> float:
+    """Factor of the products in units of log2; kernels divide by it, so it is never quite 0."""
+    return (options.scale or _LEAST_SCALE) * LOG2_E
 
 
 def tail_block(length: int, block: int, options: Options) -> int:

@@ -1,4 +1,4 @@
-"""What may be done to a tile of scores between the product and the softmax, and to its weights.
+"""What may be done to a tile of scores between the product and the softmax.
 
 A tile is [BLOCK_M, BLOCK_N], or transposed; whatever is added broadcasts to it.
 """
@@ -6,31 +6,29 @@ A tile is [BLOCK_M, BLOCK_N], or transposed; whatever is added broadcasts to it.
 import triton
 import triton.language as tl
 
-from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.scores import tanh
-from attn_core.tiles.softmax import LOG2_E
+from attn_core.tiles.softmax import LN_2, LOG2_E, finish_softmax
 
-# A finite bias stays finite in units of log2, so that a row of nothing else has a mean.
-_LOWEST = tl.constexpr(-3.0e38)
 # How SOFTCAP computes tanh: 0 for no softcapping at all.
 EXACT_SOFTCAP = tl.constexpr(1)
 FAST_SOFTCAP = tl.constexpr(2)  # NVIDIA's instruction, good to 11 bits: for 16-bit tensors
+# What HAS_BIAS and HAS_KEY_MASK are: 0 for neither.
+ADDED = tl.constexpr(1)
+BOOLEAN = tl.constexpr(2)
+# Beyond what masks of the lowest finite numbers leave, and far from what units of log2 overflow at.
+_LOW = tl.constexpr(-1.0e38)
 
 
 @triton.jit
 def load_term(ptrs, mask, MASKED: tl.constexpr):
-    """Load what is added to the scores, in units of log2; a boolean False hides a key."""
+    """Load what is added to the scores, as float32, or whether a key is seen, as boolean."""
     if MASKED:
         values = tl.load(ptrs, mask=mask, other=0)
     else:
         values = tl.load(ptrs)
-    if values.dtype == tl.int1:
-        term = tl.where(values, 0.0, -float("inf"))
-    else:
+    if values.dtype != tl.int1:
         values = values.to(tl.float32)
-        term = tl.maximum(values * LOG2_E, _LOWEST)
-        term = tl.where(values == -float("inf"), values, term)
-    return term
+    return values
 
 
 @triton.jit
@@ -52,20 +50,59 @@ def modify_scores(
     HAS_KEY_MASK: tl.constexpr,
 ):
     # fmt: on
-    """Return scores in units of log2, and what softcapping multiplies their derivatives by."""
-    scores = products * scale_log2
+    """Return scores, the factor that makes log2 of them, and the damping of their derivatives.
+
+    The unit is that of the last thing that must be done: each conversion costs an instruction.
+    With something ADDED it is natural, in which the lowest finite numbers stay finite.
+    """
+    scores = products
+    factor = scale_log2
     damping = 1.0
     if SOFTCAP > 0:
-        share = _tanh(products * (scale_log2 / softcap_log2), SOFTCAP)
-        scores = softcap_log2 * share
-        damping = 1.0 - share * share
+        scores = _tanh(products * (scale_log2 / softcap_log2), SOFTCAP)
+        factor = softcap_log2
+        damping = 1.0 - scores * scores
     if HAS_ALIBI:
-        scores -= slope_log2 * tl.abs(distance)
-    if HAS_BIAS:
+        scores -= (slope_log2 / factor) * tl.abs(distance)
+    if (HAS_BIAS == ADDED) | (HAS_KEY_MASK == ADDED):
+        scores *= factor * LN_2
+        factor = LOG2_E
+    if HAS_BIAS == ADDED:
         scores += bias
-    if HAS_KEY_MASK:
+    if HAS_KEY_MASK == ADDED:
         scores += key_mask
-    return scores, damping
+    return scores, factor, damping
+
+
+@triton.jit
+def is_shown(visible, bias, key_mask, HAS_BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    """Which keys are seen, given those within the window."""
+    if HAS_BIAS == BOOLEAN:
+        visible = visible & bias
+    if HAS_KEY_MASK == BOOLEAN:
+        visible = visible & key_mask
+    return visible
+
+
+@triton.jit
+def online_softmax_added(m_i, l_i, scores, visible):
+    """`attn_core.tiles.softmax.online_softmax_masked` of scores and m_i in natural units."""
+    scores = tl.where(visible, scores, -float("inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
+    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+    # A row of nothing but the lowest numbers is their mean: there log2 would overflow, and any
+    # rate tells the pivot from what is less.
+    rate = tl.where(pivot < _LOW, 0.5, LOG2_E)
+    p = tl.math.exp2(scores * rate[:, None] - (pivot * rate)[:, None])
+    alpha = tl.math.exp2((m_i - pivot) * rate)
+    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p
+
+
+@triton.jit
+def finish_softmax_added(m_i, l_i, acc):
+    """`attn_core.tiles.softmax.finish_softmax` with m_i in natural units."""
+    out, log_sum = finish_softmax(tl.zeros_like(m_i), l_i, acc)
+    return out, m_i + log_sum
 
 
 @triton.jit
@@ -86,10 +123,3 @@ def load_state(rng_ptr, HAS_DROPOUT: tl.constexpr):
         seed = tl.load(rng_ptr)
         offset = tl.load(rng_ptr + 1)
     return seed, offset
-
-
-@triton.jit
-def drop(weights, seed, offset, b, h, rows, start_n, threshold, BLOCK_N: tl.constexpr):
-    """Zero the weights [BLOCK_M, BLOCK_N] that dropout drops; the others are not scaled yet."""
-    keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_N)
-    return tl.where(keep, weights, 0.0)
