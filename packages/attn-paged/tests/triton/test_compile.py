@@ -25,6 +25,7 @@ POINTERS = {
     FLOAT: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int16: "*i16",
     torch.bool: "*i1",
     torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
@@ -64,6 +65,7 @@ PORTABLE = [
     Case(dtype=FLOAT),
     Case(D=256, D_v=256, tokens=300),
     LATENT._replace(heads=16),
+    Case(cache_dtype=torch.int8),
 ]
 HOPPER = [
     Case(block_size=64),
@@ -73,6 +75,8 @@ HOPPER = [
     Case(D=64, D_v=64, tokens=300),
     Case(D=80, D_v=80),
     Case(cache_dtype=torch.float8_e4m3fn),
+    Case(cache_dtype=torch.float8_e4m3fn, D_v=63),
+    Case(cache_dtype=torch.float8_e4m3fn, tokens=300),
     Case(cache_dtype=torch.int8, tokens=300),
     Case(max_blocks=64),
     LATENT,

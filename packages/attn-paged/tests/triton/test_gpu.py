@@ -392,6 +392,21 @@ def test_quantised_caches_of_half(sizes, device):
     check(quantise(make(sizes, device, torch.float16), torch.float8_e4m3fn))
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_values_that_do_not_lie_in_pairs(dtype, sizes, device):
+    check(quantise(make(sizes._replace(D=80, D_v=63), device), dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_quantised_caches_with_sinks_and_values_of_any_size(size, sizes, device):
+    inputs = make(sizes, device)
+    inputs["v_cache"] *= size
+    inputs["sinks"] = torch.randn(sizes.H, device=device) * 5
+    check(quantise(inputs, torch.float8_e4m3fn))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [BFLOAT, torch.float8_e4m3fn, torch.int8], ids=str)
 def test_append_turns_and_quantises(dtype, interleaved, device):

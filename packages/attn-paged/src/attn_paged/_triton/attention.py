@@ -25,6 +25,8 @@ from attn_paged._triton.merge import rows_of_tile, share_of_work
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_of_unit
 from attn_paged.options import AttentionOptions
 
+LEAST_EXPONENT = tl.constexpr(-100)  # of a value's scale: sums of 2**100 are still finite
+
 
 @triton.jit
 def _block_ids(
@@ -40,7 +42,8 @@ def _block_ids(
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= first) & (offs_n < stop)
-    return tl.load(table_ptr + offs_n // BLOCK_SIZE * stride_tn, mask=mask_n, other=0)
+    entries = offs_n.to(tl.uint32) // BLOCK_SIZE  # unsigned: one shift where it is a power of two
+    return tl.load(table_ptr + entries.to(tl.int64) * stride_tn, mask=mask_n, other=0)
 
 
 # fmt: off
@@ -65,17 +68,62 @@ def _bend(
 def _dequantised(x, dtype: tl.constexpr):
     """Quantised numbers without their scale, exact in `dtype`.
 
-    By way of float32, from which two numbers at a time are rounded to bfloat16.
+    float8 becomes float16 two at a time, int8 by way of float32.
     """
     if x.dtype == dtype:
         return x
+    if x.dtype.is_fp8() and dtype == tl.float16:
+        return x.to(tl.float16)
     return x.to(tl.float32).to(dtype)
+
+
+@triton.jit
+def _dequantised_pairs(pairs, code: tl.constexpr, dtype: tl.constexpr):
+    """Even and odd columns of a tile whose elements are two numbers of type `code`."""
+    even = pairs.to(tl.int8).to(code, bitcast=True)
+    odd = (pairs >> 8).to(tl.int8).to(code, bitcast=True)
+    return _dequantised(even, dtype), _dequantised(odd, dtype)
+
+
+@triton.jit
+def _power_of_two(x):
+    """Largest power of two up to each x > 0, and 1 for what float32 has no full precision for."""
+    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _scaled_softmax(m_i, l_i, scores, scale_log2, v_scales, visible, MASKED: tl.constexpr):
+    """Online softmax that returns p * v_scale, at most 2: float16 holds it whatever the scales.
+
+    So m_i is the exponent of the largest of these products instead of the largest score.
+    """
+    scores = scores * scale_log2
+    if MASKED:
+        scores = tl.where(visible, scores, -float("inf"))
+    exponents = (v_scales.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23
+    sizes = tl.maximum(exponents - 127, LEAST_EXPONENT).to(tl.float32)
+    m_new = tl.maximum(m_i, tl.max(scores + sizes[None, :], 1))
+    pivot = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
+    p = tl.math.exp2(scores - pivot[:, None])
+    alpha = tl.math.exp2(m_i - pivot)
+    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p * v_scales[None, :]
+
+
+@triton.jit
+def _with_sink(m_i, l_i, sinks_ptrs, has_sink, BLOCK_M: tl.constexpr):
+    """Take in the sink, a key whose value is 0; return m_i, l_i and the factor for acc."""
+    m_sink, l_sink = first_state(sinks_ptrs, has_sink, True, BLOCK_M)
+    m_new = tl.maximum(m_i, m_sink)
+    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = tl.math.exp2(m_i - pivot)
+    return m_new, l_i * alpha + l_sink * tl.math.exp2(m_sink - pivot), alpha
 
 
 # fmt: off
 @triton.jit
 def _attend(
-    acc, m_i, l_i, blocks, q, q_tail, position, slopes,
+    acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
     k_ptr, stride_kb, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vd,
     k_scale_ptr, stride_ksb, stride_ksn,
@@ -86,26 +134,30 @@ def _attend(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SAME_SLOTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Attend to the tiles of keys in [lo, hi), with or without looking at the mask.
 
     `blocks` are the ids of the tile at lo. They are loaded one tile ahead: keys whose address
-    depends on a load of the same iteration would halve the depth of Triton's pipeline.
+    depends on a load of the same iteration would halve the depth of Triton's pipeline. Where
+    elements of v are pairs, acc has their even columns and acc_odd the odd ones.
     """
+    PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
     offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_dv = tl.arange(0, BLOCK_DV // PAIR)
     mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
+    mask_dv = offs_dv < HEAD_DIM_V // PAIR
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= first) & (offs_n < stop)
-        slots = (offs_n % BLOCK_SIZE).to(tl.int64)
-        far_blocks = blocks.to(tl.int64)
-        k_rows = k_ptr + (far_blocks * stride_kb + slots * stride_kn)[:, None]
-        v_rows = v_ptr + (far_blocks * stride_vb + slots * stride_vn)[:, None]
+        slots = (offs_n.to(tl.uint32) % BLOCK_SIZE).to(tl.int64)
+        far_blocks = blocks.to(tl.uint32).to(tl.int64)
+        k_offsets = far_blocks * stride_kb + slots * stride_kn
+        v_offsets = k_offsets // PAIR if SAME_SLOTS else far_blocks * stride_vb + slots * stride_vn
+        k_rows = k_ptr + k_offsets[:, None]
+        v_rows = v_ptr + v_offsets[:, None]
         k_ptrs = k_rows + offs_d[None, :] * stride_kd
         v_ptrs = v_rows + offs_dv[None, :] * stride_vd
         k = load_tile(k_ptrs, mask_n, mask_d, MASKED, HEAD_DIM < BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -119,14 +171,11 @@ def _attend(
             k = _dequantised(k, q.dtype)
             scores = tl.dot(q_tail, tl.trans(k), scores, input_precision=PRECISION)
         if IS_QUANTISED:
-            k_scales = k_scale_ptr + far_blocks * stride_ksb + slots * stride_ksn
-            v_scales = v_scale_ptr + far_blocks * stride_vsb + slots * stride_vsn
-            k_scales = tl.load(k_scales, mask=mask_n, other=0.0)
-            v_scales = tl.load(v_scales, mask=mask_n, other=0.0)
-            scores *= k_scales[None, :]
-            # Scaled probabilities may be too small for float16.
-            v_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
-            v = _dequantised(v, v_dtype)
+            k_offsets = far_blocks * stride_ksb + slots * stride_ksn
+            v_offsets = k_offsets if SAME_SLOTS else far_blocks * stride_vsb + slots * stride_vsn
+            k_scales = tl.load(k_scale_ptr + k_offsets, mask=mask_n, other=0.0)
+            v_scales = tl.load(v_scale_ptr + v_offsets, mask=mask_n, other=0.0)
+            scores *= k_scales[None, :] * q_scale[:, None]
         blocks = _block_ids(
             table_ptr, stride_tn, start_n + BLOCK_N, first, stop, BLOCK_SIZE, BLOCK_N
         )
@@ -136,6 +185,7 @@ def _attend(
                 scores, position, offs_n, slopes, scale_log2, softcap_log2, HAS_SOFTCAP, HAS_ALIBI
             )
             factor = 1.0
+        visible = True
         if MASKED:
             visible = is_visible(
                 position[:, None], offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
@@ -145,14 +195,29 @@ def _attend(
                 is_about = mask_m[:, None] & ((column >= 0) & (column < tree_width))[None, :]
                 entries = tree_ptrs[:, None] + (column * stride_mn)[None, :]
                 visible = visible & (tl.load(entries, mask=is_about, other=1) != 0)
+        if IS_QUANTISED:
+            m_i, l_i, alpha, p = _scaled_softmax(
+                m_i, l_i, scores, factor, v_scales, visible, MASKED
+            )
+        elif MASKED:
             m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
+        v_odd = v
         if IS_QUANTISED:
-            p *= v_scales[None, :]
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, m_i, l_i, blocks
+            code: tl.constexpr = k_ptr.dtype.element_ty
+            # Triton has a short way from int8 to bfloat16.
+            short: tl.constexpr = tl.float16 if code.is_fp8() else tl.bfloat16
+            v_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else short
+            if PAIR == 2:
+                v, v_odd = _dequantised_pairs(v, code, v_dtype)
+            else:
+                v = _dequantised(v, v_dtype)
+        p = p.to(v.dtype)
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
+        if PAIR == 2:
+            acc_odd = tl.dot(p, v_odd, acc_odd * alpha[:, None], input_precision=PRECISION)
+    return acc, acc_odd, m_i, l_i, blocks
 
 
 @triton.jit
@@ -196,7 +261,7 @@ def _paged_attention_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
+    HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr, SAME_SLOTS: tl.constexpr,
     NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -275,6 +340,15 @@ def _paged_attention_kernel(
         if NEGATE_Q:  # a running maximum needs a scale that is not negative
             q = -q
             q_tail = -q_tail
+        q_scale = tl.full([BLOCK_M], 1.0, tl.float32)
+        if q.dtype == tl.bfloat16 and k_ptr.dtype.element_ty.is_fp8():
+            # float8 is converted to float16 in one step, so queries are made to fit it.
+            peak = tl.max(tl.abs(q.to(tl.float32)), 1)
+            if TAIL_D > 0:
+                peak = tl.maximum(peak, tl.max(tl.abs(q_tail.to(tl.float32)), 1))
+            q_scale = _power_of_two(peak)
+            q = (q.to(tl.float32) / q_scale[:, None]).to(tl.float16)
+            q_tail = (q_tail.to(tl.float32) / q_scale[:, None]).to(tl.float16)
         slopes = scale_log2
         if HAS_ALIBI:
             slopes_ptrs = slopes_ptr + b.to(tl.int64) * stride_sb + heads * stride_sh
@@ -303,45 +377,56 @@ def _paged_attention_kernel(
         )
         table = table_ptr + b.to(tl.int64) * stride_tb
         blocks = _block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
-        has_sink = tl.where((b < B) & has_first, mask_m, False)
-        m_i, l_i = first_state(sinks_ptrs, has_sink, HAS_SINKS, BLOCK_M)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
+        acc = tl.zeros([BLOCK_M, BLOCK_DV // PAIR], tl.float32)
+        acc_odd = acc
         # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
         PEEL: tl.constexpr = BLOCK_M > 32
         if PEEL:
             if HAS_LEFT:
-                acc, m_i, l_i, blocks = _attend(
-                    acc, m_i, l_i, blocks, q, q_tail, position, slopes,
+                acc, acc_odd, m_i, l_i, blocks = _attend(
+                    acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
                     k_ptr, stride_kb, stride_kn, stride_kd,
                     v_ptr, stride_vb, stride_vn, stride_vd,
                     k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
                     table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
                     lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right_b,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                    HAS_TREE, IS_QUANTISED, True, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
+                    HAS_TREE, IS_QUANTISED, SAME_SLOTS, True, PRECISION,
+                    BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
                 )  # fmt: skip
-            acc, m_i, l_i, blocks = _attend(
-                acc, m_i, l_i, blocks, q, q_tail, position, slopes,
+            acc, acc_odd, m_i, l_i, blocks = _attend(
+                acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
                 k_ptr, stride_kb, stride_kn, stride_kd,
                 v_ptr, stride_vb, stride_vn, stride_vd,
                 k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
                 table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
                 full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                HAS_TREE, IS_QUANTISED, False, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
+                HAS_TREE, IS_QUANTISED, SAME_SLOTS, False, PRECISION,
+                BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
             )  # fmt: skip
             lo = full_hi
-        acc, m_i, l_i, blocks = _attend(
-            acc, m_i, l_i, blocks, q, q_tail, position, slopes,
+        acc, acc_odd, m_i, l_i, blocks = _attend(
+            acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
             k_ptr, stride_kb, stride_kn, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vd,
             k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
             table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
             lo, hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
             HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-            HAS_TREE, IS_QUANTISED, True, PRECISION, BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
+            HAS_TREE, IS_QUANTISED, SAME_SLOTS, True, PRECISION,
+            BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
         )  # fmt: skip
 
+        if PAIR == 2:
+            acc = tl.interleave(acc, acc_odd)
+        if HAS_SINKS:
+            has_sink = tl.where((b < B) & has_first, mask_m, False)
+            m_i, l_i, alpha = _with_sink(m_i, l_i, sinks_ptrs, has_sink, BLOCK_M)
+            acc *= alpha[:, None]
         out, lse = finish_softmax(m_i, l_i, acc)
         mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
         if is_whole:
@@ -452,7 +537,8 @@ def _attend_by(
     )
     slopes = None if options.alibi_slopes is None else options.alibi_slopes.expand(B, H)
     sinks = options.sinks
-    q_strides, k_strides, v_strides = q.stride(), k_cache.stride(), v_cache.stride()
+    v = _in_pairs(v_cache)
+    q_strides, k_strides, v_strides = q.stride(), k_cache.stride(), v.stride()
     ks_strides, vs_strides = (problem.strides_of(scale, 3) for scale in (k_scale, v_scale))
     table_strides, slopes_strides = block_tables.stride(), problem.strides_of(slopes, 2)
     lens_strides, cu_strides, causal_strides, sinks_strides = (
@@ -470,14 +556,14 @@ def _attend_by(
         strides=(
             q_strides, k_strides, v_strides, ks_strides, vs_strides, table_strides[1],
             lens_strides, cu_strides, causal_strides, slopes_strides, sinks_strides,
-            tree_strides[1], k_cache.dtype, out.dtype, parts.dtype,
+            tree_strides[1], k_cache.dtype, v.dtype, out.dtype, parts.dtype,
             None if sinks is None else sinks.dtype,
             is_causal is None, tree_starts is None, rows is None,
         ),
         args=(
             q, *q_strides,
             k_cache, *k_strides,
-            v_cache, *v_strides,
+            v, *v_strides,
             k_scale, *ks_strides,
             v_scale, *vs_strides,
             block_tables, *table_strides,
@@ -502,6 +588,7 @@ def _attend_by(
             "HAS_SOFTCAP": options.softcap > 0, "HAS_ALIBI": slopes is not None,
             "HAS_SINKS": sinks is not None, "HAS_TREE": tree is not None,
             "IS_QUANTISED": k_scale is not None,
+            "SAME_SLOTS": (k_strides[:2], ks_strides) == (v_cache.stride()[:2], vs_strides),
             "NEGATE_Q": options.scale < 0, "PRECISION": problem.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
             "BLOCK_DV": problem.padded(D_v),
@@ -513,6 +600,25 @@ def _attend_by(
             *(parts, parts_lse, cu_seqlens_q, rows, ends, out, lse, sizes, shape),
             plan.head_tiles,
         )
+
+
+def _in_pairs(v_cache: torch.Tensor) -> torch.Tensor:
+    """Values of one byte as pairs of neighbours, where strides and alignment allow it.
+
+    Tensor cores take the values of a column key by key, and GPUs transpose only 16 bits at a time.
+    """
+    is_even = all(
+        number % 2 == 0
+        for number in (
+            v_cache.shape[3],
+            *v_cache.stride()[:3],
+            v_cache.storage_offset(),
+            v_cache.data_ptr(),
+        )
+    )
+    is_packed = v_cache.itemsize == 1 and v_cache.stride(3) == 1
+    is_wide = problem.padded(v_cache.shape[3]) >= 2 * problem.MIN_DOT
+    return v_cache.view(torch.int16) if is_packed and is_even and is_wide else v_cache
 
 
 def _tree_layout(

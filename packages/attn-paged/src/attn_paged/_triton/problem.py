@@ -19,7 +19,7 @@ NOT_SPECIALIZED = [
     ),
 ]
 LOG2_E = 1.4426950408889634
-_MIN_DOT = 16  # what tl.dot accepts along each side
+MIN_DOT = 16  # what tl.dot accepts along each side
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -29,13 +29,13 @@ def ceil_div(a: int, b: int) -> int:
 
 def padded(size: int) -> int:
     """Width of a tile that holds `size` columns: a power of two that tl.dot accepts."""
-    return max(_MIN_DOT, 1 << (size - 1).bit_length())
+    return max(MIN_DOT, 1 << (size - 1).bit_length())
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """Widths of the one or two tiles that hold a query or key: 576 is 512 + 64, not 1024 + 0."""
     whole = padded(head_dim)
-    if head_dim in (whole, 1) or whole == _MIN_DOT:
+    if head_dim in (whole, 1) or whole == MIN_DOT:
         return whole, 0
     half = whole // 2
     tail = padded(head_dim - half)
