@@ -203,7 +203,7 @@ CASES = [
     Case(deterministic=False),
     Case(B=2, H=2, M=128, N=128, mask="none"),
     Case(masked_rows="zero", mask="front"),
-    Case(N=300, mask="padded"),
+    Case(H=2, R=5, N=300, mask="padded"),
     Case(R=1, M=70, N=40, D=64, mask="random", deterministic=False),
     Case(R=2, M=1, N=129, D=24, mask="none", deterministic=False),
 ]

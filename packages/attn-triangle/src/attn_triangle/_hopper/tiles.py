@@ -37,15 +37,20 @@ def thread_sums(x):
 
 @gluon.jit
 def tile_of(step, sizes, SHARED_BY: gl.constexpr = ROWS):
-    """Tile `step` of this CTA: batch, head, first and last row i, and number of the tile."""
+    """Tile `step` of this CTA: batch, head, first and last row i, and number of the tile.
+
+    The numbers rotate from time to time: tiles of masked keys cost nothing, and without it some
+    CTAs would meet them again and again and the others never.
+    """
     H, R, num_tiles, num_groups, total = sizes
     t = gl.program_id(0) + step * gl.num_programs(0)
     group = t // num_tiles
+    tile = (t + group // num_tiles) % num_tiles
     bh = group // num_groups
     row0 = (group - bh * num_groups) * SHARED_BY
     row1 = gl.minimum(row0 + SHARED_BY - 1, R - 1)
     b = bh // H
-    return b, bh - b * H, row0, row1, t - group * num_tiles
+    return b, bh - b * H, row0, row1, tile
 
 
 @gluon.jit
