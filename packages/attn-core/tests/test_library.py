@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
+from attn_core.errors import UnsupportedProblemError
 from attn_core.library import Operator, is_plain_eager, needs_grad
 
 calls = []
@@ -150,3 +152,28 @@ def test_needs_grad(x):
     assert not needs_grad((1, None, x.detach()))
     with torch.no_grad():
         assert not needs_grad((x,))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func.jvp
+def test_forward_mode_is_refused(x):
+    """torch would go on with tangents of zeros."""
+    x = x.detach()
+    with pytest.raises(UnsupportedProblemError, match="scaled has no forward-mode gradient"):
+        torch.func.jvp(lambda x: operator(x, 3.0), (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(UnsupportedProblemError, match="scaled has no forward-mode gradient"):
+            operator(forward_ad.make_dual(x, x), 3.0)
+        assert torch.equal(operator(x, 3.0), 3 * x)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
+def test_gradients_of_functorch_are_refused(x, transform):
+    with pytest.raises(UnsupportedProblemError, match=r"scaled has no rule for torch\.func\.grad"):
+        transform(lambda x: operator(x, 3.0).sum())(x.detach())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_runs_one_slice_after_another(x):
+    out = torch.vmap(lambda x: operator(x, 3.0))(x)
+    torch.testing.assert_close(out, 3 * x)
+    assert torch.autograd.grad(out.sum(), x)[0].eq(3.0).all()

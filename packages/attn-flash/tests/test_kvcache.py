@@ -12,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_core.testing import assert_within_budget
-from attn_flash import UnsupportedProblemError, flash_attn_with_kvcache, kvcache_ops
+from attn_flash import (
+    UnsupportedProblemError,
+    flash_attn_func,
+    flash_attn_with_kvcache,
+    kvcache_ops,
+)
 from attn_flash.kvcache_conformance import KVCACHE_CASES, KVCacheCase
+from attn_flash.layers.rotary import apply_rotary_emb
 
 CPU = torch.device("cpu")
 
@@ -270,6 +276,72 @@ def test_a_step_exports():
     args = (torch.randn(2, 1, 4, 16), *torch.randn(2, 2, 9, 2, 16).unbind(0), int32(4, 9))
     program = torch.export.export(Step(), args)
     torch.testing.assert_close(program.module()(*args), Step()(*args))
+
+
+def test_a_step_that_appends_exports():
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("k_cache", "v_cache"):
+                self.register_buffer(name, torch.zeros(2, 9, 2, 16))
+
+        def forward(self, q, k, v, seqlens):
+            return flash_attn_with_kvcache(
+                q, self.k_cache, self.v_cache, k, v, cache_seqlens=seqlens, causal=True
+            )
+
+    args = (torch.randn(2, 1, 4, 16), *torch.randn(2, 2, 1, 2, 16).unbind(0), int32(4, 0))
+    exported, step = torch.export.export(Step(), args).module(), Step()
+    torch.testing.assert_close(exported(*args), step(*args))
+    torch.testing.assert_close(dict(exported.named_buffers()), dict(step.named_buffers()))
+    assert step.k_cache[0, 4].count_nonzero() > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_reads_a_cache_and_refuses_to_write_one():
+    q, cache = torch.randn(3, 2, 1, 4, 16), torch.randn(3, 2, 9, 2, 16)
+    k = torch.randn(2, 1, 2, 16)
+
+    def read(q, cache):
+        return flash_attn_with_kvcache(q, cache, cache, cache_seqlens=5)
+
+    expected = torch.stack([read(*parts) for parts in zip(q, cache, strict=True)])
+    torch.testing.assert_close(torch.vmap(read)(q, cache), expected)
+    with pytest.raises(RuntimeError, match="not implemented for attn_flash::append_to_kvcache"):
+        torch.vmap(lambda q, c: flash_attn_with_kvcache(q, c, c, k, k, cache_seqlens=5))(q, cache)
+
+
+def test_tokens_one_after_another_are_all_at_once():
+    """A loop that generates text: a prompt, then a token at a time, as a whole sequence at once."""
+    B, S, H, H_KV, D, prompt = 2, 23, 6, 2, 32, 9
+    q, k, v = (torch.randn(B, S, heads, D) for heads in (H, H_KV, H_KV))
+    angles = torch.outer(torch.arange(64.0), 10000 ** (-torch.arange(16) / 16))
+    rotary = (angles.cos(), angles.sin())
+    options = {"causal": True, "window_size": (7, -1), "rotary_interleaved": False}
+    pages = torch.randperm(16).view(2, 8).to(torch.int32)
+    caches = torch.full((2, 16, 8, H_KV, D), torch.nan).unbind(0)
+    outs = []
+    seqlens = int32(0, 0)
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, S))]:
+        q_new, k_new, v_new = (x[:, start:stop] for x in (q, k, v))
+        outs.append(
+            flash_attn_with_kvcache(
+                q_new, *caches, k_new, v_new, *rotary, seqlens, block_table=pages, **options
+            )
+        )
+        seqlens += stop - start
+    q, k = (apply_rotary_emb(x, *rotary) for x in (q, k))
+    expected = flash_attn_func(q, k, v, causal=True, window_size=(7, -1))
+    torch.testing.assert_close(torch.cat(outs, 1), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v", "rotary_cos"])
+def test_strides_do_not_matter(name):
+    inputs = arguments()
+    expected = flash_attn_with_kvcache(**arguments())
+    inputs[name] = inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert inputs[name].stride(-1) != 1
+    torch.testing.assert_close(flash_attn_with_kvcache(**inputs), expected)
 
 
 # --- fuzz -----------------------------------------------------------------------------------------

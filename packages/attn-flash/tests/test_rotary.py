@@ -428,3 +428,25 @@ def test_tensors_that_refuse_changes_are_rotated_in_place(is_view, is_compiled):
     back = [apply_rotary_emb_torch(torch.ones_like(q), cos, -sin)] * 2
     wanted = torch.stack((*back, torch.ones_like(q)), 2)
     torch.testing.assert_close(grad[1] if is_view else grad, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_vmap_is_one_call_after_another(inplace):
+    x, (cos, sin) = torch.randn(3, 2, 5, 4, 16), tables()
+    expected = torch.stack([apply_rotary_emb(part, cos, sin) for part in x])
+    out = torch.vmap(lambda x: apply_rotary_emb(x, cos, sin, inplace=inplace))(x)
+    torch.testing.assert_close(out, expected)
+
+
+def test_rotation_exports_for_any_length():
+    class Rotation(torch.nn.Module):
+        def forward(self, x, cos, sin):
+            return apply_rotary_emb(x, cos, sin, seqlen_offsets=3)
+
+    length = torch.export.Dim("length", min=2, max=37)
+    args = (torch.randn(2, 5, 3, 16), *tables())
+    shapes = {"x": {1: length}, "cos": None, "sin": None}
+    program = torch.export.export(Rotation(), args, dynamic_shapes=shapes)
+    x = torch.randn(2, 11, 3, 16)
+    torch.testing.assert_close(program.module()(x, *args[1:]), Rotation()(x, *args[1:]))

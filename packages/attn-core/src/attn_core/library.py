@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from attn_core.errors import UnsupportedProblemError
 
 _libraries: dict[str, torch.library.Library] = {}
 # Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
@@ -48,6 +51,7 @@ class Operator:
         library.define(base + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(base, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
+        self._name = name
         self._implementation = implementation
         self._autograd = autograd
         self.overload = getattr(getattr(torch.ops, namespace), base).default
@@ -70,9 +74,18 @@ class Operator:
             return self.overload(*args)
 
     def _dispatch_autograd(self, *args: Any) -> Any:
-        if self._autograd is not None and needs_grad(args):
-            return self._autograd(*args)
-        return self.below_autograd(*args)
+        if _has_tangent(args):  # torch would go on with a tangent of zeros
+            raise UnsupportedProblemError(
+                f"{self._name} has no forward-mode gradient: differentiate it in reverse mode"
+            )
+        if self._autograd is None or not needs_grad(args):
+            return self.below_autograd(*args)
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedProblemError(
+                f"{self._name} has no rule for torch.func.grad and its relatives: differentiate it "
+                "with torch.autograd; torch.vmap around that runs"
+            )
+        return self._autograd(*args)
 
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
@@ -84,10 +97,19 @@ def needs_grad(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    """Whether a forward-mode gradient of a tensor among `args` is under way."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+        for arg in args
+    )
+
+
 def is_plain_eager(args: tuple[Any, ...]) -> bool:
     """Whether nothing watches the call: no compiler, mode, transform or tensor subclass."""
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and _PLAIN_TYPES.issuperset(map(type, args))
