@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from attn_core.device import triton_version
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_core.testing import hopper as emulator
-from attn_triangle import reference
-
-pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+from attn_triangle import _backends, reference
 
 pytestmark = [
     pytest.mark.interpret,
+    pytest.mark.skipif(
+        triton_version() != _backends._HOPPER_TRITON,
+        reason="the backend refuses this version of Triton",
+    ),
     # Weights that float16 does not hold are what `redo` is for.
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
@@ -86,6 +89,8 @@ class Case(NamedTuple):
 
 class Dtype(str):
     """A dtype that kernels ask for its size."""
+
+    __slots__ = ()
 
     @property
     def primitive_bitwidth(self):
