@@ -456,8 +456,8 @@ def _rotate_parts(
     seqlen = packed.shape[1]
     interleaved = flag("interleaved", interleaved)
     example = packed if packed.dim() == 4 else packed.select(2, 0)
-    pairs = zip(tables[::2], tables[1::2], _TABLE_NAMES, strict=False)
-    for cos, sin, names in pairs:
+    table_names = _TABLE_NAMES[: len(tables) // 2]
+    for cos, sin, names in zip(tables[::2], tables[1::2], table_names, strict=True):
         problem = rotary_checks.rotary_problem(
             example, cos, sin, interleaved, offsets, offset, None, None, name, names
         )
