@@ -48,6 +48,18 @@ def test_a_backend_s_name_is_a_string(registry):
         backends.resolve(registry.op, registry.Problem(), ["torch"])
 
 
+def test_require_asks_one_backend(registry):
+    registry.add("torch", 0)
+    registry.add("triton", 10, reason="it is tired")
+    problem = registry.Problem()
+    backends.require(registry.op, problem, "auto")
+    backends.require(registry.op, problem, "torch")
+    with pytest.raises(UnsupportedProblemError, match="triton: it is tired"):
+        backends.require(registry.op, problem, "triton")
+    with pytest.raises(BackendUnavailableError, match="got 'tensorflow'"):
+        backends.require(registry.op, problem, "tensorflow")
+
+
 def test_environment_takes_the_place_of_auto_alone(registry, monkeypatch):
     registry.add("torch", 0)
     registry.add("triton", 10)

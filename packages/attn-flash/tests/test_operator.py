@@ -230,3 +230,13 @@ def test_functional_gradients_are_refused():
     q, k, v = (x.detach() for x in make_inputs())
     with pytest.raises(UnsupportedProblemError, match="no rule for torch.func.grad"):
         torch.func.grad(lambda q: flash_attn_func(q, k, v).sum())(q)
+
+
+@pytest.mark.parametrize("backend, reason", [("triton", "it"), ("nonsense", "must be one of")])
+def test_a_named_backend_is_refused_before_the_graph_runs(backend, reason, monkeypatch):
+    monkeypatch.setattr(ops, "_implementation", lambda *args: pytest.fail("the graph ran"))
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attn_func, fullgraph=True, backend="eager")
+    q, k, v = (x.detach() for x in make_inputs())
+    with pytest.raises(Exception, match=f"backend.*{reason}"):
+        compiled(q, k, v, backend=backend)

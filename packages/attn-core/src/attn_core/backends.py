@@ -192,6 +192,35 @@ def resolve(op: str, problem: Problem, requested: str = AUTO) -> str:
     return _resolve(op, problem, requested)
 
 
+def require(op: str, problem: Problem, name: str) -> None:
+    """Check that backend `name` runs `problem`, whose sizes may be symbolic.
+
+    A graph that is traced resolves nothing; the fake of an operator calls this, so that a backend
+    that was named and cannot run it is refused before the graph is.
+
+    Parameters
+    ----------
+    op : str
+        Operator name.
+    problem : Problem
+        The operator's problem.
+    name : str
+        A backend's name, or ``"auto"``, which leaves the choice to the operator when it runs.
+
+    Raises
+    ------
+    BackendUnavailableError
+        The backend does not exist for this operator.
+    UnsupportedProblemError
+        The backend refuses the problem.
+    """
+    if name == AUTO:
+        return
+    reason = _refusal(_named(op, name), op, problem)
+    if reason is not None:
+        raise UnsupportedProblemError(f"no backend runs this {op} problem ({name}: {reason})")
+
+
 @functools.lru_cache(maxsize=4096)
 def _resolve(op: str, problem: Problem, requested: str) -> str:
     candidates = _candidates(op)
@@ -213,14 +242,18 @@ def _resolve(op: str, problem: Problem, requested: str) -> str:
 @functools.lru_cache(maxsize=None)
 def implementation(op: str, name: str) -> Callable[..., Any]:
     """The function by which backend `name` computes `op`, imported on first use."""
+    module, function = _named(op, name).ops[op].split(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _named(op: str, name: str) -> Backend:
     _load_plugins()
     backend = _backends.get((op, name))
     if backend is None:
         raise BackendUnavailableError(
             f"backend must be one of {available(op)} for {op}, got {name!r}"
         )
-    module, function = backend.ops[op].split(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    return backend
 
 
 def _candidates(op: str) -> list[Backend]:

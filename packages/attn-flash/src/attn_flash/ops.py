@@ -33,8 +33,11 @@ def _attention(
 
 
 def _attention_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    *values, backend = rest
+    problem = describe(q, k, v, Options(*values), needs_grad=False)
+    backends.require(ATTENTION, problem, backend)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(lse_shape(q), dtype=lse_dtype(q.dtype))
 
