@@ -249,6 +249,10 @@ def test_an_encoder_decoder_generates():
     assert torch.equal(*texts)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    reason="torch cannot trace the decorators of transformers 5",
+)
 def test_a_compiled_model_is_one_graph():
     model = build(gemma)
     ids = tokens()
