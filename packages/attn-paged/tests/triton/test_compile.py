@@ -10,6 +10,7 @@ import torch
 from attn_core import tuning
 from attn_core.device import DeviceInfo
 from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_core.tuning import TileConfig
 
 pytest.importorskip("triton")
 
@@ -316,6 +317,35 @@ def test_short_launches_are_cut_and_long_ones_shared(sequences, blocks, schedule
     q = empty(sequences, 64, 128, dtype=BFLOAT)
     [plan] = configs.plans(q, cache, cache, tables, False, False, AttentionOptions(scale=0.1))
     assert (plan.num_splits, plan.is_shared, plan.config.num_stages) == schedule
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(max_blocks=9999),
+        Case(max_blocks=64),
+        Case(max_blocks=9999, cache_dtype=torch.float8_e4m3fn),
+        Case(tokens=300),
+        Case(D=64, D_v=64, tokens=300),
+    ],
+    ids=str,
+)
+def test_as_many_programs_fit_as_are_counted_on(case, use_target, monkeypatch):
+    """Where fewer did, shares of the work would be taken up one after the other."""
+    use_target("sm_90")
+    kernel, recorder = record(attention._launch, monkeypatch)
+    for launcher in (worklist._launch, merge._launch):
+        record(launcher, monkeypatch)
+    attend(case)
+    compiled = compile_recorded(kernel, recorder, "sm_90")
+    size = (case.cache_dtype or case.dtype).itemsize
+    config = TileConfig(
+        recorder.constexprs["BLOCK_M"], recorder.constexprs["BLOCK_N"], *recorder.options.values()
+    )
+    choice = configs.Choice(torch.device("meta"), case.D, size)
+    per_sm = choice.slots(config, 2 * case.D * size) // 132
+    assert per_sm * 32 * config.num_warps * compiled.registers <= 1 << 16
+    assert per_sm * (compiled.shared + 1024) <= 228 << 10
 
 
 def test_a_mixed_batch_is_two_launches(use_target):

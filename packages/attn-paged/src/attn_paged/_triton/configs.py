@@ -215,7 +215,8 @@ class Choice(NamedTuple):
     def slots(self, config: TileConfig, key_bytes: int) -> int:
         """How many programs the device holds at once, going by shared memory and registers."""
         by_memory = _SHARED_BYTES // max(1, (config.num_stages - 1) * config.block_n * key_bytes)
-        warps = 12 if self.size == 1 else 16  # dequantising takes more registers
+        # Registers: tiles of many rows keep more of the output, dequantising takes some.
+        warps = 8 if config.block_m > 32 else 12 if self.size == 1 else 16
         per_sm = max(1, min(by_memory, warps // config.num_warps))
         return per_sm * max(1, device_info(self.device).num_sms)
 
