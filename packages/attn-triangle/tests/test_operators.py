@@ -13,6 +13,7 @@ from attn_core import backends
 from attn_triangle import (
     BackendUnavailableError,
     UnsupportedProblemError,
+    layout,
     ops,
     triangle_attention,
 )
@@ -126,6 +127,25 @@ def test_a_backend_sees_what_the_call_asks(device):
         q.device, torch.float16, torch.float32, 3, 2, 5, 2, 5, 4, True, "mean", False, False, False,
         0.5,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "view, expected",
+    [
+        (lambda x: x, True),
+        (lambda x: x.transpose(0, 1), True),
+        (lambda x: x[1:], True),
+        (lambda x: x[..., 8:16], True),
+        (lambda x: x[:, :1].expand(-1, 5, -1), False),
+        (lambda x: x[:, :1], True),
+        (lambda x: x[..., 1:9], False),
+        (lambda x: x[..., ::2], False),
+        (lambda x: x[..., :7].contiguous(), False),
+        (lambda x: x.transpose(1, 2), False),
+    ],
+)
+def test_what_tma_can_read(view, expected):
+    assert layout.is_aligned(view(torch.zeros(4, 6, 16, dtype=torch.float16))) == expected
 
 
 def change(**replacements):

@@ -48,7 +48,7 @@ def _hopper_refusal(problem: TriangleProblem) -> str | None:
     if not problem.is_aligned:
         return (
             "q, k and v must have a dense last dimension and all other strides, and their first "
-            "element, at multiples of 16 bytes"
+            "element, at multiples of 16 bytes; none may be expanded"
         )
     if problem.scale < _HOPPER_MIN_SCALE:
         return f"scale must be at least {_HOPPER_MIN_SCALE}, got {problem.scale}"

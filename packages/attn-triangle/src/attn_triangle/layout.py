@@ -30,14 +30,14 @@ def new_unwanted(like: torch.Tensor) -> torch.Tensor:
 def is_aligned(x: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator of a Hopper GPU can read x.
 
-    The last dimension must be dense, everything else at multiples of 16 bytes.
+    The last dimension must be dense, everything else at multiples of 16 bytes, but not at 0.
     """
     step = 16 // x.itemsize
     sizes, strides = x.shape, x.stride()
     return (
         (strides[-1] == 1 or sizes[-1] == 1)
         and x.storage_offset() % step == 0
-        and not any(strides[i] % step for i in range(x.dim() - 1) if sizes[i] != 1)
+        and all(strides[i] % step == 0 < strides[i] for i in range(x.dim() - 1) if sizes[i] != 1)
     )
 
 
