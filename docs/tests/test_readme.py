@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("docs/packages/*.md")),
+    ROOT / "packages" / "attn-flash" / "README.md",
 ]
 
 
