@@ -6,7 +6,15 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from attn_paged import OutOfBlocksError, PagedKVCache
 from attn_paged.reference import dense_attention
@@ -337,5 +345,15 @@ class CacheMachine(RuleBasedStateMachine):
                 assert torch.equal(v.flatten()[:written], -expected)
 
 
-TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+def test_more_than_a_thousand_steps_lose_nothing():
+    num_steps = 0
+
+    class CountingMachine(CacheMachine):
+        @invariant()
+        def count(self):
+            nonlocal num_steps
+            num_steps += 1
+
+    options = settings(max_examples=60, stateful_step_count=50, deadline=None)
+    run_state_machine_as_test(CountingMachine, settings=options)
+    assert num_steps > 1000

@@ -388,8 +388,9 @@ def test_quantised_caches(dtype, block_size, sizes, device):
 
 
 @BOTH
-def test_quantised_caches_of_half(sizes, device):
-    check(quantise(make(sizes, device, torch.float16), torch.float8_e4m3fn))
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_caches_of_half(dtype, sizes, device):
+    check(quantise(make(sizes, device, torch.float16), dtype))
 
 
 @BOTH

@@ -435,18 +435,23 @@ BFLOAT = torch.bfloat16  # only where Triton converts it before it computes
 
 @pytest.mark.parametrize("sink", [None, 25.0])
 @pytest.mark.parametrize(
-    "dtype, size, D_v",
-    [(FLOAT, 1.0, 40), (HALF, 1.0, 40), (BFLOAT, 1e-9, 24), (BFLOAT, 1e30, 7)],
+    "code, dtype, size, D_v",
+    [
+        (torch.float8_e4m3fn, FLOAT, 1.0, 40),
+        (torch.float8_e4m3fn, HALF, 1.0, 40),
+        (torch.float8_e4m3fn, BFLOAT, 1e-9, 24),
+        (torch.float8_e4m3fn, BFLOAT, 1e30, 7),
+        (torch.int8, HALF, 1.0, 40),
+    ],
     ids=str,
 )
-def test_float8_computes_in_float16(dtype, size, D_v, sink, monkeypatch):
+def test_quantised_caches_in_float16(code, dtype, size, D_v, sink, monkeypatch):
     """Whatever the sizes of queries, scales and sinks, and whether values lie in pairs."""
     use(monkeypatch, shares=2)
     inputs = make(SMALL._replace(D=24, D_v=D_v))
     slots = inputs.k_cache.shape[:3]
     k_cache, v_cache = (
-        (9 * x.contiguous()).nan_to_num(99).to(torch.float8_e4m3fn)
-        for x in (inputs.k_cache, inputs.v_cache)
+        (9 * x.contiguous()).nan_to_num(99).to(code) for x in (inputs.k_cache, inputs.v_cache)
     )
     assert (attention._in_pairs(v_cache).dtype == torch.int16) == (D_v % 2 == 0)
     row_sizes = torch.logspace(-4 if dtype == HALF else -9, 0, len(inputs.q))

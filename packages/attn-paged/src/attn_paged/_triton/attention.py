@@ -205,14 +205,10 @@ def _attend(
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         v_odd = v
         if IS_QUANTISED:
-            code: tl.constexpr = k_ptr.dtype.element_ty
-            # Triton has a short way from int8 to bfloat16.
-            short: tl.constexpr = tl.float16 if code.is_fp8() else tl.bfloat16
-            v_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else short
             if PAIR == 2:
-                v, v_odd = _dequantised_pairs(v, code, v_dtype)
+                v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype)
             else:
-                v = _dequantised(v, v_dtype)
+                v = _dequantised(v, q.dtype)
         p = p.to(v.dtype)
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
         if PAIR == 2:
