@@ -1,12 +1,59 @@
 """Gluon is experimental: kernels are tested on the versions of Triton that the backend takes."""
 
+from __future__ import annotations
+
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from attn_core.device import triton_version
+from attn_core.testing.hopper import emulation
 from attn_flash._hopper.support import TRITON_VERSIONS
+
+# In the order in which they import one another.
+MODULES = (
+    "primitives", "softmax", "problem", "descriptors", "launch", "schedules",
+    "forward", "forward_short", "backward_sums", "backward", "attention",
+)  # fmt: skip
+SMS = 2
 
 
 @pytest.fixture(autouse=True)
-def triton_is_known(request):
-    if request.node.get_closest_marker("compile") and triton_version() not in TRITON_VERSIONS:
+def runs_here(request):
+    is_known = triton_version() in TRITON_VERSIONS
+    if request.node.get_closest_marker("compile") and not is_known:
         pytest.skip("the backend refuses this version of Triton, see test_support.py")
+    if request.node.get_closest_marker("gpu"):
+        device = request.getfixturevalue("device")
+        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        if not is_known or not is_hopper:
+            pytest.skip("the kernels are for Hopper GPUs and the versions of Triton they know")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The modules of the backend on an emulated GPU of `SMS` multiprocessors."""
+    with emulation(*(f"attn_flash._hopper.{name}" for name in MODULES)) as modules:
+        hopper = SimpleNamespace(**dict(zip(MODULES, modules, strict=True)))
+        hopper.counter = torch.zeros(1, dtype=torch.int32)
+        monkeypatch.setattr(hopper.problem, "num_sms", lambda device: SMS)
+        monkeypatch.setattr(hopper.problem, "tile_counter", lambda device: hopper.counter)
+        for module in (hopper.forward, hopper.forward_short):
+            monkeypatch.setattr(module, "_launch", starter(module._launch._kernel, hopper))
+        yield hopper
+
+
+def starter(kernel, hopper):
+    """What does without the driver what a `launch.Launcher` does."""
+
+    def start(num_programs, rows, args, constants, maxnreg):
+        descriptors = [hopper.descriptors.rows_descriptor(*argument) for argument in rows]
+        kernel[num_programs,](*descriptors, *args, **constants, maxnreg=maxnreg)
+
+    return start
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("attn_core.testing.hopper._PATIENCE", 0.5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
-from attn_flash import reference
+from attn_flash import flash_attn_func, reference
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -158,3 +158,18 @@ def test_one_batch_element_alone(device):
     alone = gradients(case, *(x[1:2] for x in arguments), deterministic=True)
     for name, value, expected in zip(NAMES, alone, together, strict=True):
         assert torch.equal(value, expected[1:2]), name
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("D", [64, 80, 128, 192, 256])
+def test_both_passes(D, deterministic, device):
+    """The public function, forward and backward; the widest heads go backward with Triton."""
+    case = Case(2, 4, 2, 200, 330, D, CAUSAL)
+    q, k, v, dout, _ = case.tensors(device)
+    expected, *_ = exact(case, q, k, v, dout, None)
+    same_dtype, *_ = exact(case, q, k, v, dout, None, case.dtype)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_func(*leaves, causal=True, deterministic=deterministic, backend="hopper")
+    actual = torch.autograd.grad(out, leaves, dout)
+    for name, value, same, right in zip(NAMES, actual, same_dtype, expected, strict=True):
+        assert_within_budget(value, same, right, name=name)

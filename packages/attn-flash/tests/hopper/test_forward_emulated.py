@@ -6,16 +6,15 @@ and a missing arrival as an error.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
-from attn_core.testing import seed_from
-from attn_core.testing.hopper import Descriptor, Pointer, ProtocolError, emulation, round_to, run
+from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_core.testing.hopper import ProtocolError
 from attn_flash import reference
+from attn_flash.options import Options
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -23,11 +22,7 @@ pytestmark = pytest.mark.compile
 
 OPEN = (-1, -1)
 CAUSAL = (-1, 0)
-TOLERANCE = 0.02  # P is rounded to 8 bits
-MODULES = [
-    f"attn_flash._hopper.{name}"
-    for name in ("primitives", "softmax", "problem", "descriptors", "launch", "schedules")
-]
+HALF = torch.float16
 
 
 class Case(NamedTuple):
@@ -38,195 +33,152 @@ class Case(NamedTuple):
     N: int
     D: int
     window: tuple[int, int] = OPEN
-    programs: int = 2
+    dtype: torch.dtype = torch.bfloat16
     scale: float = 0.125
 
     def __str__(self):
-        window = {OPEN: "full", CAUSAL: "causal"}.get(
-            self.window, "window{}_{}".format(*self.window)
-        )
+        left, right = self.window
+        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
         sizes = "b{}-h{}-kv{}-m{}-n{}-d{}".format(*self[:6])
-        return f"{sizes}-{window}-p{self.programs}" + ("-negative" if self.scale < 0 else "")
+        sign = "-negative" if self.scale < 0 else ""
+        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}{sign}"
+
+    def tensors(self):
+        """q, k and v."""
+        queries, keys = (self.B, self.M, self.H, self.D), (self.B, self.N, self.H_KV, self.D)
+        return [
+            random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype)
+            for name, shape in {"q": queries, "k": keys, "v": keys}.items()
+        ]
 
 
-class Outputs(NamedTuple):
-    out: np.ndarray
-    lse: np.ndarray
-
-
-def inputs(case):
-    """Arrays q, k, v of (B, H, S, D) in bfloat16."""
-    generator = np.random.default_rng(seed_from(str(case)))
-    queries, keys = (case.B, case.H, case.M, case.D), (case.B, case.H_KV, case.N, case.D)
-    return [round_to(generator.standard_normal(shape), "bf16") for shape in (queries, keys, keys)]
-
-
-def check(case, q, k, v, outputs):
-    q, k, v = (torch.from_numpy(x).double().transpose(1, 2) for x in (q, k, v))
-    out, lse = reference.attention(q, k, v, case.scale, case.window)
-    assert np.abs(outputs.out - out.transpose(1, 2).numpy()).max() < TOLERANCE * out.abs().max()
-    np.testing.assert_allclose(outputs.lse, lse.numpy(), rtol=0, atol=1e-3)
-
-
-def new_outputs(q):
-    return Outputs(np.full_like(q, np.nan), np.full(q.shape[:3], np.nan, np.float32))
-
-
-@pytest.fixture
-def forward():
-    """The module of the kernel for any length, on the emulator."""
-    with emulation(*MODULES, "attn_flash._hopper.forward") as modules:
-        yield modules[-1]
-
-
-@pytest.fixture
-def short():
-    """The module of the kernel for short sequences, on the emulator."""
-    with emulation(*MODULES, "attn_flash._hopper.forward_short") as modules:
-        yield modules[-1]
-
-
-def run_forward(kernel, case, *, consumers=2, block_n=128, takes_turns=True, is_dynamic=False,
-                q_stages=2, k_stages=2, v_stages=2):  # fmt: skip
-    q, k, v = inputs(case)
-    outputs = new_outputs(q)
-    block_d = max(64, 1 << (case.D - 1).bit_length())
-    num_tiles = -(-case.M // (64 * consumers))
-    counter = np.zeros(1, np.int64)
-    left, right = case.window
-    run(
-        kernel._attention_forward_kernel,
-        range(min(case.programs, num_tiles * case.B * case.H)),
-        *(Descriptor(x, (1, 1, rows, block_d), "bf16")
-          for x, rows in ((q, 64), (k, block_n), (v, block_n), (outputs.out, 64))),
-        None, Pointer(outputs.lse), Pointer(counter),
-        M=case.M, N=case.N, H=case.H, group=case.H // case.H_KV, num_tiles=num_tiles,
-        num_heads=case.B * case.H, heads_per_group=2,
-        scale_log2=abs(case.scale) * math.log2(math.e), left=left, right=right,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, EVEN_N=case.N % block_n == 0,
-        NEGATE=case.scale < 0, DYNAMIC=is_dynamic, TAKES_TURNS=takes_turns, STAGES_OUT=True,
-        HEAD_DIM=case.D, BLOCK_M=64 * consumers, BLOCK_N=block_n, BLOCK_D=block_d,
-        Q_STAGES=q_stages, K_STAGES=k_stages, V_STAGES=v_stages,
-    )  # fmt: skip
-    assert counter[0] == 0
-    check(case, q, k, v, outputs)
-
-
-def run_short(kernel, case, q_stages=2):
-    q, k, v = inputs(case)
-    outputs = new_outputs(q)
-    run(
-        kernel._attention_forward_short_kernel,
-        range(min(case.programs, case.B * case.H)),
-        *(Descriptor(x, (1, 1, 64, 64), "bf16") for x in (q, k, v, outputs.out)),
-        Pointer(outputs.lse),
-        M=case.M, N=case.N, H=case.H, group=case.H // case.H_KV, num_heads=case.B * case.H,
-        scale_log2=abs(case.scale) * math.log2(math.e), TILES=-(-case.M // 64),
-        PIECES=kernel.pieces_of(case.N), NEGATE=case.scale < 0, BLOCK_D=64,
-        STAGES=kernel.stages_of(case.M), Q_STAGES=q_stages,
-    )  # fmt: skip
-    check(case, q, k, v, outputs)
+def check(hopper, case, schedule=None):
+    """Compute a case as `attention` does, or with a schedule of the kernel for any length."""
+    q, k, v = case.tensors()
+    same, same_lse = reference.attention(q, k, v, case.scale, case.window)
+    exact, exact_lse = reference.attention(
+        *(x.double() for x in (q, k, v)), case.scale, case.window
+    )
+    if schedule is None:
+        left, right = case.window
+        options = Options(scale=case.scale, window_left=left, window_right=right)
+        with poison_new_allocations():
+            out, lse = hopper.attention.attention(q, k, v, options)
+    else:
+        out, lse = torch.full_like(q, float("nan")), torch.full(exact_lse.shape, float("nan"))
+        hopper.forward.forward(q, k, v, out, lse, case.scale, case.window, schedule)
+    assert hopper.counter.item() == 0
+    assert_within_budget(out, same, exact, name="out")
+    assert_within_budget(lse, same_lse, exact_lse, name="lse")
 
 
 CASES = [
     Case(1, 2, 1, 256, 256, 128),
+    Case(1, 5, 5, 70, 260, 64, CAUSAL),
     Case(1, 2, 2, 200, 301, 128, CAUSAL),
-    Case(1, 2, 1, 300, 140, 64, CAUSAL, programs=3),
+    Case(2, 2, 1, 300, 140, 64, CAUSAL, HALF),
     Case(1, 2, 1, 270, 270, 64, (40, 0)),
     Case(1, 1, 1, 140, 300, 128, (30, 20)),
-    Case(1, 2, 2, 130, 1, 40, programs=1),
     Case(1, 1, 1, 150, 150, 96, CAUSAL, scale=-0.1),
+    Case(1, 2, 1, 100, 200, 192, CAUSAL),
+    Case(1, 4, 2, 130, 100, 256, (90, -1)),
+    Case(1, 2, 1, 140, 130, 256),
 ]
 
 
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case, is_dynamic, forward):
-    run_forward(forward, case, is_dynamic=is_dynamic)
+def test_schedule_of_the_problem(case, hopper):
+    check(hopper, case)
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"consumers": 3},
-        {"consumers": 3, "is_dynamic": True, "v_stages": 3},
-        {"block_n": 64, "q_stages": 1, "k_stages": 3, "takes_turns": False},
-    ],
-    ids=str,
-)
-def test_schedules(schedule, forward):
-    run_forward(forward, Case(1, 3, 1, 330, 330, 64, CAUSAL), **schedule)
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("consumers", [2, 3])
+@pytest.mark.parametrize("window", [OPEN, CAUSAL], ids=str)
+def test_every_way_to_share_tiles_out(consumers, is_dynamic, window, hopper):
+    schedule = hopper.schedules.Schedule(consumers, is_dynamic=is_dynamic)
+    check(hopper, Case(1, 2, 1, 330, 200, 64, window), schedule)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 3, 1, 197, 197, 64, programs=2),
-        Case(2, 2, 2, 257, 257, 64, programs=1),
-        Case(1, 3, 3, 64, 130, 64, programs=1),
-        Case(1, 4, 4, 65, 300, 64, programs=1),
-        Case(1, 5, 5, 30, 1, 40, programs=2),
-        Case(1, 2, 2, 130, 90, 64, programs=1, scale=-0.1),
+        Case(1, 3, 1, 197, 197, 64),
+        Case(2, 2, 2, 257, 257, 64),
+        Case(1, 4, 4, 64, 130, 64),
+        Case(1, 4, 4, 65, 300, 64, dtype=HALF),
+        Case(1, 7, 7, 30, 1, 40),
+        Case(1, 4, 2, 130, 90, 64, scale=-0.1),
     ],
     ids=str,
 )
-def test_short(case, short):
-    run_short(short, case)
+def test_short_sequences(case, hopper, monkeypatch):
+    monkeypatch.delattr(hopper.attention, "forward")
+    check(hopper, case)
 
 
-@pytest.mark.parametrize("length", range(1, 321, 3))
-def test_pieces_cover_the_keys(length, short):
-    pieces = short.pieces_of(length)
-    assert length <= sum(pieces) <= -(-length // 16) * 16 + 16
-    assert all(piece in (16, 32, 64, 128) for piece in pieces)
+def test_pieces_cover_the_keys(hopper):
+    for length in range(1, 321):
+        pieces = hopper.forward_short.pieces_of(length)
+        assert length <= sum(pieces) <= -(-length // 16) * 16 + 16
+        assert all(piece in (16, 32, 64, 128) for piece in pieces)
 
 
 # --- the emulator notices what a GPU may not ----------------------------------------------------
 
-SMALL = Case(1, 2, 1, 256, 256, 64, programs=1)
+LONG = Case(1, 2, 1, 256, 256, 128)
+SHORT = Case(1, 4, 1, 256, 256, 64)
 
 
 def forget(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda *args, **options: None)
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr("attn_core.testing.hopper._PATIENCE", 0.5)
-
-
 @pytest.mark.parametrize(
     "name", ["meet_at", "arrive_at", "meet_at_stage", "arrive_at_stage", "_absorb"]
 )
-def test_a_missing_arrival_at_a_named_barrier(name, forward, monkeypatch, impatient):
-    forget(monkeypatch, forward, name)
+def test_a_missing_arrival_at_a_named_barrier(name, hopper, monkeypatch, impatient):
+    forget(monkeypatch, hopper.forward, name)
     with pytest.raises((ProtocolError, AssertionError)):
-        run_forward(forward, SMALL)
+        check(hopper, LONG)
 
 
 @pytest.mark.parametrize("name", ["arrive", "wait"])
-@pytest.mark.parametrize("kernel", ["forward", "short"])
-def test_a_missing_arrival_or_wait_at_an_mbarrier(kernel, name, request, monkeypatch, impatient):
-    module = request.getfixturevalue(kernel)
-    forget(monkeypatch, module.mbarrier, name)
+@pytest.mark.parametrize("case", [LONG, SHORT], ids=str)
+def test_a_missing_arrival_or_wait_at_an_mbarrier(case, name, hopper, monkeypatch, impatient):
+    forget(monkeypatch, hopper.forward.mbarrier, name)
     with pytest.raises((ProtocolError, AssertionError)):
-        (run_forward if kernel == "forward" else run_short)(module, SMALL._replace(H=4))
+        check(hopper, case)
 
 
-def test_a_wrong_phase(short, monkeypatch, impatient):
-    wait = short.mbarrier.wait
-    monkeypatch.setattr(short.mbarrier, "wait", lambda barrier, phase: wait(barrier, phase ^ 1))
+def test_a_wrong_phase(hopper, monkeypatch, impatient):
+    mbarrier = hopper.forward_short.mbarrier
+    wait = mbarrier.wait
+    monkeypatch.setattr(mbarrier, "wait", lambda barrier, phase: wait(barrier, phase ^ 1))
     with pytest.raises((ProtocolError, AssertionError)):
-        run_short(short, SMALL)
+        check(hopper, SHORT)
 
 
-def test_products_that_nobody_waits_for(forward, monkeypatch):
-    monkeypatch.setattr(forward, "warpgroup_mma_wait", lambda pendings, deps: deps[0])
+def test_products_that_nobody_waits_for(hopper, monkeypatch):
+    monkeypatch.setattr(hopper.forward, "warpgroup_mma_wait", lambda pendings, deps: deps[0])
     with pytest.raises((ProtocolError, AssertionError)):
-        run_forward(forward, SMALL)
+        check(hopper, LONG)
 
 
-def test_a_store_that_nobody_waits_for(short, monkeypatch):
-    forget(monkeypatch, short.tma, "store_wait")
+def test_a_store_that_nobody_waits_for(hopper, monkeypatch):
+    forget(monkeypatch, hopper.forward.tma, "store_wait")
     with pytest.raises(ProtocolError, match="work in flight"):
-        run_short(short, SMALL)
+        check(hopper, LONG)
+
+
+def test_a_missing_fence(hopper, monkeypatch):
+    forget(monkeypatch, hopper.forward, "fence_async_shared")
+    with pytest.raises(ProtocolError, match="without a fence"):
+        check(hopper, LONG)
+
+
+def test_buffers_that_are_filled_too_early(hopper, monkeypatch):
+    """Keys of the block after next overwrite those that products are still to read."""
+    forget(monkeypatch, hopper.forward, "meet_at_stage")
+    forget(monkeypatch, hopper.forward, "arrive_at_stage")
+    with pytest.raises((ProtocolError, AssertionError)):
+        check(hopper, LONG._replace(N=1024))

@@ -1,16 +1,19 @@
 """Run Gluon kernels for Hopper on a CPU, so that errors of their protocol show without a GPU.
 
-The source of the kernels runs as it is, on stand-ins for Gluon that compute with NumPy. Each
-partition of a program is a thread; barriers count arrivals, bytes and phases as the hardware does.
-Whatever the hardware may delay is delayed: copies land late in memory that holds NaN until then,
-products read their operands and stores leave shared memory only when somebody waits for them.
-A missing wait gives wrong numbers, a missing arrival a `ProtocolError`.
+The source of the kernels runs as it is, on stand-ins for Gluon that compute with NumPy. Programs
+start in a random order, some at once; each partition of a program is a thread that now and then
+falls behind. Barriers count arrivals, bytes and phases as the hardware does. Whatever the hardware
+may delay is delayed: copies land late in memory that holds NaN until then, products read their
+operands and stores leave shared memory only when somebody waits for them, and what leaves it is in
+global memory only when somebody waits for that. A missing wait gives wrong numbers; a missing
+arrival, or a missing fence between threads and the units that copy and multiply, a `ProtocolError`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
+import importlib
 import operator
 import random
 import sys
@@ -21,36 +24,68 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 _PATIENCE = 20.0  # seconds a thread waits before it is stuck
-_LATENESS = 0.002  # seconds, at most, of a copy
+_LATENESS = 0.001  # seconds, at most, of a copy or of a thread
+_AT_ONCE = 3  # programs
 _WARP = 32
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class ProtocolError(AssertionError):
     """A thread waited in vain, or arrived where nobody expected it."""
 
 
-class _Program(threading.local):
+class _Program:
+    """What the partitions of one program share."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self.number = number
+        self.count = count
+        self.named: dict[int, list[int]] = {}  # threads at a named barrier, how often it opened
+        self.unfenced: list[tuple[str, Any]] = []  # memory, and the partition that wrote it
+
+
+class _Partition(threading.local):
     """What the threads of one partition know."""
 
-    name = "main"
-    program_id = 0
-    num_programs = 1
-    threads = 4 * _WARP
+    name = "the copy engine"
+    program: _Program
+    threads: int
     products: list[Callable[[], None]]
-    stores: list[Callable[[], None]]
+    reads: list[Callable[[], Callable[[], None]]]  # of stores, each of which returns its write
+    writes: list[Callable[[], None]]
+
+    def enter(self, program: _Program, name: str, warps: int) -> None:
+        self.program, self.name, self.threads = program, name, warps * _WARP
+        self.products, self.reads, self.writes = [], [], []
 
 
-_here = _Program()
+_here = _Partition()
 _changed = threading.Condition()
-_named: dict[int, list[int]] = {}  # threads at a named barrier, and how often it has opened
+_late_writes: list[Callable[[], None]] = []  # that only the end of the launch waits for
+_failed = threading.Event()  # a thread of this launch has raised: nobody needs to go on
+
+
+class _Abandoned(BaseException):
+    """Another thread has failed."""
+
+
+def _dawdle() -> None:
+    """Let other threads go ahead, now and then."""
+    if _failed.is_set():
+        raise _Abandoned
+    if random.random() < 0.05:
+        time.sleep(random.random() * _LATENESS)
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
+    _dawdle()
     with _changed:
-        if not _changed.wait_for(condition, _PATIENCE):
+        if not _changed.wait_for(lambda: condition() or _failed.is_set(), _PATIENCE):
             raise ProtocolError(f"{_here.name} waits in vain for {what}")
+    _dawdle()
 
 
 def _array(value: Any) -> Any:
@@ -140,9 +175,25 @@ class _Memory:
         if self.array.shape != value.array.shape:
             raise ProtocolError(f"stored {value.array.shape} into {self.array.shape}")
         self.array[...] = value.array
+        with _changed:
+            _here.program.unfenced.append((_here.name, self.array))
 
     def load(self, _layout: Any) -> _Tensor:
         return _Tensor(self.array.copy(), self.dtype)
+
+
+def _fence() -> None:
+    """Let the units that copy and multiply see what this partition wrote."""
+    program = _here.program
+    with _changed:
+        program.unfenced = [entry for entry in program.unfenced if entry[0] != _here.name]
+
+
+def _require_fenced(memory: Any) -> None:
+    with _changed:
+        for name, array in _here.program.unfenced:
+            if isinstance(memory, _Memory) and np.may_share_memory(array, memory.array):
+                raise ProtocolError(f"{_here.name} hands over what {name} wrote without a fence")
 
 
 class _Barrier:
@@ -189,11 +240,13 @@ class _Mbarrier:
 
     @staticmethod
     def expect(barrier: Any, size: int, pred: Any = True) -> None:
+        _dawdle()
         if _array(pred):
             _one(barrier).advance(1, -size)
 
     @staticmethod
     def arrive(barrier: Any, count: int = 1, pred: Any = True) -> None:
+        _dawdle()
         if _array(pred):
             _one(barrier).advance(count, 0)
 
@@ -207,12 +260,19 @@ class _Mbarrier:
 class Descriptor:
     """A tensor in global memory, as the copy engine sees it: tiles are clipped at its end."""
 
-    def __init__(self, array: Any, block_shape: Sequence[int], dtype: str) -> None:
-        size = int(np.prod(block_shape)) * (4 if dtype == "fp32" else 2)
-        self.array = array
+    def __init__(
+        self,
+        base: torch.Tensor,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        block_shape: Sequence[int],
+        layout: Any = None,
+    ) -> None:
+        self.tensor = base.as_strided(tuple(shape), tuple(strides))
         self.block_shape = list(block_shape)
-        self.dtype = dtype
-        self.layout = None
+        self.dtype = _DTYPES[base.dtype]
+        self.layout = layout
+        size = int(np.prod(block_shape)) * base.element_size()
         self.block_type = types.SimpleNamespace(nbytes=size)
 
     def pieces(self, coord: Sequence[Any]) -> tuple[Any, Any]:
@@ -222,7 +282,7 @@ class Descriptor:
             raise ProtocolError(f"a tile starts at {start}")
         sizes = [
             max(0, min(block, length - first))
-            for first, block, length in zip(start, self.block_shape, self.array.shape, strict=True)
+            for first, block, length in zip(start, self.block_shape, self.tensor.shape, strict=True)
         ]
         tensor = tuple(slice(x, x + size) for x, size in zip(start, sizes, strict=True))
         return tensor, tuple(slice(0, size) for size in sizes)
@@ -240,7 +300,7 @@ class _Tma:
 
         def land() -> None:
             tile.array[...] = 0.0
-            tile.array[target] = desc.array[source]
+            tile.array[target] = desc.tensor[source].float().numpy()
             barrier.advance(0, desc.block_type.nbytes)
 
         tile.array[...] = np.nan
@@ -248,31 +308,41 @@ class _Tma:
 
     @staticmethod
     def async_copy_shared_to_global(desc: Descriptor, coord: Any, tile: _Memory) -> None:
-        target, source = desc.pieces(coord)
-
-        def leave() -> None:
-            desc.array[target] = tile.array[source]
-
-        _here.stores.append(leave)
+        _start_store(desc, coord, tile, torch.Tensor.copy_)
 
     @staticmethod
     def store_wait(pendings: int) -> None:
-        while len(_here.stores) > pendings:
-            _here.stores.pop(0)()
+        while len(_here.reads) > pendings:
+            _here.writes.append(_here.reads.pop(0)())
 
 
 def reduce_add(desc: Descriptor, coord: Any, tile: _Memory) -> None:
     """Stand in for `primitives.reduce_add`."""
+    _start_store(desc, coord, tile, torch.Tensor.add_)
+
+
+def _start_store(desc: Descriptor, coord: Any, tile: _Memory, put: Callable[..., Any]) -> None:
+    _require_fenced(tile)
     target, source = desc.pieces(coord)
 
-    def leave() -> None:
-        with _changed:
-            desc.array[target] += tile.array[source]
+    def read() -> Callable[[], None]:
+        values = torch.from_numpy(tile.array[source].copy())
+        return lambda: put(desc.tensor[target], values.to(desc.tensor.dtype))
 
-    _here.stores.append(leave)
+    _here.reads.append(read)
+
+
+def _finish_writes() -> None:
+    """Let global memory have all that has left shared memory."""
+    with _changed:
+        for write in _here.writes:
+            write()
+        _here.writes.clear()
 
 
 def _product(a: Any, b: Any, acc: Any, use_acc: Any = True, is_async: bool = False) -> _Tensor:
+    _require_fenced(a)
+    _require_fenced(b)
     result = _Tensor(np.full(acc.array.shape, np.nan, np.float32))
 
     def compute() -> None:
@@ -286,6 +356,7 @@ def _product(a: Any, b: Any, acc: Any, use_acc: Any = True, is_async: bool = Fal
 
 
 def _await_products(pendings: int, deps: tuple[Any, ...]) -> Any:
+    _dawdle()
     while len(_here.products) > pendings:
         _here.products.pop(0)()
     return deps[0] if len(deps) == 1 else deps
@@ -294,34 +365,33 @@ def _await_products(pendings: int, deps: tuple[Any, ...]) -> Any:
 class Pointer:
     """A pointer to numbers in global memory."""
 
-    def __init__(self, array: Any, offset: Any = 0) -> None:
-        self.array = array.reshape(-1)
+    def __init__(self, flat: torch.Tensor, offset: Any = 0) -> None:
+        self.flat = flat
         self.offset = offset
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.array, self.offset + _array(offset))
+        return Pointer(self.flat, self.offset + _array(offset))
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Any:
-    if np.ndim(pointer.offset) == 0:
-        time.sleep(_LATENESS / 10)
-        return int(pointer.array[int(pointer.offset)]) if mask is None or _array(mask) else other
-    mask = np.ones(np.shape(pointer.offset), bool) if mask is None else _array(mask)
-    return _Tensor(np.where(mask, pointer.array[np.where(mask, pointer.offset, 0)], other))
+    _dawdle()
+    is_read = mask is None or bool(_array(mask))
+    return int(pointer.flat[int(pointer.offset)]) if is_read else other
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     if np.ndim(pointer.offset) == 0:
-        pointer.array[int(pointer.offset)] = value
+        pointer.flat[int(pointer.offset)] = value
         return
-    mask = np.ones(np.shape(pointer.offset), bool) if mask is None else _array(mask)
-    pointer.array[pointer.offset[mask]] = _array(value)[mask]
+    mask = np.broadcast_to(_array(mask), pointer.offset.shape)
+    values = torch.from_numpy(np.ascontiguousarray(_array(value)[mask]))
+    pointer.flat[torch.from_numpy(pointer.offset[mask])] = values.to(pointer.flat.dtype)
 
 
 def _atomic_add(pointer: Pointer, value: int, sem: str | None = None) -> int:
     with _changed:
-        before = int(pointer.array[int(pointer.offset)])
-        pointer.array[int(pointer.offset)] += value
+        before = int(pointer.flat[int(pointer.offset)])
+        pointer.flat[int(pointer.offset)] += value
         return before
 
 
@@ -331,7 +401,8 @@ def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> 
         with np.errstate(over="ignore"):
             return _Tensor(np.exp2(args[0].array.astype(np.float32)))
     if instruction[0] == "cp.async.bulk.wait_group":
-        return _Tma.store_wait(int(instruction[1]))
+        _Tma.store_wait(int(instruction[1]))
+        return _finish_writes()
     if instruction[0].startswith("bar."):
         barrier, threads = instruction[1].rstrip(","), instruction[2]
         number = _array(args[0]) if barrier == "$1" else barrier
@@ -342,8 +413,9 @@ def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> 
 
 
 def _at_named_barrier(stay: bool, barrier: int, threads: int) -> None:
+    _dawdle()
     with _changed:
-        state = _named.setdefault(barrier, [0, 0])
+        state = _here.program.named.setdefault(barrier, [0, 0])
         opened = state[1]
         state[0] += _here.threads
         if state[0] > threads:
@@ -361,37 +433,45 @@ def _warp_specialize(
     warps: Sequence[int],
     registers: Sequence[int],
 ) -> None:
+    program = _here.program
+
+    def work(function: Any, args: tuple[Any, ...], count: int) -> None:
+        _here.enter(program, function.__name__, count)
+        function(*args)
+        if _here.products or _here.reads:
+            raise ProtocolError(f"{_here.name} ends with work in flight")
+        _late_writes.extend(_here.writes)
+
+    _run_at_once(
+        [
+            functools.partial(work, *partition, count)
+            for partition, count in zip(partitions, (4, *warps), strict=True)
+        ]
+    )
+    if any(state[0] for state in program.named.values()):
+        raise ProtocolError(f"named barriers are left half full: {program.named}")
+
+
+def _run_at_once(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run each job in a thread of its own; raise what one of them raised."""
     errors: list[BaseException] = []
-    program_id, num_programs = _here.program_id, _here.num_programs
 
-    def run(function: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
-        _here.program_id, _here.num_programs = program_id, num_programs
-        _here.threads = count * _WARP
-        _here.name = function.__name__
-        _here.products, _here.stores = [], []
+    def run(job: Callable[[], None]) -> None:
         try:
-            function(*args)
-            _require_nothing_in_flight()
-        except BaseException as error:  # raised again where the kernel was started
-            errors.append(error)
+            job()
+        except BaseException as error:
+            with _changed:
+                _failed.set()
+                _changed.notify_all()
+                errors.append(error)
 
-    threads = [
-        threading.Thread(target=run, args=(*partition, count), daemon=True)
-        for partition, count in zip(partitions, (4, *warps), strict=True)
-    ]
+    threads = [threading.Thread(target=run, args=(job,), daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
-        raise errors[0]
-    if any(state[0] for state in _named.values()):
-        raise ProtocolError(f"named barriers are left half full: {_named}")
-
-
-def _require_nothing_in_flight() -> None:
-    if _here.products or _here.stores:
-        raise ProtocolError(f"{_here.name} ends with work in flight")
+        raise next((x for x in errors if not isinstance(x, _Abandoned)), errors[0])
 
 
 def _allocate(dtype: str, shape: Sequence[int], layout: Any) -> _Memory | _Barriers:
@@ -424,10 +504,20 @@ def _log2(x: _Tensor) -> _Tensor:
         return _Tensor(np.log2(x.array))
 
 
+class _Constant(int):
+    """A number that the host asks for its value."""
+
+    value = property(int)
+
+
+def _constexpr(value: Any) -> Any:
+    return _Constant(value) if type(value) is int else value
+
+
 def _language() -> types.ModuleType:
     gl = types.ModuleType("language")
     gl.__dict__.update(
-        constexpr=type("constexpr", (), {"__new__": lambda cls, value: value}),
+        constexpr=_constexpr,
         tensor=_Tensor,
         tuple=tuple,
         shared_memory_descriptor=_Memory,
@@ -450,8 +540,8 @@ def _language() -> types.ModuleType:
         fma=lambda a, b, c: a * b + c,
         cast=lambda x, dtype: x,
         to_tensor=lambda x: x,
-        program_id=lambda axis: _here.program_id,
-        num_programs=lambda axis: _here.num_programs,
+        program_id=lambda axis: _here.program.number,
+        num_programs=lambda axis: _here.program.count,
         load=_load, store=_store, atomic_add=_atomic_add,
         inline_asm_elementwise=_inline_asm,
         thread_barrier=lambda: None,
@@ -465,8 +555,54 @@ def _language() -> types.ModuleType:
     return gl
 
 
-def _plain(function: Any = None, **_: Any) -> Any:
-    return function if function is not None else (lambda f: f)
+def _plain(function: Any) -> Any:
+    return function
+
+
+class _Kernel:
+    """A function of ``gluon.jit``: other ones call it, the host starts it on a grid."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._function(*args, **options)
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        return functools.partial(_launch, self._function, grid[0])
+
+
+def _jit(function: Any = None, **_: Any) -> Any:
+    return _Kernel if function is None else _Kernel(function)
+
+
+def _launch(
+    function: Callable[..., None],
+    count: int,
+    *args: Any,
+    num_warps: int = 4,
+    maxnreg: int | None = None,
+    **constants: Any,
+) -> None:
+    """Run `count` programs in a random order, some at once."""
+    values = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in args]
+    waiting = random.sample(range(count), count)
+
+    def work() -> None:
+        while waiting:
+            with _changed:
+                number = waiting.pop() if waiting else None
+            if number is not None:
+                _here.enter(_Program(number, count), "main", num_warps)
+                function(*values, **constants)
+
+    _failed.clear()
+    _late_writes.clear()
+    _run_at_once([work] * min(count, _AT_ONCE))
+    random.shuffle(_late_writes)
+    for write in _late_writes:
+        write()
 
 
 def _stand_ins() -> dict[str, types.ModuleType]:
@@ -484,13 +620,13 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     )
     gluon = "triton.experimental.gluon"
     return {
-        gluon: module(gluon, jit=_plain, constexpr_function=_plain, language=gl),
+        gluon: module(gluon, jit=_jit, constexpr_function=_plain, language=gl),
         f"{gluon}.language": gl,
         f"{gluon}.language.nvidia.hopper": module(
             "hopper",
             tma=tma,
             mbarrier=_Mbarrier,
-            fence_async_shared=lambda: None,
+            fence_async_shared=_fence,
             warpgroup_mma=_product,
             warpgroup_mma_wait=_await_products,
         ),
@@ -502,8 +638,24 @@ def _stand_ins() -> dict[str, types.ModuleType]:
 def emulation(*modules: str) -> Iterator[list[types.ModuleType]]:
     """Import modules of kernels anew, in this order, on the stand-ins.
 
-    Within the context their functions are plain Python; `run` starts a kernel. A module that other
-    ones import comes before them.
+    Within the context their kernels run on tensors on the CPU, started as on a GPU. A module that
+    other ones import comes before them.
+
+    Parameters
+    ----------
+    *modules : str
+        Names to import.
+
+    Yields
+    ------
+    list of module
+        The modules.
+
+    Raises
+    ------
+    ProtocolError
+        When a kernel runs: a thread waits in vain, arrives where a barrier is complete, hands over
+        memory without a fence, or ends with work in flight.
     """
     import triton.experimental.gluon.language.nvidia.hopper  # noqa: F401 - before it is hidden
     from triton.language import core
@@ -542,27 +694,3 @@ def _import(name: str) -> types.ModuleType:
     if hasattr(module, "reduce_add"):
         module.reduce_add = reduce_add  # type: ignore[attr-defined]
     return module
-
-
-def run(kernel: Callable[..., None], programs: Sequence[int], *args: Any, **options: Any) -> None:
-    """Run the programs of a kernel one after another, in the order given.
-
-    Parameters
-    ----------
-    kernel : callable
-        From a module imported by `emulation`.
-    programs : sequence of int
-        Program ids.
-    *args, **options
-        What the kernel takes; tensors as `Descriptor` or `Pointer`.
-
-    Raises
-    ------
-    ProtocolError
-        A thread waits in vain, arrives where a barrier is complete, or ends with work in flight.
-    """
-    for program in programs:
-        _named.clear()
-        _here.program_id, _here.num_programs = program, len(programs)
-        _here.products, _here.stores = [], []
-        kernel(*args, **options)
