@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from attn_paged import OutOfBlocksError, PagedKVCache
+from attn_paged import OutOfBlocksError, PagedKVCache, paged_attention
 from attn_paged.reference import dense_attention
 
 
@@ -159,6 +159,49 @@ def test_defragment_keeps_what_tables_point_at():
     assert set(cache.block_table(sequences[2]) + cache.block_table(sequences[3])) == set(range(4))
     torch.testing.assert_close(read(cache, sequences[2])[0], k[12:18])
     torch.testing.assert_close(read(cache, sequences[3])[0], k[18:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_blocks_take_their_scales_along(dtype):
+    cache = make_cache(dtype=dtype, num_layers=2, num_host_blocks=4)
+    first, sequence = cache.allocate(4), cache.allocate(7)
+    fill(cache, [first])
+    batch, q = cache.batch([sequence]), torch.randn(7, 4, 8)
+    k, v = fill(cache, [sequence])
+    expected = [cache.attend(layer, q, batch) for layer in range(2)]
+    for layer, out in enumerate(expected):
+        exact, _ = dense_attention(q, k + layer, v - layer, None, None, 8**-0.5, (-1, 0), 0.0)
+        torch.testing.assert_close(out, exact, atol=0.2, rtol=0.1)
+    cache.swap_out(sequence)
+    fill(cache, [cache.allocate(8)])
+    cache.swap_in(sequence)
+    cache.free(first)
+    cache.defragment()
+    child = cache.fork(sequence)
+    cache.append(sequence, 1)
+    fill(cache, [sequence])
+    moved = cache.block_table(child)
+    for layer, out in enumerate(expected):
+        k_scale, v_scale = cache.scales(layer)
+        again = paged_attention(
+            q,
+            *cache.layer(layer),
+            torch.tensor([moved], dtype=torch.int32),
+            torch.tensor([7], dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, 7], dtype=torch.int32),
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        assert torch.equal(again, out)
+        k_cache, _ = cache.layer(layer)
+        own, shared = cache.block_table(sequence)[-1], moved[-1]
+        assert own != shared
+        assert torch.equal(k_cache[own, :3].float(), k_cache[shared, :3].float())
+        assert torch.equal(k_scale[own, :3], k_scale[shared, :3])
+
+
+def test_a_cache_that_is_not_quantised_has_no_scales():
+    assert make_cache().scales(0) == (None, None)
 
 
 @pytest.mark.parametrize("change", ["swap", "defragment", "copy"])

@@ -14,6 +14,7 @@ from attn_core import backends
 from attn_core.checks import require_range
 from attn_paged.api import append_to_cache, paged_attention
 from attn_paged.manager import BlockManager, Moves
+from attn_paged.options import QUANTISED_DTYPES
 
 _NO_BLOCK = -1  # table entry past the end of a sequence
 
@@ -71,7 +72,8 @@ class PagedKVCache:
     num_layers : int, default 1
         Layers of the model; a block holds its tokens for all of them.
     dtype : dtype, default torch.get_default_dtype()
-        float16, bfloat16, float32 or float64.
+        float16, bfloat16, float32 or float64; or float8_e4m3fn or int8, with a scale for each token
+        and head.
     device : device, default "cpu"
         Where the cache is.
     num_host_blocks : int, default 0
@@ -132,15 +134,18 @@ class PagedKVCache:
         # Each layer has memory of its own: a compiled model may then take the caches as inputs,
         # while PyTorch 2.13 mixes up inputs that share memory and are written to.
         dims = (head_dim, head_dim if head_dim_v is None else head_dim_v) * num_layers
-        shape = (block_size, heads_kv)
+        slots = (block_size, heads_kv)
+        kinds: list[tuple[tuple[int, ...], torch.dtype | None]]
+        kinds = [((*slots, dim), dtype) for dim in dims]
+        if dtype in QUANTISED_DTYPES:
+            kinds += [(slots, torch.float32)] * len(dims)
         self._storage = [
-            torch.empty((num_blocks, *shape, dim), dtype=dtype, device=device) for dim in dims
+            torch.empty((num_blocks, *shape), dtype=kind, device=device) for shape, kind in kinds
         ]
+        is_pinned = device.type == "cuda"
         self._host_storage = [
-            torch.empty(
-                (num_host_blocks, *shape, dim), dtype=dtype, pin_memory=device.type == "cuda"
-            )
-            for dim in dims
+            torch.empty((num_host_blocks, *shape), dtype=kind, pin_memory=is_pinned)
+            for shape, kind in kinds
         ]
 
     @property
@@ -190,6 +195,25 @@ class PagedKVCache:
         """
         require_range("layer", index, 0, self.num_layers - 1)
         return self._storage[2 * index], self._storage[2 * index + 1]
+
+    def scales(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The scales of one layer of a quantised cache, as `paged_attention` takes them.
+
+        Parameters
+        ----------
+        index : int
+            Layer, from 0.
+
+        Returns
+        -------
+        k_scale, v_scale : Tensor, shape (num_blocks, block_size, H_KV), float32, or None
+            The scales themselves, to read and to write; None where the cache is not quantised.
+        """
+        require_range("layer", index, 0, self.num_layers - 1)
+        if len(self._storage) == 2 * self.num_layers:
+            return None, None
+        first = 2 * (self.num_layers + index)
+        return self._storage[first], self._storage[first + 1]
 
     def length(self, sequence: int) -> int:
         """Tokens that have slots."""
@@ -373,7 +397,13 @@ class PagedKVCache:
         with self._manager.lock:
             self._require_current(batch)
             k_cache, v_cache = self.layer(layer)
-            append_to_cache(k, v, k_cache, v_cache, batch.slot_mapping, backend=self.backend)
+            k_scale, v_scale = self.scales(layer)
+            append_to_cache(
+                *(k, v, k_cache, v_cache, batch.slot_mapping),
+                k_scale=k_scale,
+                v_scale=v_scale,
+                backend=self.backend,
+            )
             batch._unwritten_layers.discard(layer)
             if not batch._unwritten_layers:
                 self.commit(batch)
@@ -415,12 +445,15 @@ class PagedKVCache:
         """
         with self._manager.lock:
             self._require_current(batch)
+            k_scale, v_scale = self.scales(layer)
             return paged_attention(
                 q,
                 *self.layer(layer),
                 batch.block_tables,
                 batch.context_lens,
                 cu_seqlens_q=batch.cu_seqlens_q,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 **{"backend": self.backend, **options},
             )
 
@@ -448,7 +481,9 @@ class PagedKVCache:
             return
         sources, targets = self._tensor(moves, torch.int64).unbind(1)
         for storage in self._storage:
-            storage[targets] = storage[sources]
+            # Indexing of float8 is not everywhere.
+            rows = storage.view(torch.uint8) if storage.itemsize == 1 else storage
+            rows[targets] = rows[sources]
 
 
 def _padded(tables: Sequence[tuple[int, ...]]) -> list[list[int]]:
