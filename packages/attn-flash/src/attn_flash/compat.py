@@ -28,7 +28,7 @@ import torch
 
 import attn_flash
 from attn_core import backends
-from attn_flash import below_autograd, bert_padding, rotary_checks, rotary_ops
+from attn_flash import below_autograd, bert_padding, flash_attn_3, rotary_checks, rotary_ops
 from attn_flash.layers import rotary
 
 __all__ = ["VERSION", "install_as_flash_attn", "is_installed", "uninstall_as_flash_attn"]
@@ -75,7 +75,10 @@ _displaced: dict[str, ModuleType | None] = {}
 
 
 def install_as_flash_attn(*, replace: bool = False) -> None:
-    """Let ``import flash_attn`` find this package, and ``import flash_attn_triton`` too.
+    """Let ``import flash_attn`` find this package.
+
+    ``import flash_attn_interface``, FlashAttention-3's, finds it too, and so does
+    ``import flash_attn_triton``.
 
     Parameters
     ----------
@@ -85,7 +88,7 @@ def install_as_flash_attn(*, replace: bool = False) -> None:
     Raises
     ------
     ImportError
-        flash-attn or flash-attn-triton is installed, and `replace` is False.
+        flash-attn, flash-attn-3 or flash-attn-triton is installed, and `replace` is False.
 
     Examples
     --------
@@ -212,6 +215,7 @@ def _modules() -> dict[str, ModuleType]:
             "apply_rotary": _apply_rotary,
             "__getattr__": _rotary_kernel,
         },
+        "flash_attn_interface": _exports(flash_attn_3, {}),
         "flash_attn_triton": top,
         "flash_attn_triton.flash_attn_interface": interface,
     }
