@@ -247,7 +247,7 @@ def test_pipelines_are_kept_on_disk(problem, monkeypatch, tmp_path):
     context.close()
     (file,) = tmp_path.iterdir()  # and no temporary one
     assert file.name.startswith(f"vulkan-{context.device.uuid}")
-    assert file.stat().st_size >= 32  # a header, and what the driver cares to keep
+    assert file.stat().st_size  # a header, and what the driver cares to keep
     file.write_bytes(b"not a cache" * 10)
     context = open_context()
     assert np.isfinite(attn_vulkan.attention(*problem)).all()

@@ -111,18 +111,26 @@ int read_int(uint64_t address, uint index) {
     return Int(address + uint64_t(index) * 4).value;
 }
 
+// Where to read an array that may be absent. A compiler may read ahead of the condition that it is
+// there, as Mesa 26 does, and on a CPU address 0 is a fault.
+uint64_t readable(uint64_t array, uint index) {
+    return array != 0 ? array + uint64_t(index) * 4 : uint64_t(p);
+}
+
+uint int_or(uint64_t array, uint index, uint otherwise) {
+    uint value = Int(readable(array, index)).value;
+    return array != 0 ? value : otherwise;
+}
+
+float float_or(uint64_t array, uint index, float otherwise) {
+    float value = Float(readable(array, index)).value;
+    return array != 0 ? value : otherwise;
+}
+
 Sequence sequence(uint batch) {
-    Sequence s = Sequence(batch, p.len_q, p.len_k, 0, 0);
-    if (p.cu_q != 0) {
-        s.row_q = read_int(p.cu_q, batch);
-        s.len_q = read_int(p.cu_q, batch + 1) - s.row_q;
-    }
-    if (p.cu_k != 0) {
-        s.row_k = read_int(p.cu_k, batch);
-        s.len_k = read_int(p.cu_k, batch + 1) - s.row_k;
-    }
-    if (p.lens_k != 0)
-        s.len_k = read_int(p.lens_k, batch);
+    Sequence s = Sequence(batch, 0, 0, int_or(p.cu_q, batch, 0), int_or(p.cu_k, batch, 0));
+    s.len_q = int_or(p.cu_q, batch + 1, p.len_q) - s.row_q;
+    s.len_k = int_or(p.lens_k, batch, int_or(p.cu_k, batch + 1, p.len_k) - s.row_k);
     return s;
 }
 

@@ -12,7 +12,7 @@ void main() {
         return;
     uint64_t row = (uint64_t(s.batch) * p.heads + head) * p.len_q + i;
     uint64_t rows = uint64_t(p.batches) * p.heads * p.len_q;
-    float sink = p.sinks != 0 ? read_float(p.sinks + head * 4) : LOWEST;
+    float sink = float_or(p.sinks, head, LOWEST);
     float top = sink;
     for (uint split = 0; split < p.splits; ++split)
         top = max(top, read_float(p.part_lse + (split * rows + row) * 4));

@@ -153,7 +153,7 @@ void main() {
             continue;
         float keep = 1.0;
         if (!SPLIT && p.sinks != 0) {
-            float sink = read_float(p.sinks + head * 4) * LOG2_E;
+            float sink = float_or(p.sinks, head, LOWEST) * LOG2_E;
             float top = max(m[r], sink);
             keep = exp2(m[r] - top);
             l[r] = l[r] * keep + exp2(sink - top);

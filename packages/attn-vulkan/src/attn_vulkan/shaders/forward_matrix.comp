@@ -129,7 +129,7 @@ void main() {
         uint row = my_row0 + lane_row(h * 4), i = row / PACK, head = head0 + row % PACK;
         float sum = row_sum(l[h]), top = m[h] > LOWEST ? m[h] * to_base_2 : LOWEST, keep = 1.0;
         if (!SPLIT && p.sinks != 0 && row < rows) {
-            float sink = read_float(p.sinks + head * 4) * LOG2_E;
+            float sink = float_or(p.sinks, head, LOWEST) * LOG2_E;
             float above = max(top, sink);
             keep = exp2(top - above);
             sum = sum * keep + exp2(sink - above);

@@ -72,7 +72,7 @@ float transform(const in uint r, const in uint c, const in float score, const in
 float finish(const in uint r, const in uint c, const in float total, const in float top, const in Sequence s, const in uint head, const in uint row0, const in float factor) {
     float x = top > LOWEST ? top * factor : LOWEST, l = total, keep = 1.0;
     if (p.sinks != 0) {
-        float sink = read_float(p.sinks + head * 4) * LOG2_E;
+        float sink = float_or(p.sinks, head, LOWEST) * LOG2_E;
         float above = max(x, sink);
         keep = exp2(x - above);
         l = l * keep + exp2(sink - above);
