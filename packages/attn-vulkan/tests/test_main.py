@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from attn_vulkan import selftest
 from attn_vulkan.__main__ import main
 
 
@@ -33,3 +36,16 @@ def test_no_device_as_json(use_loader, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["devices"] == []
     assert answer["reason"].startswith("no Vulkan device")
+
+
+@pytest.mark.vulkan
+@pytest.mark.usefixtures("real_device")
+def test_self_test_and_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "_TIMED_LENGTH", {})
+    monkeypatch.setattr(selftest, "_LONG", 16)
+    monkeypatch.setattr(selftest, "_TIMED_DIMS", (64,))
+    assert main(["--self-test", "--benchmark"]) == 0
+    text = capsys.readouterr().out
+    assert "0: float32, causal=True: ok, largest error" in text
+    for name in ("forward", "backward"):
+        assert f"0: {name} float32 n 16 d 64 scalar:" in text

@@ -95,14 +95,14 @@ def _table(found: list[Device]) -> Table:
 def _self_test(device: Device) -> int:
     failures = 0
     for outcome in selftest.check(device):
-        print(f"{device.index}: {outcome}")
+        print(f"{device.index}: {outcome}", flush=True)
         failures += not outcome.passed
     return failures
 
 
 def _benchmark(device: Device) -> None:
     for line in selftest.benchmark(device):
-        print(f"{device.index}: {line}")
+        print(f"{device.index}: {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -92,14 +92,25 @@ def backward(context: Context, problem: Problem, arrays: Arrays, softmax_scale: 
     _run(record_backward, context, problem, arrays, softmax_scale)
 
 
+def runnable(context: Context, problem: Problem, fits: Callable[[str, Problem], bool]) -> list[str]:
+    """Variants that compute a problem here, the fastest first."""
+    return [
+        name
+        for name in variants.available(context.device, problem.dtype)
+        if fits(name, problem) and context.trusts(name, problem.dtype)
+    ]
+
+
 def record_forward(
-    context: Context, commands: Commands, problem: Problem, tensors: Tensors, softmax_scale: float
+    context: Context,
+    commands: Commands,
+    problem: Problem,
+    tensors: Tensors,
+    softmax_scale: float,
+    variant: str | None = None,
 ) -> Plan:
-    """Record the forward pass on tensors of the device."""
-    variant = variants.choose(
-        variants.available(context.device, problem.dtype),
-        lambda name: context.trusts(name, problem.dtype) and variants.fits_forward(name, problem),
-    )
+    """Record the forward pass on tensors of the device, by default with the fastest variant."""
+    variant = variant or variants.choose(runnable(context, problem, variants.fits_forward))
     plan = variants.forward(context.device, variant, problem, softmax_scale)
     block = parameters(problem, tensors, softmax_scale)
     if plan.splits > 1:
@@ -114,13 +125,15 @@ def record_forward(
 
 
 def record_backward(
-    context: Context, commands: Commands, problem: Problem, tensors: Tensors, softmax_scale: float
+    context: Context,
+    commands: Commands,
+    problem: Problem,
+    tensors: Tensors,
+    softmax_scale: float,
+    variant: str | None = None,
 ) -> tuple[Plan, Plan]:
-    """Record the backward pass on tensors of the device."""
-    variant = variants.choose(
-        variants.available(context.device, problem.dtype),
-        lambda name: context.trusts(name, problem.dtype) and variants.fits_backward(name, problem),
-    )
+    """Record the backward pass on tensors of the device, by default with the fastest variant."""
+    variant = variant or variants.choose(runnable(context, problem, variants.fits_backward))
     plans = variants.backward(context.device, variant, problem)
     block = parameters(problem, tensors, softmax_scale)
     has_dlse = tensors.delta is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ _SIZES = (2, 33, 65, 4, 2, 40)  # B M N H H_KV D
 # Long enough to fill a GPU; a CPU would take minutes.
 _TIMED_LENGTH = {"cpu": 256}
 _LONG = 4096
-_REPEATS = 5
+_TIMED_DIMS = (128, 64)
+_REPEATS = 8
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,35 @@ def check(device: Device) -> Iterator[Outcome]:
 
 
 def benchmark(device: Device) -> Iterator[str]:
-    """Time the forward and backward pass of one problem in each dtype."""
+    """Time the forward and backward pass of a problem with each variant, 16-bit dtypes first."""
     context = open_context(device.index)
     length = _TIMED_LENGTH.get(device.type, _LONG)
-    for dtype in ITEM_BYTES:
+    for dtype, dim in itertools.product(
+        sorted(ITEM_BYTES, key=ITEM_BYTES.__getitem__), _TIMED_DIMS
+    ):
         if variants.refusal(context.device, dtype):
             continue
-        for dim in (64, 128):
-            problem = Problem(dtype, 1, length, length, 16, 16, dim, dim, is_aligned=True)
-            seconds = time_passes(context, problem)
-            products = 4 * problem.heads * length**2 * dim * 1e-12
-            rates = [
-                f"{name} {products * work / seconds[name]:.3g} TFLOP/s" for name, work in _WORK
-            ]
-            yield f"{dtype} n {length} d {dim}: {', '.join(rates)}"
+        problem = Problem(dtype, 1, length, length, 16, 16, dim, dim, is_aligned=True)
+        products = 4 * problem.heads * length**2 * dim * 1e-12
+        for name, (record, fits, work) in _PASSES.items():
+            for variant in launch.runnable(context, problem, fits):
+                seconds = time_pass(context, problem, functools.partial(record, variant=variant))
+                rate = f"{products * work / seconds:.3g} TFLOP/s"
+                yield f"{name} {dtype} n {length} d {dim} {variant}: {rate}"
 
 
-_WORK = (("forward", 1.0), ("backward", 2.5))
+_PASSES: dict[str, Any] = {
+    "forward": (launch.record_forward, variants.fits_forward, 1.0),
+    "backward": (launch.record_backward, variants.fits_backward, 2.5),
+}
 
 
-def time_passes(context: Context, problem: Problem) -> dict[str, float]:
-    """Seconds of the forward and backward pass by the device's own clock, on zeros."""
+def time_pass(context: Context, problem: Problem, record: Callable[..., Any]) -> float:
+    """Seconds of one pass by the device's own clock, on memory as it is found."""
     itemsize = ITEM_BYTES[problem.dtype]
     heads, dim = problem.heads, problem.head_dim
     size = problem.batches * max(problem.len_q, problem.len_k) * heads * dim * itemsize
     strides = (problem.len_q * heads * dim, heads * dim, dim, 1)
-    seconds: dict[str, float] = {}
     times: list[float] = []
     with context.commands() as commands:
         names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
@@ -97,18 +102,13 @@ def time_passes(context: Context, problem: Problem) -> dict[str, float]:
         }
         lse = commands.keep(context.memory.allocate(size))
         fields["lse"] = View(lse.address, (heads * problem.len_q, 1, problem.len_q, 0))
-        for _ in range(1 + 2 * _REPEATS):
-            commands.timestamp()
-            launch.record_forward(context, commands, problem, Tensors(**fields), dim**-0.5)
         commands.timestamp()
         for _ in range(_REPEATS):
-            launch.record_backward(context, commands, problem, Tensors(**fields), dim**-0.5)
+            record(context, commands, problem, Tensors(**fields), dim**-0.5)
             commands.timestamp()
         commands.then(lambda: times.extend(commands.seconds()))
     steps = [end - start for start, end in itertools.pairwise(times)]
-    seconds["forward"] = sorted(steps[1 : 1 + 2 * _REPEATS])[_REPEATS]
-    seconds["backward"] = sorted(steps[1 + 2 * _REPEATS :])[_REPEATS // 2]
-    return seconds
+    return sorted(steps[1:])[len(steps) // 2]
 
 
 def _reference(q: Any, k: Any, v: Any, dout: Any, *, causal: bool) -> tuple[Any, ...]:

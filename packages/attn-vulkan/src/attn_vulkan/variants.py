@@ -83,7 +83,7 @@ _BACKWARD_MATRIX_TILES = {
     64: (MatrixTile(128, 64), MatrixTile(128, 64)),
     128: (MatrixTile(128, 32), MatrixTile(128, 32)),
 }
-_MATRIX2_TILES = {64: Matrix2Tile(128, 64, 64), 128: Matrix2Tile(256, 128, 64)}
+_MATRIX2_TILES = {64: Matrix2Tile(256, 128, 64), 128: Matrix2Tile(256, 128, 32)}
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,14 @@ def available(device: Device, dtype: str) -> list[str]:
     return [name for name in VARIANTS if runs[name]]
 
 
-def choose(runnable: Sequence[str], usable: Callable[[str], bool]) -> str:
-    """Return the first variant that is `usable`, or the one that ``ATTN_VULKAN_VARIANT`` names.
+def choose(allowed: Sequence[str]) -> str:
+    """Return the first of the `allowed` variants, or the one that ``ATTN_VULKAN_VARIANT`` names.
 
     Raises
     ------
     ValueError
         The variable names a variant that the device or the problem does not allow.
     """
-    allowed = [name for name in runnable if usable(name)]
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return allowed[0]
