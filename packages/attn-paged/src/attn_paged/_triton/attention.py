@@ -42,7 +42,7 @@ def _block_ids(
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= first) & (offs_n < stop)
-    entries = offs_n.to(tl.uint32) // BLOCK_SIZE  # unsigned: one shift where it is a power of two
+    entries = offs_n.to(tl.uint32) // BLOCK_SIZE
     return tl.load(table_ptr + entries.to(tl.int64) * stride_tn, mask=mask_n, other=0)
 
 
@@ -152,6 +152,7 @@ def _attend(
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= first) & (offs_n < stop)
+        # Never negative: unsigned, they are divided and widened in fewer instructions.
         slots = (offs_n.to(tl.uint32) % BLOCK_SIZE).to(tl.int64)
         far_blocks = blocks.to(tl.uint32).to(tl.int64)
         k_offsets = far_blocks * stride_kb + slots * stride_kn
@@ -203,13 +204,11 @@ def _attend(
             m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
-        v_odd = v
-        if IS_QUANTISED:
-            if PAIR == 2:
-                v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype)
-            else:
-                v = _dequantised(v, q.dtype)
-        p = p.to(v.dtype)
+        p = p.to(q.dtype)
+        if PAIR == 2:
+            v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype)
+        else:
+            v = _dequantised(v, q.dtype)
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
         if PAIR == 2:
             acc_odd = tl.dot(p, v_odd, acc_odd * alpha[:, None], input_precision=PRECISION)
