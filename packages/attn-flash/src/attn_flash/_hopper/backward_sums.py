@@ -100,7 +100,8 @@ def _finish_kernel(
     if turns_ptr is None:
         dq = tl.load(sum_ptrs)
     else:
-        dq = tl.load(sum_ptrs, mask=tl.load(turns_ptr + pid // 2) > 0, other=0.0)
+        turns = tl.full([_UNIT_SIZE], tl.load(turns_ptr + pid // 2), tl.int32)
+        dq = tl.load(sum_ptrs, mask=turns > 0, other=0.0)
     dq = _from_unit(dq) * scale
     offs_m = unit // UNITS * 64 + tl.arange(0, 64)
     offs_d = unit % UNITS * 64 + tl.arange(0, 64)
