@@ -220,6 +220,21 @@ def test_decoding_keeps_tiles_in_flight(case, stages, use_target, monkeypatch):
     assert f"{{num = {2 * (stages - 2)} : i32}}" in compiled.asm["ttgir"]
 
 
+@pytest.mark.parametrize("D_v, is_transposed", [(128, True), (63, False)])
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_pairs_of_values_are_transposed_by_hardware(
+    cache_dtype, D_v, is_transposed, use_target, monkeypatch
+):
+    """Values that do not lie in pairs are gathered byte by byte."""
+    use_target("sm_90")
+    kernel, recorder = record(attention._launch, monkeypatch)
+    for launcher in (worklist._launch, merge._launch):
+        record(launcher, monkeypatch)
+    attend(Case(cache_dtype=cache_dtype, D_v=D_v))
+    compiled = compile_recorded(kernel, recorder, "sm_90")
+    assert ("trans.shared.b16" in compiled.asm["ptx"]) == is_transposed
+
+
 @pytest.mark.parametrize("case", [Case(max_blocks=9999), Case(max_blocks=64)], ids=str)
 @pytest.mark.parametrize("D_v", [80, 512])
 @pytest.mark.parametrize("target", TARGETS)
