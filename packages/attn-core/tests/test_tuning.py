@@ -291,3 +291,10 @@ def test_default_directory_is_the_user_cache(monkeypatch):
     platformdirs = pytest.importorskip("platformdirs")
     monkeypatch.delenv("ATTN_CACHE_DIR")
     assert str(environment.cache_dir()) == platformdirs.user_cache_dir("attn")
+
+
+def test_a_mode_of_the_caller_takes_the_place_of_the_environment(monkeypatch):
+    monkeypatch.setenv("ATTN_TUNE", "off")
+    milliseconds = measure(MEASURED, EXACT)
+    assert pick(table(), CPU, (64, True), milliseconds, "force") == MEASURED
+    assert pick(table(), CPU, (32, True), milliseconds, "off") == DEFAULT

@@ -81,7 +81,11 @@ _picked: dict[tuple[Table, torch.device, Key], TileConfig] = {}
 
 
 def pick(
-    table: Table, device: torch.device, key: Key, measure: Measure | None = None
+    table: Table,
+    device: torch.device,
+    key: Key,
+    measure: Measure | None = None,
+    mode: str | None = None,
 ) -> TileConfig:
     """Choose the tiles of one launch; after the first call with a problem this is one dict lookup.
 
@@ -96,6 +100,8 @@ def pick(
     measure : callable, optional
         Runs the kernel with a config and returns milliseconds. Used only where ``ATTN_TUNE`` asks
         for tuning.
+    mode : str, optional
+        One of `attn_core.environment.TUNE_MODES`, in place of what ``ATTN_TUNE`` says.
 
     Returns
     -------
@@ -117,7 +123,7 @@ def pick(
     TileConfig(block_m=128, block_n=64, num_warps=4, num_stages=2)
     """
     config = _picked.get((table, device, key))
-    return _choose(table, device, key, measure) if config is None else config
+    return _choose(table, device, key, measure, mode) if config is None else config
 
 
 def tune(
@@ -202,8 +208,10 @@ def cache_file(table: Table, device: torch.device) -> Path:
     return _cache_file(table, device_info(device))
 
 
-def _choose(table: Table, device: torch.device, key: Key, measure: Measure | None) -> TileConfig:
-    mode = environment.tune_mode()
+def _choose(
+    table: Table, device: torch.device, key: Key, measure: Measure | None, mode: str | None
+) -> TileConfig:
+    mode = environment.tune_mode() if mode is None else mode
     info = device_info(device)
     row = _read(_cache_file(table, info)).get(key) or _shipped(table, info, key)
     wants_tuning = bool(table.candidates) and (mode == "force" or (mode == "on" and row is None))

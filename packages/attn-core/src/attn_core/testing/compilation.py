@@ -22,7 +22,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Compute Capability"; AMD Instinct MI300 ISA reference, "LDS".
 _SHARED_MEMORY = {
     **dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376),
-    **{"sm_80": 166912, "sm_90": 232448, "sm_100": 232448},
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_100": 232448,
     **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 65536),
 }
 
