@@ -117,11 +117,10 @@ void main() {
             m_new[r] = m[r];
             [[unroll]] for (uint c = 0; c < TC; ++c) {
                 uint j = j0 + cg + c * CG;
-                scores[r][c] *= p.scale;
-                if (HAS_CAP)
-                    scores[r][c] = p.cap * capped(scores[r][c]);
+                // To base e, with the factors of the backward pass: lse is then rounded once.
+                scores[r][c] = HAS_CAP ? p.cap * LN_2 * capped(scores[r][c] * p.scale) : scores[r][c] * p.softmax_scale;
                 if (HAS_BIAS || HAS_SLOPES)
-                    scores[r][c] += added(s, head0 + row % PACK, i, j, slope[r], HAS_SLOPES, HAS_BIAS) * LOG2_E;
+                    scores[r][c] += added(s, head0 + row % PACK, i, j, slope[r], HAS_SLOPES, HAS_BIAS);
                 if (masked && !is_visible(s, i, j))
                     scores[r][c] = LOWEST;
                 m_new[r] = max(m_new[r], scores[r][c]);
@@ -129,13 +128,13 @@ void main() {
         }
         reduce_max(m_new, rg, cg);
         [[unroll]] for (uint r = 0; r < TR; ++r) {
-            float factor = exp2(m[r] - m_new[r]);
+            float factor = exp2((m[r] - m_new[r]) * LOG2_E);
             m[r] = m_new[r];
             l[r] *= factor;
             [[unroll]] for (uint d = 0; d < DT; ++d)
                 acc[r][d] *= factor;
             [[unroll]] for (uint c = 0; c < TC; ++c) {
-                scores[r][c] = scores[r][c] > LOWEST ? exp2(scores[r][c] - m[r]) : 0.0;
+                scores[r][c] = scores[r][c] > LOWEST ? exp2((scores[r][c] - m[r]) * LOG2_E) : 0.0;
                 l[r] += scores[r][c];
             }
         }
@@ -153,14 +152,14 @@ void main() {
             continue;
         float keep = 1.0;
         if (!SPLIT && p.sinks != 0) {
-            float sink = float_or(p.sinks, head, LOWEST) * LOG2_E;
+            float sink = float_or(p.sinks, head, LOWEST);
             float top = max(m[r], sink);
-            keep = exp2(m[r] - top);
-            l[r] = l[r] * keep + exp2(sink - top);
+            keep = exp2((m[r] - top) * LOG2_E);
+            l[r] = l[r] * keep + exp2((sink - top) * LOG2_E);
             m[r] = top;
         }
         float norm = l[r] > 0.0 ? keep / l[r] : 0.0;
-        float lse = l[r] > 0.0 ? m[r] * LN_2 + log(l[r]) : MINUS_INFINITY;
+        float lse = l[r] > 0.0 ? m[r] + log(l[r]) : MINUS_INFINITY;
         if (SPLIT) {
             uint64_t part = part_row(s, split, head, i);
             if (cg == 0)
