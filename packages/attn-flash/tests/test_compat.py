@@ -111,18 +111,42 @@ def test_libraries_that_look_before_they_import_find_it(installed):
         importlib.metadata.version("no-such-distribution")
 
 
-def test_transformers_takes_it_for_flash_attn():
+MODEL = """
+import attn_flash.compat as compat; compat.install_as_flash_attn()
+from transformers.utils import import_utils
+import_utils.is_torch_cuda_available = lambda: True
+print(import_utils.is_flash_attn_2_available(), import_utils.is_flash_attn_4_available(),
+      import_utils.is_flash_attn_greater_or_equal("2.8.0"))
+import torch, transformers
+transformers.PreTrainedModel._flash_attn_can_dispatch = lambda *args, **options: True
+torch.manual_seed(0)
+model = transformers.MistralForCausalLM(transformers.MistralConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=5,
+    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)).eval()
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+ids, mask = torch.randint(3, 97, (3, 11)), torch.ones(3, 11, dtype=torch.long)
+mask[0, :4] = 0
+texts, results = [], []
+for name in ("eager", "flash_attention_2"):
+    model.set_attn_implementation(name)
+    model.zero_grad()
+    logits = model(ids, attention_mask=mask).logits[mask.bool()]
+    logits.tanh().square().sum().backward()
+    results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    texts.append(model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False))
+torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+assert torch.equal(*texts)
+print(model.config._attn_implementation)
+"""
+
+
+def test_transformers_own_flash_attention_runs_on_it():
     pytest.importorskip("transformers", reason="transformers is not installed")
-    code = (
-        "import attn_flash.compat as compat; compat.install_as_flash_attn()\n"
-        "from transformers.utils import import_utils\n"
-        "import_utils.is_torch_cuda_available = lambda: True\n"
-        "print(import_utils.is_flash_attn_2_available(), import_utils.is_flash_attn_4_available(),"
-        " import_utils.is_flash_attn_greater_or_equal('2.8.0'))"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    command = [sys.executable, "-W", "ignore", "-c", MODEL]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.stdout.strip() == "True False True", answer.stderr
+    assert answer.stdout.splitlines() == ["True False True", "flash_attention_2"], answer.stderr
 
 
 def test_nothing_is_left_behind():
