@@ -12,6 +12,7 @@ pytest.importorskip("attn_flash")
 from attn_flash import reference
 from attn_flash.ops import attention, attention_backward
 from attn_flash.options import Options
+from attn_vulkan import _torch
 
 pytestmark = [pytest.mark.vulkan, pytest.mark.usefixtures("real_device")]
 
@@ -96,6 +97,26 @@ def check(q, k, v, opts, has_grads=True):
 @pytest.mark.parametrize("name", DENSE)
 def test_dense(name):
     check(*make((B, M), (B, N)), options(**DENSE[name]))
+
+
+@pytest.mark.parametrize("name", ["softcap", "everything"])
+def test_by_way_of_the_host(monkeypatch, name):
+    moved = []
+    real = torch.Tensor.cpu
+
+    def spy(tensor):
+        moved.append(tuple(tensor.shape))
+        return real(tensor)
+
+    q, k, v = make((B, M), (B, N))
+    opts = options(**DENSE[name])
+    expected = attention(q, k, v, *opts, "vulkan")
+    monkeypatch.setattr(_torch, "_needs_the_host", lambda _: True)
+    monkeypatch.setattr(torch.Tensor, "cpu", spy)
+    found = attention(q, k, v, *opts, "vulkan")
+    tensors = [x for x in (q, k, v, *opts) if isinstance(x, torch.Tensor)]
+    assert {tuple(x.shape) for x in tensors} <= set(moved)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", RAGGED)

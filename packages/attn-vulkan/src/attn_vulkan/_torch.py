@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +14,35 @@ from attn_vulkan.launch import Array
 from attn_vulkan.problem import Problem
 from attn_vulkan.runtime.context import open_context
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+
+def _by_way_of_the_host(function: _Function) -> _Function:
+    """Copy the tensors of a call to the CPU and its results back, where no other way is known."""
+
+    @functools.wraps(function)
+    def call(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
+        if not _needs_the_host(q.device):
+            return function(q, *arguments)  # type: ignore[no-any-return]
+        results = function(q.cpu(), *map(_on_host, arguments))
+        return tuple(None if x is None else x.to(q.device) for x in results)
+
+    return call  # type: ignore[return-value]
+
+
+def _needs_the_host(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is not None
+
+
+def _on_host(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.cpu()
+    if hasattr(argument, "_replace"):
+        return argument._replace(**{n: _on_host(x) for n, x in argument._asdict().items()})
+    return argument
+
+
+@_by_way_of_the_host
 def flash_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +57,7 @@ def flash_attention(
     return out, lse
 
 
+@_by_way_of_the_host
 def flash_attention_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -51,6 +81,7 @@ def flash_attention_backward(
     return dq, dk, dv, None, _sink_gradient(dout, dlse, out, lse, options.sinks)
 
 
+@_by_way_of_the_host
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,

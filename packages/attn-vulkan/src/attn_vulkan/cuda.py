@@ -287,9 +287,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 
 def refusal(device: torch.device) -> str | None:
-    """Say why Vulkan cannot use the tensors of a CUDA device; None where it can."""
+    """Say why Vulkan cannot use the tensors of a CUDA device; None where it can.
+
+    Those of HIP go by way of the host, to the Vulkan device that CPU tensors go to.
+    """
     if torch.version.hip is not None:
-        return "it shares memory with CUDA and not with HIP"
+        return None
     if _vulkan_index(device) is None:
         return f"Vulkan does not drive {torch.cuda.get_device_name(device)} on this machine"
     if not devices()[_vulkan_index(device) or 0].features.external_memory_fd:
