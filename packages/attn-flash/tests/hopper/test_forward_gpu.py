@@ -194,6 +194,7 @@ def test_two_streams_at_once(device):
         assert all(map(torch.equal, results, expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
 def test_compiled(device):
     case = Case(2, 4, 4, 200, 200, 64, CAUSAL)
     tensors = case.tensors(device)
