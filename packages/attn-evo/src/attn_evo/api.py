@@ -39,8 +39,8 @@ def evo_attention(
         Dtype of the sums, float32 or float64; float64 is the default for v in float64. Backend
         "torch" computes everything between v and the output in it.
     block_m, num_warps, num_stages : int, optional
-        Tile rows, warps and pipeline stages, for backends with tiles. Backend "torch" has none and
-        takes none.
+        Tile rows, warps and pipeline stages of the forward pass, for backends with tiles. Backend
+        "torch" has none and takes none.
     weights : EvoWeights, default ``EvoWeights.identity(D)``
         The ten parameters, on the device of v.
     backend : str, default "auto"

@@ -37,15 +37,6 @@ POINTERS = {
 }
 
 
-# Bytes that a kernel may spill, where the head is wide or float32 takes three products for one.
-MOST_SPILLS = {
-    (128, torch.bfloat16): 48,
-    (64, torch.float32): 88,
-    (32, torch.float32): 64,
-    (40, torch.float16): 64,
-}
-
-
 class Case(NamedTuple):
     dtype: torch.dtype
     D: int
@@ -70,8 +61,11 @@ HOPPER = [
     Case(torch.float32, 32),
     Case(torch.bfloat16, 64, causal=False),
     Case(torch.float16, 40, options=True),
+    Case(torch.bfloat16, 80, options=True),
+    Case(torch.float32, 40, options=True),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
+CASES["sm_86"] = [Case(torch.bfloat16, 128)]  # less shared memory than other GPUs of NVIDIA's
 
 
 class Recorder:
@@ -149,8 +143,8 @@ def type_of(value, *, hinted):
 
 RUNS = [
     pytest.param(target, case, name, id=f"{target}-{case}-{name}")
-    for target in TARGETS
-    for case in CASES[target]
+    for target, cases in CASES.items()
+    for case in cases
     for name in LAUNCHERS
     if case.causal or name not in ("stat", "backward_stat")
 ]
@@ -164,17 +158,17 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
     compiled = compile_ahead(recorder.kernel, *describe(recorder), target, **recorder.options)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90":
-        assert compiled.spills <= MOST_SPILLS.get((case.D, case.dtype), 0)
+        assert compiled.spills == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim, kind", [(2, "columns"), (3, "sequences")], ids=["d2", "d3"])
+@pytest.mark.parametrize("dim, kind", [(1, "columns"), (2, "sequences")], ids=["d1", "d2"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_prefix_sum_compiles_and_fits(target, dim, kind, dtype, use_target, monkeypatch):
     use_target(target)
     recorders = record(dict(enumerate(PREFIX_SUM_LAUNCHERS[kind])), monkeypatch)
     prefix_sum.prefix_sum(
-        torch.empty(2, 16, 65536, 64, dtype=dtype, device="meta"), dim, False, True
+        torch.empty(32, 16384, 16384, dtype=dtype, device="meta"), dim, False, True
     )
     for recorder in recorders.values():
         compiled = compile_ahead(recorder.kernel, *describe(recorder), target, **recorder.options)

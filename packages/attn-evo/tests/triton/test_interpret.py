@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from attn_core import tuning
 from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
 from attn_core.tuning import TileConfig
 from attn_evo import EvoWeights, reference
@@ -17,6 +20,7 @@ pytestmark = pytest.mark.interpret
 
 DTYPES = [torch.float32, torch.float16]
 BLOCK = 16
+PICK = configs._pick
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +150,35 @@ def test_tiles(config, monkeypatch, make_case, assert_results):
     case = make_case(1, 1, 83, 16)
     inputs = case.inputs(torch.float32)
     assert_results(case, attend(case, inputs), inputs)
+
+
+@pytest.mark.parametrize("variable, mode", [("EVO_AUTOTUNE", "1"), ("ATTN_TUNE", "force")])
+def test_tuning_runs_both_passes_and_keeps_the_fastest(
+    variable, mode, tmp_path, monkeypatch, make_case, assert_results
+):
+    fastest, others = TileConfig(32, 64, 4, 1), [TileConfig(16, 64, 4, 1)]
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv(variable, mode)
+    measured = []
+
+    def milliseconds(launch, config):
+        measured.append(config)
+        launch(config)
+        return float(config != fastest)
+
+    monkeypatch.setattr(configs, "_pick", PICK)
+    monkeypatch.setattr(configs, "_milliseconds", milliseconds)
+    for name in ("FORWARD", "BACKWARD"):
+        table = dataclasses.replace(getattr(configs, name), rows={}, candidates=[*others, fastest])
+        monkeypatch.setattr(configs, name, table)
+    tuning.forget()
+    case = make_case(1, 1, 40, 16)
+    inputs = case.inputs(torch.float32)
+    assert_results(case, attend(case, inputs), inputs)
+    assert measured == [*others, fastest] * 2
+    key = (16, 4, "causal")
+    assert tuning.measured(configs.FORWARD, inputs[0].device) == {key: fastest}
+    tuning.forget()
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])

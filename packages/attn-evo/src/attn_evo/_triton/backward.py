@@ -29,6 +29,7 @@ import triton.language as tl
 
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import tile_offsets
+from attn_core.tuning import TileConfig
 from attn_evo._backends import most_head_dim
 from attn_evo._triton import configs, problem, wide
 from attn_evo._triton.forward import running_sums
@@ -36,6 +37,7 @@ from attn_evo._triton.tiles import (
     CONTEXT,
     DCONTEXT,
     DSTAT,
+    MOST_STAYING_BIASES,
     NORM_BIAS,
     NORM_WEIGHT,
     STAT,
@@ -139,12 +141,13 @@ def _attention_backward_ratio_kernel(
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
+    BIASES_STAY: tl.constexpr = WEIGHTS_STAY and BLOCK_D <= MOST_STAYING_BIASES
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
-    b_q = bias_rows(biases_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+    b_q = bias_rows(biases_ptr, W_Q, BIASES_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
-    b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+    b_l = bias_rows(biases_ptr, W_L, BIASES_STAY, BLOCK_D)
     w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
-    b_g = bias_rows(biases_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+    b_g = bias_rows(biases_ptr, W_G, BIASES_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, v_ptr.dtype.element_ty, False)
     if IS_CAUSAL:
         stat_i = stat_before(
@@ -152,11 +155,14 @@ def _attention_backward_ratio_kernel(
             b, h, pid_bh, pid_c, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
         )  # fmt: skip
     else:
-        _, stat_i = total_sums(
+        context, stat_i = total_sums(
             chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
             matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
             HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
         )  # fmt: skip
+        if pid_c == 0:
+            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, 0, BLOCK_D)
+            tl.store(row + offs_d, context)
     first = pid_c * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
         start = tile * BLOCK_M
@@ -196,7 +202,7 @@ def _attention_backward_norm_kernel(
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
     matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
-    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile
+    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile, or of all in the first
     dout_ptr, stride_dob, stride_doh, stride_dol, stride_dod,
     half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
     df_ptr,  # [B * H, L, BLOCK_D], contiguous
@@ -224,12 +230,6 @@ def _attention_backward_norm_kernel(
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     b_f = bias_rows(biases_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, dtype, False)
-    if not IS_CAUSAL:
-        context_i, _ = total_sums(
-            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
-            matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
-            HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
-        )  # fmt: skip
     dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     sums = no_column_sums(BLOCK_D)
     first = pid_c * tiles_per_chunk
@@ -250,11 +250,11 @@ def _attention_backward_norm_kernel(
         gate = rounded(gate, dtype)
         final = linear(gate, w_f, b_f, PRECISION, BLOCK_D)
         final = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16)
+        row = tile if IS_CAUSAL else 0
+        row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, row, BLOCK_D)
+        context = tl.load(row + offs_d)[None, :]
         if IS_CAUSAL:
-            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-            context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
-        else:
-            context = context_i[None, :]
+            context = scan(ones, v, PRECISION) + context
         x = final * context
         mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
 
@@ -660,12 +660,31 @@ def attention_backward(
     if most_head_dim(v.dtype) < D:
         call = (v, weights, mask, sums, length, causal, accum_dtype, tiles)
         return wide.attention_backward(dout, dsums_after, *call)
+    if v.numel() == 0:
+        dsums = v.new_empty((2, B, H, D), dtype=torch.float32)
+        zeros = EvoWeights(*(torch.zeros_like(weight) for weight in weights))
+        dsums = dsums.zero_() if dsums_after is None else dsums.copy_(dsums_after)
+        return v.new_empty(v.shape), dsums, zeros
+    call = (v, weights, mask, sums, length, causal)
+    launch = functools.partial(_attention_backward, dout, dsums_after, *call)
+    return launch(configs.backward_tiles(v, causal, launch))
+
+
+def _attention_backward(
+    dout: torch.Tensor,
+    dsums_after: torch.Tensor | None,
+    v: torch.Tensor,
+    weights: EvoWeights,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    length: torch.Tensor | None,
+    causal: bool,
+    config: TileConfig,
+) -> tuple[torch.Tensor, torch.Tensor, EvoWeights]:
+    B, H, _, D = v.shape
     dv = v.new_empty(v.shape)
     dsums = v.new_empty((2, B, H, D), dtype=torch.float32)
-    if v.numel() == 0:
-        zeros = EvoWeights(*(torch.zeros_like(weight) for weight in weights))
-        return dv, dsums.zero_() if dsums_after is None else dsums.copy_(dsums_after), zeros
-    call = problem.call(v, mask, sums, length, configs.backward_tiles(v, causal))
+    call = problem.call(v, mask, sums, length, config)
     inverse = _tokens(call, _inverse_dtype(v.dtype))
     work = _Work(
         call,
@@ -737,6 +756,10 @@ def _partials(call: problem.Call) -> tuple[torch.Tensor, torch.Tensor]:
     return new(matrices), new((call.num_programs, 6, block_d))
 
 
+def _tiles(name: str, call: problem.Call) -> TileConfig:
+    return configs.backward_kernel(name, call.v[0], call.config)
+
+
 def _inverse_dtype(dtype: torch.dtype) -> torch.dtype:
     """That of 1 / denominator, which may reach 1e8, beyond float16."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -749,7 +772,7 @@ def _backward_ratio(work: _Work) -> None:
         strides=call.strides,
         args=(*call.inputs, *work.scratch, work.half_ratio, work.inverse, *call.sizes),
         constexprs={"IS_CAUSAL": work.causal, **call.flags, **call.numerics, **call.blocks},
-        config=configs.backward_kernel("ratio", call.config),
+        config=_tiles("ratio", call),
     )
 
 
@@ -763,13 +786,13 @@ def _backward_norm(work: _Work, dout: torch.Tensor) -> None:
             work.half_ratio, work.df, work.dcontext, *work.partials, *call.sizes,
         ),
         constexprs={"IS_CAUSAL": work.causal, **call.flags, **call.numerics, **call.blocks},
-        config=configs.backward_kernel("norm", call.config),
+        config=_tiles("norm" if work.causal else "norm_full", call),
     )  # fmt: skip
 
 
 def _backward_gate(work: _Work) -> None:
     call, scratch = work.call, work.scratch
-    config = configs.backward_kernel("gate", call.config)
+    config = _tiles("gate", call)
     _launch_gate(
         call.num_programs,
         strides=call.strides,
@@ -799,7 +822,7 @@ def _backward_products(work: _Work) -> None:
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
             "PRECISION": call.numerics["PRECISION"], **call.blocks,
         },
-        config=configs.backward_kernel("products", call.config),
+        config=_tiles("products", call),
     )  # fmt: skip
 
 
@@ -817,7 +840,7 @@ def _backward_stat(work: _Work) -> None:
             "HAS_DSUMS": work.dsums_after is not None,
             **call.flags, **call.numerics, **call.blocks,
         },
-        config=configs.backward_kernel("stat", call.config),
+        config=_tiles("stat", call),
     )  # fmt: skip
 
 
@@ -863,7 +886,7 @@ def _backward_context(work: _Work, drows: torch.Tensor) -> None:
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
             "PRECISION": call.numerics["PRECISION"], **call.blocks,
         },
-        config=configs.backward_kernel("context", call.config),
+        config=_tiles("context", call),
     )  # fmt: skip
 
 

@@ -1,66 +1,106 @@
 """Tiles of the kernels: the largest that stay in registers, and how a problem finds its row.
 
-A row's key is (BLOCK_D, bytes of an element, "causal" or "full"). block_m is the tokens of a tile
-in all launches of a pass, block_n those of the largest chunk; warps and stages are those of the
-pass's largest kernel.
+A row's key is (BLOCK_D, bytes of an element, "causal", "full" or "padded"): padded heads, whose
+dimension is no power of two, take more registers. block_m is the tokens of a tile in all launches
+of a pass, block_n those of the largest chunk; warps and stages are those of the pass's largest
+kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
 from attn_core.tuning import Table, TileConfig, pick
-from attn_evo._triton.problem import padded_head_dim
+from attn_evo import environment
+from attn_evo._triton.problem import SMALL_SHARED_MEMORY, padded_head_dim
+
+Launch = Callable[[TileConfig], object]
 
 
-def _rows(*rows: tuple[int, int, TileConfig]) -> dict[tuple[int | str, ...], TileConfig]:
-    """Rows of every device: (BLOCK_D, bytes of an element, config)."""
+def _rows(
+    block_d: int, size: int, whole: TileConfig, padded: TileConfig, scope: str = "*"
+) -> dict[tuple[int | str, ...], TileConfig]:
+    """Rows of all problems with heads of BLOCK_D and elements of `size` bytes."""
+    shapes = {"causal": whole, "full": whole, "padded": padded}
+    return {(scope, block_d, size, shape): config for shape, config in shapes.items()}
+
+
+def _small(config: TileConfig) -> dict[tuple[int | str, ...], TileConfig]:
+    """Rows of wide heads on GPUs with 99 KB of shared memory."""
     return {
-        ("*", block_d, size, shape): config
-        for block_d, size, config in rows
-        for shape in ("causal", "full")
+        key: row
+        for arch in SMALL_SHARED_MEMORY
+        for key, row in _rows(128, 2, config, config, arch).items()
     }
 
 
+_CANDIDATES = [
+    TileConfig(block_m, 2048, num_warps, num_stages)
+    for block_m, num_warps in ((64, 4), (32, 4), (32, 8), (16, 4), (16, 8))
+    for num_stages in (1, 2, 3)
+]
 FORWARD = Table(
     "attn_evo.forward",
-    rows=_rows(
-        (128, 2, TileConfig(32, 2048, 8, 3)),
-        (16, 4, TileConfig(32, 2048, 4, 1)),
-        (32, 4, TileConfig(32, 2048, 4, 1)),
-        (64, 4, TileConfig(16, 2048, 4, 2)),
-    ),
+    rows={
+        **_rows(64, 2, TileConfig(64, 2048, 4, 2), TileConfig(16, 2048, 4, 2)),
+        **_rows(64, 2, TileConfig(16, 2048, 4, 2), TileConfig(16, 2048, 4, 2), "sm_80"),
+        **_rows(128, 2, TileConfig(32, 2048, 8, 2), TileConfig(32, 2048, 8, 2)),
+        **_rows(128, 2, TileConfig(32, 2048, 8, 3), TileConfig(32, 2048, 8, 2), "sm_90"),
+        **_rows(128, 2, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
+        **_small(TileConfig(16, 2048, 8, 1)),
+        **_rows(16, 4, TileConfig(32, 2048, 4, 1), TileConfig(32, 2048, 4, 1)),
+        **_rows(32, 4, TileConfig(32, 2048, 4, 1), TileConfig(32, 2048, 4, 1)),
+        **_rows(64, 4, TileConfig(16, 2048, 8, 2), TileConfig(16, 2048, 8, 1)),
+        **_rows(64, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
+    },
     default=TileConfig(64, 2048, 4, 2),
+    candidates=_CANDIDATES,
     sources=("attn_evo._triton.forward", "attn_evo._triton.tiles"),
 )
 BACKWARD = Table(
     "attn_evo.backward",
-    rows=_rows(
-        (128, 2, TileConfig(32, 2048, 8, 1)),
-        (16, 4, TileConfig(16, 2048, 4, 1)),
-        (32, 4, TileConfig(16, 2048, 4, 1)),
-        (64, 4, TileConfig(16, 2048, 4, 2)),
-    ),
+    rows={
+        **_rows(16, 2, TileConfig(64, 2048, 4, 1), TileConfig(64, 2048, 4, 1), "gfx"),
+        **_rows(32, 2, TileConfig(64, 2048, 4, 2), TileConfig(64, 2048, 4, 2)),
+        **_rows(32, 2, TileConfig(64, 2048, 4, 1), TileConfig(64, 2048, 4, 1), "gfx"),
+        **_rows(64, 2, TileConfig(64, 2048, 4, 3), TileConfig(32, 2048, 4, 3)),
+        **_rows(64, 2, TileConfig(64, 2048, 4, 1), TileConfig(32, 2048, 4, 3), "sm_100"),
+        **_rows(64, 2, TileConfig(64, 2048, 4, 1), TileConfig(32, 2048, 4, 1), "gfx"),
+        **_rows(128, 2, TileConfig(32, 2048, 8, 1), TileConfig(32, 2048, 8, 2)),
+        **_rows(128, 2, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
+        **_small(TileConfig(16, 2048, 8, 1)),
+        **_rows(16, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1)),
+        **_rows(32, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1)),
+        **_rows(64, 4, TileConfig(16, 2048, 4, 2), TileConfig(16, 2048, 8, 2)),
+        **_rows(64, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
+    },
     default=TileConfig(64, 2048, 4, 3),
+    candidates=_CANDIDATES,
     sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),
 )
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.
 SUMS = TileConfig(1, 1, 4, 1)
-# Of launches of the backward pass whose tiles are smaller or whose pipeline is longer than its own.
+# Of launches of the backward pass whose tiles are smaller, whose pipeline is longer or at most so
+# long, or that need more warps for wide heads in float32 than its own.
 BACKWARD_GATE_BLOCK_M = 32
 BACKWARD_STAGES = {"products": 3, "context": 3}
+BACKWARD_MOST_STAGES = {"norm_full": 2}
+BACKWARD_WARPS = {(name, 64, 4): 8 for name in ("norm", "norm_full", "stat")}
 PREFIX_SUM = TileConfig(32, 64, 4, 2)
 PREFIX_SUM_RUNS = TileConfig(32, 64, 4, 4)
 
 
-def forward_tiles(v: torch.Tensor, causal: bool, hints: Sequence[int]) -> TileConfig:
+def forward_tiles(
+    v: torch.Tensor, causal: bool, hints: Sequence[int], launch: Launch
+) -> TileConfig:
     """Choose the tiles of the forward pass; `hints` are (block_m, num_warps, num_stages), or none.
 
-    A hint of 0 leaves the choice here.
+    A hint of 0 leaves the choice here. `launch` runs the pass, for a trial.
     """
-    config = _pick(FORWARD, v, causal)
+    config = _pick(FORWARD, v, causal, None if hints else launch)
     if not hints:
         return config
     block_m, num_warps, num_stages = hints
@@ -72,9 +112,9 @@ def forward_tiles(v: torch.Tensor, causal: bool, hints: Sequence[int]) -> TileCo
     )
 
 
-def backward_tiles(v: torch.Tensor, causal: bool) -> TileConfig:
-    """Choose the tiles of the backward pass."""
-    return _pick(BACKWARD, v, causal)
+def backward_tiles(v: torch.Tensor, causal: bool, launch: Launch) -> TileConfig:
+    """Choose the tiles of the backward pass, which `launch` runs for a trial."""
+    return _pick(BACKWARD, v, causal, launch)
 
 
 def stat_tiles(config: TileConfig) -> TileConfig:
@@ -82,11 +122,16 @@ def stat_tiles(config: TileConfig) -> TileConfig:
     return config._replace(num_stages=config.num_stages + 1)
 
 
-def backward_kernel(name: str, config: TileConfig) -> TileConfig:
+def backward_kernel(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:
     """Tiles of one launch of the backward pass, whose tiles are `config`."""
-    block_m = min(config.block_m, BACKWARD_GATE_BLOCK_M) if name == "gate" else config.block_m
-    num_stages = BACKWARD_STAGES.get(name, config.num_stages)
-    return config._replace(block_m=block_m, num_stages=num_stages)
+    fewest_warps = BACKWARD_WARPS.get((name, padded_head_dim(v.shape[-1]), v.element_size()), 1)
+    most_stages = BACKWARD_MOST_STAGES.get(name, config.num_stages)
+    return TileConfig(
+        min(config.block_m, BACKWARD_GATE_BLOCK_M) if name == "gate" else config.block_m,
+        config.block_n,
+        max(fewest_warps, config.num_warps),
+        BACKWARD_STAGES.get(name, min(most_stages, config.num_stages)),
+    )
 
 
 def prefix_sum_tiles(num_columns: int | None) -> TileConfig:
@@ -102,6 +147,15 @@ def prefix_sum_tiles(num_columns: int | None) -> TileConfig:
     return PREFIX_SUM_RUNS._replace(block_m=block_n, block_n=block_c)
 
 
-def _pick(table: Table, v: torch.Tensor, causal: bool) -> TileConfig:
-    key = (padded_head_dim(v.shape[-1]), v.element_size(), "causal" if causal else "full")
-    return pick(table, v.device, key)
+def _pick(table: Table, v: torch.Tensor, causal: bool, launch: Launch | None) -> TileConfig:
+    head_dim, block_d = v.shape[-1], padded_head_dim(v.shape[-1])
+    shape = "causal" if causal else "full"
+    key = (block_d, v.element_size(), shape if head_dim == block_d else "padded")
+    measure = None if launch is None else functools.partial(_milliseconds, launch)
+    return pick(table, v.device, key, measure, environment.tune_mode())
+
+
+def _milliseconds(launch: Launch, config: TileConfig) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(lambda: launch(config), warmup=5, rep=20))

@@ -10,6 +10,7 @@ The formula is in `attn_evo.reference`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,13 @@ import triton.language as tl
 
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tuning import TileConfig
 from attn_evo._backends import most_head_dim
 from attn_evo._triton import configs, problem, wide
 from attn_evo._triton.tiles import (
     BIAS_ROWS,
     CONTEXT,
+    MOST_STAYING_BIASES,
     NORM_BIAS,
     NORM_WEIGHT,
     STAT,
@@ -262,15 +265,16 @@ def _attention_output_kernel(
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
+    BIASES_STAY: tl.constexpr = WEIGHTS_STAY and BLOCK_D <= MOST_STAYING_BIASES
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
-    b_q = bias_rows(biases_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+    b_q = bias_rows(biases_ptr, W_Q, BIASES_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
-    b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+    b_l = bias_rows(biases_ptr, W_L, BIASES_STAY, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
-    b_f = bias_rows(biases_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
+    b_f = bias_rows(biases_ptr, W_F, BIASES_STAY, BLOCK_D)
     if IS_CAUSAL:
         w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
-        b_g = bias_rows(biases_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
+        b_g = bias_rows(biases_ptr, W_G, BIASES_STAY, BLOCK_D)
         ones = triangle(BLOCK_M, dtype, False)
         stat_i = stat_before(
             chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
@@ -343,11 +347,27 @@ def attention(
     B, H, _, D = v.shape
     if most_head_dim(v.dtype) < D:
         return wide.attention(v, weights, mask, sums, length, causal, accum_dtype, tiles)
+    if v.numel() == 0:
+        sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
+        out = v.new_empty(v.shape)
+        return out, sums_after.zero_() if sums is None else sums_after.copy_(sums)
+    launch = functools.partial(_attention, v, weights, mask, sums, length, causal)
+    return launch(configs.forward_tiles(v, causal, tiles, launch))
+
+
+def _attention(
+    v: torch.Tensor,
+    weights: EvoWeights,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    length: torch.Tensor | None,
+    causal: bool,
+    config: TileConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, H, _, D = v.shape
     out = v.new_empty(v.shape)
     sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
-    if v.numel() == 0:
-        return out, sums_after.zero_() if sums is None else sums_after.copy_(sums)
-    call = problem.call(v, mask, sums, length, configs.forward_tiles(v, causal, tiles))
+    call = problem.call(v, mask, sums, length, config)
     scratch = running_sums(call, weights, causal, sums_after)
     _launch_output(
         call.num_programs,

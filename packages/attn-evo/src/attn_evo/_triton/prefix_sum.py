@@ -234,7 +234,7 @@ def prefix_sum(x: torch.Tensor, dim: int, exclusive: bool, reverse: bool) -> tor
     N, C = layout.sequence.size, layout.columns.size
     num_columns = problem.ceil_div(C, config.block_n) * layout.num_outer
     chunk = config.block_m * _LONGEST_RUN if has_runs else _CHUNK
-    chunks = problem.chunks(x.device, N, num_columns, config.block_m, chunk)
+    chunks = problem.chunks(x.device, N, num_columns, config.block_m, chunk, programs_per_sm=4)
     dims = (*layout.outer, layout.sequence, layout.columns)
     x_strides = tuple(dim.stride_x for dim in dims)
     out_strides = tuple(dim.stride_out for dim in dims)

@@ -21,12 +21,10 @@ NOT_SPECIALIZED = [
     "num_tiles",
     "num_chunks",
     "tiles_per_chunk",
-    "num_splits",
-    "tiles_per_split",
-    "num_rows",
+    "num_programs",
 ]
 MOST_CHUNKS = 256  # of a sequence: every program adds up the sums of those before its own
-_PROGRAMS_PER_SM = 4
+SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program, others 163 or more
 _BIAS_ROWS = 16
 
 
@@ -43,23 +41,22 @@ class Chunks(NamedTuple):
         return self.num_chunks, self.tiles_per_chunk
 
 
-def chunks(device: torch.device, length: int, num_sequences: int, block: int, chunk: int) -> Chunks:
+def chunks(
+    device: torch.device,
+    length: int,
+    num_sequences: int,
+    block: int,
+    chunk: int,
+    programs_per_sm: int = 2,
+) -> Chunks:
     """Cut sequences into tiles of `block` and chunks of `chunk`, shorter ones while SMs idle."""
     num_tiles = ceil_div(length, block)
-    wanted = _PROGRAMS_PER_SM * max(1, device_info(device).num_sms)
+    wanted = programs_per_sm * max(1, device_info(device).num_sms)
     tiles_per_chunk = max(
-        1,
-        min(num_tiles * num_sequences // wanted, chunk // block),
+        min(ceil_div(num_tiles * num_sequences, wanted), chunk // block),
         ceil_div(num_tiles, MOST_CHUNKS),
     )
     return Chunks(num_tiles, ceil_div(num_tiles, tiles_per_chunk), tiles_per_chunk)
-
-
-class Splits(NamedTuple):
-    """How the tiles of all heads are dealt out where their order does not matter."""
-
-    num_splits: int
-    tiles_per_split: int
 
 
 class Call(NamedTuple):
@@ -133,12 +130,6 @@ def call(
     )
 
 
-def splits(device: torch.device, num_tiles: int) -> Splits:
-    """Deal `num_tiles` out to as many programs as there are SMs."""
-    tiles_per_split = ceil_div(num_tiles, max(1, device_info(device).num_sms))
-    return Splits(ceil_div(num_tiles, tiles_per_split), tiles_per_split)
-
-
 def scratch(call: Call) -> Scratch:
     """Allocate the scratch memory of a pass."""
     v = call.v[0]
@@ -180,4 +171,8 @@ def dot_precision(tensor: torch.Tensor) -> str:
 
 def weights_stay(v: torch.Tensor) -> bool:
     """Whether all four weights fit into shared memory; else each tile loads them again."""
-    return is_nvidia(v) and v.element_size() == 2
+    if v.element_size() != 2 or not is_nvidia(v):
+        return False
+    return padded_head_dim(v.shape[-1]) < 128 or (
+        device_info(v.device).arch not in SMALL_SHARED_MEMORY
+    )

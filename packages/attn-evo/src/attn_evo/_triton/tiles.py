@@ -32,6 +32,7 @@ _MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
 _LARGEST_HALF = tl.constexpr(65504.0)
 SUM_COLUMNS = tl.constexpr(16)  # the fewest that tl.dot accepts
 BIAS_ROWS = tl.constexpr(16)
+MOST_STAYING_BIASES = tl.constexpr(64)  # BLOCK_D: three wider ones fill a tile's registers
 
 
 @triton.jit
@@ -124,10 +125,12 @@ def linear(x, weight, bias, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
     """Compute x W^T + b in float32, of what `matrix` and `bias_rows` returned."""
     weight = tl.trans(load_matrix(weight, BLOCK_D))
     if x.dtype == tl.float32:  # one row holds the bias, and products are dear
-        return product(x, weight, PRECISION) + tl.load(bias + tl.arange(0, BLOCK_D))[None, :]
-    ones = tl.full([x.shape[0], BIAS_ROWS], 1.0, x.dtype)
-    y = product(ones, _load_bias_rows(bias, BLOCK_D), PRECISION)
-    return tl.dot(x, weight, y, input_precision=PRECISION)
+        y = product(x, weight, PRECISION) + tl.load(bias + tl.arange(0, BLOCK_D))[None, :]
+    else:
+        ones = tl.full([x.shape[0], BIAS_ROWS], 1.0, x.dtype)
+        y = product(ones, _load_bias_rows(bias, BLOCK_D), PRECISION)
+        y = tl.dot(x, weight, y, input_precision=PRECISION)
+    return y
 
 
 @triton.jit
@@ -148,15 +151,17 @@ def scan(ones, x, PRECISION: tl.constexpr):
     Of x in float32 two products, of the upper and the lower half of its bits, see them all.
     """
     if x.dtype != tl.float32:
-        return product(ones, x, PRECISION)
-    if ones.dtype != tl.float32:
+        sums = product(ones, x, PRECISION)
+    elif ones.dtype != tl.float32:
         high = upper_half(x, ones.dtype)
-        low = product(ones, (x - high).to(ones.dtype), PRECISION)
-        return low + product(ones, high.to(ones.dtype), PRECISION)
-    if PRECISION == "tf32x3":
+        sums = product(ones, (x - high).to(ones.dtype), PRECISION)
+        sums += product(ones, high.to(ones.dtype), PRECISION)
+    elif PRECISION == "tf32x3":
         high = _without_bits(x, -8192)
-        return product(ones, x - high, "tf32") + product(ones, high, "tf32")
-    return product(ones, x, PRECISION)
+        sums = product(ones, x - high, "tf32") + product(ones, high, "tf32")
+    else:
+        sums = product(ones, x, PRECISION)
+    return sums
 
 
 @triton.jit
@@ -350,10 +355,12 @@ def add_column_sums(acc, x, which, PRECISION: tl.constexpr):
     """
     columns = tl.arange(0, SUM_COLUMNS)[None, :]
     if x.dtype == tl.float32:
-        return acc + tl.where(columns == which, tl.sum(x, 0)[:, None], 0.0)
-    columns = columns + tl.zeros([x.shape[0], 1], tl.int32)
-    ones = tl.where(columns == which, 1.0, 0.0).to(x.dtype)
-    return tl.dot(tl.trans(x), ones, acc, input_precision=PRECISION)
+        acc += tl.where(columns == which, tl.sum(x, 0)[:, None], 0.0)
+    else:
+        columns = columns + tl.zeros([x.shape[0], 1], tl.int32)
+        ones = tl.where(columns == which, 1.0, 0.0).to(x.dtype)
+        acc = tl.dot(tl.trans(x), ones, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
