@@ -400,10 +400,8 @@ class RotaryEmbedding(torch.nn.Module):
         if self.scale is not None and self.scale_base is not None:
             scale = self._in_float32(self.scale, self._compute_scale).to(positions.device)
             scale = scale ** ((positions - seqlen // 2) / self.scale_base)[:, None]
-            self._cos_k_cached, self._sin_k_cached = (
-                (cos / scale).to(dtype),
-                (sin / scale).to(dtype),
-            )
+            self._cos_k_cached = (cos / scale).to(dtype)
+            self._sin_k_cached = (sin / scale).to(dtype)
             cos, sin = cos * scale, sin * scale
         self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
 
