@@ -95,9 +95,8 @@ def test_products_overlap_and_accumulators_stay_in_registers(D, window, determin
     assert compiled.spills <= MAX_SPILLS[D]
 
 
-@pytest.mark.parametrize("D", [40, 96])
-def test_padded_heads_in_float16(D, monkeypatch):
-    for recorder in record(monkeypatch, D, (-1, 0), dtype=torch.float16).values():
+def test_padded_heads_in_float16(monkeypatch):
+    for recorder in record(monkeypatch, 96, (-1, 0), dtype=torch.float16).values():
         assert recorder.compile().fits
 
 
