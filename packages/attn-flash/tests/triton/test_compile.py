@@ -61,12 +61,14 @@ class Case(NamedTuple):
     @property
     def features(self):
         """Options that ask for `term`."""
-        if self.term == "varlen":
+        if self.term in ("varlen", "pages"):
             starts = torch.empty(3, dtype=torch.int32, device="meta")
-            return {
+            ragged = {
                 "cu_seqlens_q": starts, "cu_seqlens_k": starts,
                 "max_seqlen_q": self.S, "max_seqlen_k": self.S,
             }  # fmt: skip
+            table = torch.empty(2, self.S, dtype=torch.int32, device="meta")
+            return ragged if self.term == "varlen" else {**ragged, "block_table": table}
         return {
             "": {},
             "softcap": {"softcap": 30.0},
@@ -156,13 +158,16 @@ def launches(case, monkeypatch):
     recorders = {name: Recorder() for name in LAUNCHERS}
     for name, launcher in LAUNCHERS.items():
         monkeypatch.setattr(launcher, "_kernel", recorders[name])
-    batch = () if case.term == "varlen" else (2,)
+    batch = () if case.term in ("varlen", "pages") else (2,)
+    pages = (case.S // 16, 16) if case.term == "pages" else (*batch, case.S)
     q = torch.empty(*batch, case.S, 4, case.D, dtype=case.dtype, device="meta")
-    k = torch.empty(*batch, case.S, 4 // case.group, case.D, dtype=case.dtype, device="meta")
+    k = torch.empty(*pages, 4 // case.group, case.D, dtype=case.dtype, device="meta")
     options = Options(
         scale=0.1, window_left=case.window[0], window_right=case.window[1], **case.features
     )
     out, lse = forward.attention(q, k, k, options)
+    if case.term == "pages":  # their backward pass gathers the keys first
+        return recorders
     dlse = lse if case.dlse else None
     has_bias = options.attn_bias is not None
     backward.attention_backward(out, dlse, q, k, k, out, lse, has_bias, options)
@@ -202,6 +207,10 @@ RUNS += [
     pytest.param(target, case, "bias", id=f"{target}-{case}-bias")
     for target in TARGETS
     for case in (BIAS if target in ("sm_90", "gfx942") else BIAS[2:4])
+]
+RUNS += [
+    pytest.param("sm_90", case, "forward", id=f"sm_90-{case}-forward")
+    for case in (Case(torch.bfloat16, 64, window, term="pages") for window in (OPEN, (128, 64)))
 ]
 RUNS += [pytest.param(target, VARLEN, "rest", id=f"{target}-{VARLEN}-rest") for target in TARGETS]
 

@@ -213,6 +213,7 @@ def test_cuda_graph_with_changing_lengths_and_dropout(device):
                 assert torch.equal(out, attend(0.0))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
 def test_compile(device):
     q, k, v, options = dense_problem(
         (2, 4, 2, 130, 130, 64, 64), "everything", torch.bfloat16, device, (-1, -1)

@@ -71,10 +71,12 @@ def _attend(
                 table_ptr, stride_tn, start_n + offs_n, mask_n,
                 stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE,
             )  # fmt: skip
-            k_offs = k_rows[:, None] + offs_d[None, :] * stride_kd
-            v_offs = v_rows[:, None] + offs_dv[None, :] * stride_vd
-        k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
+            k_ptrs = k_ptr + (k_rows[:, None] + offs_d[None, :] * stride_kd)
+            v_ptrs = v_ptr + (v_rows[:, None] + offs_dv[None, :] * stride_vd)
+        else:
+            k_ptrs, v_ptrs = k_ptr + k_offs, v_ptr + v_offs
+        k = load_tile(k_ptrs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
         bias, key_mask = 0.0, 0.0
         if HAS_BIAS > 0:
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
