@@ -9,7 +9,7 @@ import torch
 
 from attn_core import tuning
 from attn_core.device import DeviceInfo
-from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_core.testing.compilation import TARGETS, record_launches
 from attn_evo import EvoWeights
 
 pytest.importorskip("triton")
@@ -27,13 +27,6 @@ LAUNCHERS = {
 PREFIX_SUM_LAUNCHERS = {
     "columns": (prefix_sum._launch_runs, prefix_sum._launch_columns),
     "sequences": (prefix_sum._launch_chunks, prefix_sum._launch_scan),
-}
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
 }
 
 
@@ -68,20 +61,6 @@ CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target 
 CASES["sm_86"] = [Case(torch.bfloat16, 128)]  # less shared memory than other GPUs of NVIDIA's
 
 
-class Recorder:
-    """A kernel that writes down how it is launched."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, num_warps, num_stages, **constexprs):
-        self.args, self.constexprs = args, constexprs
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
-
-
 @pytest.fixture
 def use_target(monkeypatch, tmp_path):
     """A function that makes every device look like one of a target's architecture."""
@@ -96,13 +75,6 @@ def use_target(monkeypatch, tmp_path):
 
     yield use
     tuning.forget()
-
-
-def record(launchers, monkeypatch):
-    recorders = {name: Recorder(launcher._kernel) for name, launcher in launchers.items()}
-    for name, launcher in launchers.items():
-        monkeypatch.setattr(launcher, "_kernel", recorders[name])
-    return recorders
 
 
 def attend(case):
@@ -126,21 +98,6 @@ def launch(case, name):
         forward.attention(*call)
 
 
-def describe(recorder):
-    """Split a launch into the signature and the constants that Triton would compile it for."""
-    signature = {}
-    for parameter, value in zip(recorder.kernel.params, recorder.args, strict=False):
-        signature[parameter.name] = type_of(value, hinted=not parameter.do_not_specialize)
-    return signature, recorder.constexprs
-
-
-def type_of(value, *, hinted):
-    if isinstance(value, torch.Tensor):
-        return f"{POINTERS[value.dtype]}:16"
-    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
-    return f"i32{hint}" if hinted else "i32"
-
-
 RUNS = [
     pytest.param(target, case, name, id=f"{target}-{case}-{name}")
     for target, cases in CASES.items()
@@ -153,9 +110,9 @@ RUNS = [
 @pytest.mark.parametrize("target, case, name", RUNS)
 def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
     use_target(target)
-    recorder = record(LAUNCHERS, monkeypatch)[name]
+    recorders = {key: record_launches(LAUNCHERS[key], monkeypatch) for key in LAUNCHERS}
     launch(case, name)
-    compiled = compile_ahead(recorder.kernel, *describe(recorder), target, **recorder.options)
+    compiled = recorders[name].compile(target)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90":
         assert compiled.spills == 0
@@ -166,17 +123,17 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
 @pytest.mark.parametrize("target", TARGETS)
 def test_prefix_sum_compiles_and_fits(target, dim, kind, dtype, use_target, monkeypatch):
     use_target(target)
-    recorders = record(dict(enumerate(PREFIX_SUM_LAUNCHERS[kind])), monkeypatch)
+    recorders = [record_launches(x, monkeypatch) for x in PREFIX_SUM_LAUNCHERS[kind]]
     prefix_sum.prefix_sum(
         torch.empty(32, 16384, 16384, dtype=dtype, device="meta"), dim, False, True
     )
-    for recorder in recorders.values():
-        compiled = compile_ahead(recorder.kernel, *describe(recorder), target, **recorder.options)
+    for recorder in recorders:
+        compiled = recorder.compile(target)
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"
         assert compiled.spills == 0
 
 
 @pytest.mark.parametrize("table", [configs.FORWARD, configs.BACKWARD], ids=lambda t: t.name)
 def test_no_shipped_row_is_left_out(table, use_target):
-    cases = {(problem.padded_head_dim(case.D), case.dtype.itemsize) for case in CASES["sm_90"]}
+    cases = {(configs.padded_head_dim(case.D), case.dtype.itemsize) for case in CASES["sm_90"]}
     assert {key[1:3] for key in table.rows} <= cases

@@ -9,7 +9,7 @@ import torch
 
 from attn_core import tuning
 from attn_core.device import DeviceInfo
-from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_core.testing.compilation import TARGETS, record_launches
 
 pytest.importorskip("triton")
 
@@ -35,14 +35,6 @@ TABLES = {
     "dk_dv_terms": configs.BACKWARD_DK_DV_TERMS,
     "dk_dv_bias": configs.BACKWARD_DK_DV_BIAS,
     "bias": configs.BACKWARD_BIAS,
-}
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.bool: "*i1",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
 }
 # Bytes that 16-bit kernels of sm_90 may spill, by BLOCK_D: mostly dk_dv, and padded heads.
 MAX_SPILLS = {64: 64, 128: 256, 256: 1024}
@@ -122,17 +114,6 @@ TERMS = [
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
-class Recorder:
-    """A kernel that writes down how it is launched."""
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, num_warps, num_stages, **constexprs):
-        self.args, self.constexprs = args, constexprs
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
-
-
 @pytest.fixture
 def use_target(monkeypatch, tmp_path):
     """A function that makes every device look like one of a target's architecture."""
@@ -154,10 +135,8 @@ def launches(case, monkeypatch):
         forward.problem, "_softcap_mode", lambda q, options: 2 * (options.softcap > 0)
     )
     if case.tf32:
-        monkeypatch.setattr(forward.problem, "dot_precision", lambda tensor: "tf32")
-    recorders = {name: Recorder() for name in LAUNCHERS}
-    for name, launcher in LAUNCHERS.items():
-        monkeypatch.setattr(launcher, "_kernel", recorders[name])
+        monkeypatch.setattr(forward.tiling, "dot_precision", lambda tensor: "tf32")
+    recorders = {name: record_launches(LAUNCHERS[name], monkeypatch) for name in LAUNCHERS}
     batch = () if case.term in ("varlen", "pages") else (2,)
     pages = (case.S // 16, 16) if case.term == "pages" else (*batch, case.S)
     q = torch.empty(*batch, case.S, 4, case.D, dtype=case.dtype, device="meta")
@@ -172,26 +151,6 @@ def launches(case, monkeypatch):
     has_bias = options.attn_bias is not None
     backward.attention_backward(out, dlse, q, k, k, out, lse, has_bias, options)
     return recorders
-
-
-def describe(kernel, launch):
-    """Split a launch into the signature and the constants that Triton would compile it for."""
-    signature, constants = {}, dict(launch.constexprs)
-    for parameter, value in zip(kernel.params, launch.args, strict=False):
-        if value is None:
-            constants[parameter.name] = None
-        else:
-            signature[parameter.name] = type_of(value, hinted=not parameter.do_not_specialize)
-    return signature, constants
-
-
-def type_of(value, *, hinted):
-    if isinstance(value, torch.Tensor):
-        return f"{POINTERS[value.dtype]}:16"
-    if isinstance(value, float):
-        return "fp32"
-    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
-    return f"i32{hint}" if hinted else "i32"
 
 
 RUNS = [
@@ -218,9 +177,8 @@ RUNS += [pytest.param(target, VARLEN, "rest", id=f"{target}-{VARLEN}-rest") for 
 @pytest.mark.parametrize("target, case, name", RUNS)
 def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
     use_target(target)
-    kernel = LAUNCHERS[name]._kernel
     launch = launches(case, monkeypatch)[name]
-    compiled = compile_ahead(kernel, *describe(kernel, launch), target, **launch.options)
+    compiled = launch.compile(target)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != torch.float32:
         assert compiled.spills <= MAX_SPILLS.get(launch.constexprs.get("BLOCK_D"), 0)

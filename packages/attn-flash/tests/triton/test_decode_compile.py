@@ -7,7 +7,7 @@ import torch
 
 from attn_core import tuning
 from attn_core.device import DeviceInfo
-from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_core.testing.compilation import TARGETS, record_launches
 from attn_flash.kvcache_conformance import KVCacheCase, RotaryCase
 
 pytest.importorskip("triton")
@@ -17,13 +17,6 @@ from attn_flash.kvcache_checks import Cache
 
 pytestmark = pytest.mark.compile
 
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 LENS = (9, 20)
 CACHES = [
     KVCacheCase(LENS, H=8, D=64, D_v=64, causal=True),
@@ -42,17 +35,6 @@ ROTATIONS = [
 ]
 # Bytes that 16-bit kernels of sm_90 may spill, by BLOCK_M and BLOCK_DV.
 MAX_SPILLS = {(64, 256): 256, (128, 256): 512, (128, 128): 64}
-
-
-class Recorder:
-    """A kernel that writes down how it is launched."""
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, num_warps, num_stages, **constexprs):
-        self.args, self.constexprs = args, constexprs
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
 
 
 @pytest.fixture
@@ -96,40 +78,13 @@ def launch_rotation(case, dtype):
     rotary.rotate(torch.empty_like(x), x, cos, sin, *places, case.interleaved, False)
 
 
-def describe(kernel, launch):
-    """Split a launch into the signature and the constants that Triton would compile it for."""
-    signature, constants = {}, dict(launch.constexprs)
-    for parameter, value in zip(kernel.params, launch.args, strict=False):
-        if value is None:
-            constants[parameter.name] = None
-        else:
-            signature[parameter.name] = type_of(value, hinted=not parameter.do_not_specialize)
-    return signature, constants
-
-
-def type_of(value, *, hinted):
-    if isinstance(value, torch.Tensor):
-        return f"{POINTERS[value.dtype]}:16"
-    if isinstance(value, float):
-        return "fp32"
-    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
-    return f"i32{hint}" if hinted else "i32"
-
-
 def compiled_kernels(launch, launchers, monkeypatch, target):
     """Compile what `launch` starts."""
-    for launcher in launchers:
-        kernel, recorder = launcher._kernel, Recorder()
-        monkeypatch.setattr(launcher, "_kernel", recorder)
-        launcher.real_kernel = kernel
+    recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
     launch()
-    for launcher in launchers:
-        recorder = launcher._kernel
+    for recorder in recorders:
         if hasattr(recorder, "args"):
-            kernel = launcher.real_kernel
-            described = describe(kernel, recorder)
-            compiled = compile_ahead(kernel, *described, target, **recorder.options)
-            yield recorder.constexprs, compiled
+            yield recorder.constexprs, recorder.compile(target)
 
 
 @pytest.mark.parametrize("case", CACHES, ids=str)

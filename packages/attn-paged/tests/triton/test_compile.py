@@ -9,7 +9,7 @@ import torch
 
 from attn_core import tuning
 from attn_core.device import DeviceInfo
-from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_core.testing.compilation import TARGETS, record_launches
 from attn_core.tuning import TileConfig
 
 pytest.importorskip("triton")
@@ -20,17 +20,6 @@ from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 pytestmark = pytest.mark.compile
 
 BFLOAT, FLOAT = torch.bfloat16, torch.float32
-POINTERS = {
-    BFLOAT: "*bf16",
-    torch.float16: "*fp16",
-    FLOAT: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.int16: "*i16",
-    torch.bool: "*i1",
-    torch.int8: "*i8",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}
 # Bytes that kernels of sm_90 may spill, by width of the head; those of others are not looked at.
 SPILLS_WITH_ALL = 768  # of every feature at once, on the largest tiles
 MAX_SPILLS = {256: 64, 512: 256, 1024: 256}
@@ -85,18 +74,6 @@ HOPPER = [
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
-class Recorder:
-    """A kernel that writes down how it is launched."""
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **keywords):
-        self.args = args
-        self.options = {name: keywords.pop(name) for name in ("num_warps", "num_stages")}
-        self.constexprs = keywords
-
-
 @pytest.fixture
 def use_target(monkeypatch, tmp_path):
     """A function that makes every device look like one of a target's architecture."""
@@ -116,13 +93,6 @@ def use_target(monkeypatch, tmp_path):
 
 def empty(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def record(launcher, monkeypatch):
-    """The kernel of a launcher, and what stands in for it."""
-    kernel, recorder = launcher._kernel, Recorder()
-    monkeypatch.setattr(launcher, "_kernel", recorder)
-    return kernel, recorder
 
 
 def attend(case):
@@ -156,26 +126,6 @@ def attend(case):
     )
 
 
-def compile_recorded(kernel, launch, target):
-    """Compile a launch for what Triton would compile it for."""
-    signature, constants = {}, dict(launch.constexprs)
-    for parameter, value in zip(kernel.params, launch.args, strict=False):
-        if value is None:
-            constants[parameter.name] = None
-        else:
-            signature[parameter.name] = type_of(value, hinted=not parameter.do_not_specialize)
-    return compile_ahead(kernel, signature, constants, target, **launch.options)
-
-
-def type_of(value, *, hinted):
-    if isinstance(value, torch.Tensor):
-        return f"{POINTERS[value.dtype]}:16"
-    if isinstance(value, float):
-        return "fp32"
-    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
-    return f"i32{hint}" if hinted else "i32"
-
-
 RUNS = [
     pytest.param(target, case, id=f"{target}-{case}")
     for target in TARGETS
@@ -186,14 +136,14 @@ RUNS = [
 @pytest.mark.parametrize("target, case", RUNS)
 def test_attention_compiles_and_fits(target, case, use_target, monkeypatch):
     use_target(target)
-    kernel, recorder = record(attention._launch, monkeypatch)
+    recorder = record_launches(attention._launch, monkeypatch)
     for launcher in (worklist._launch, merge._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     attend(case)
-    compiled = compile_recorded(kernel, recorder, target)
+    compiled = recorder.compile(target)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != FLOAT:
-        width = configs.padded(max(case.D, case.D_v))
+        width = configs.padded_head_dim(max(case.D, case.D_v))
         allowed = SPILLS_WITH_ALL if case.has_all else MAX_SPILLS.get(width, 0)
         assert compiled.spills <= allowed
 
@@ -211,11 +161,11 @@ def test_attention_compiles_and_fits(target, case, use_target, monkeypatch):
 def test_decoding_keeps_tiles_in_flight(case, stages, use_target, monkeypatch):
     """Of n stages n - 1 hold tiles: one is computed with, K and V of n - 2 are on their way."""
     use_target("sm_90")
-    kernel, recorder = record(attention._launch, monkeypatch)
+    recorder = record_launches(attention._launch, monkeypatch)
     for launcher in (worklist._launch, merge._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     attend(case)
-    compiled = compile_recorded(kernel, recorder, "sm_90")
+    compiled = recorder.compile("sm_90")
     assert recorder.constexprs["IS_SHARED"] == (case.max_blocks == 9999)
     assert f"{{num = {2 * (stages - 2)} : i32}}" in compiled.asm["ttgir"]
 
@@ -227,11 +177,11 @@ def test_pairs_of_values_are_transposed_by_hardware(
 ):
     """Values that do not lie in pairs are gathered byte by byte."""
     use_target("sm_90")
-    kernel, recorder = record(attention._launch, monkeypatch)
+    recorder = record_launches(attention._launch, monkeypatch)
     for launcher in (worklist._launch, merge._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     attend(Case(cache_dtype=cache_dtype, D_v=D_v))
-    compiled = compile_recorded(kernel, recorder, "sm_90")
+    compiled = recorder.compile("sm_90")
     assert ("trans.shared.b16" in compiled.asm["ptx"]) == is_transposed
 
 
@@ -240,35 +190,35 @@ def test_pairs_of_values_are_transposed_by_hardware(
 @pytest.mark.parametrize("target", TARGETS)
 def test_merge_compiles_without_spills(target, D_v, case, use_target, monkeypatch):
     use_target(target)
-    kernel, recorder = record(merge._launch, monkeypatch)
+    recorder = record_launches(merge._launch, monkeypatch)
     for launcher in (worklist._launch, attention._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     attend(case._replace(D_v=D_v))
-    assert compile_recorded(kernel, recorder, target).spills == 0
+    assert recorder.compile(target).spills == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_counting_of_work_compiles(target, use_target, monkeypatch):
     use_target(target)
-    kernel, recorder = record(worklist._launch, monkeypatch)
+    recorder = record_launches(worklist._launch, monkeypatch)
     for launcher in (merge._launch, attention._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     attend(Case(max_blocks=9999))
-    assert compile_recorded(kernel, recorder, target).spills == 0
+    assert recorder.compile(target).spills == 0
 
 
 @pytest.mark.parametrize("name", ["_launch_find", "_launch_divide"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_finding_of_prefixes_compiles(target, name, use_target, monkeypatch):
     use_target(target)
-    recorded = {x: record(getattr(cascade, x), monkeypatch) for x in LAUNCHERS_OF_PREFIXES}
+    recorded = {x: record_launches(getattr(cascade, x), monkeypatch) for x in LAUNCHERS_OF_PREFIXES}
     monkeypatch.setattr(merge, "merge_halves", lambda *args: None)
     q, cache = empty(4, 64, 128, dtype=BFLOAT), empty(9, 16, 8, 128, dtype=BFLOAT)
     lens, tables = (empty(*s, dtype=torch.int32) for s in ((4,), (4, 99)))
     options = AttentionOptions(scale=0.1)
     out, lse = torch.empty_like(q), empty(64, 4, dtype=FLOAT)
     cascade.attend_in_halves(lambda *args: None, q, cache, cache, tables, lens, options, out, lse)
-    assert compile_recorded(*recorded[name], target).spills == 0
+    assert recorded[name].compile(target).spills == 0
 
 
 LAUNCHERS_OF_PREFIXES = ("_launch_find", "_launch_divide")
@@ -278,7 +228,7 @@ LAUNCHERS_OF_PREFIXES = ("_launch_find", "_launch_divide")
 @pytest.mark.parametrize("target", TARGETS)
 def test_append_compiles_without_spills(target, quantised, use_target, monkeypatch):
     use_target(target)
-    kernel, recorder = record(append._launch, monkeypatch)
+    recorder = record_launches(append._launch, monkeypatch)
     dtype = torch.int8 if quantised else BFLOAT
     rows, cache = empty(4, 8, 128, dtype=BFLOAT), empty(9, 16, 8, 128, dtype=dtype)
     options = AppendOptions()
@@ -287,7 +237,7 @@ def test_append_compiles_without_spills(target, quantised, use_target, monkeypat
         rotary = Rotary(angles, angles, empty(4, dtype=torch.int64))
         options = AppendOptions(scale, scale, rotary)
     append.append_to_cache(rows, rows, cache, cache, empty(4, dtype=torch.int64), options)
-    assert compile_recorded(kernel, recorder, target).spills == 0
+    assert recorder.compile(target).spills == 0
 
 
 def launch_keys(sizes, monkeypatch):
@@ -299,7 +249,7 @@ def launch_keys(sizes, monkeypatch):
 
     monkeypatch.setattr(attention, "_launch", note)
     for launcher in (worklist._launch, merge._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     cache = empty(9, 16, 8, 128, dtype=BFLOAT)
     for tokens, blocks in sizes:
         q = empty(tokens, 64, 128, dtype=BFLOAT)
@@ -348,11 +298,11 @@ def test_short_launches_are_cut_and_long_ones_shared(sequences, blocks, schedule
 def test_as_many_programs_fit_as_are_counted_on(case, use_target, monkeypatch):
     """Where fewer did, shares of the work would be taken up one after the other."""
     use_target("sm_90")
-    kernel, recorder = record(attention._launch, monkeypatch)
+    recorder = record_launches(attention._launch, monkeypatch)
     for launcher in (worklist._launch, merge._launch):
-        record(launcher, monkeypatch)
+        record_launches(launcher, monkeypatch)
     attend(case)
-    compiled = compile_recorded(kernel, recorder, "sm_90")
+    compiled = recorder.compile("sm_90")
     size = (case.cache_dtype or case.dtype).itemsize
     config = TileConfig(
         recorder.constexprs["BLOCK_M"], recorder.constexprs["BLOCK_N"], *recorder.options.values()

@@ -9,7 +9,7 @@ import torch
 
 from attn_core import tuning
 from attn_core.device import DeviceInfo
-from attn_core.testing.compilation import TARGETS, compile_ahead
+from attn_core.testing.compilation import TARGETS, record_launches
 
 pytest.importorskip("triton")
 
@@ -31,13 +31,6 @@ TABLES = {
     "dq": configs.BACKWARD_DQ,
     "dk_dv": configs.BACKWARD_DK_DV,
     "dbias": configs.BACKWARD_DBIAS,
-}
-POINTERS = {
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
 }
 MAX_SPILLS = 64  # bytes, in 16-bit kernels of sm_90
 
@@ -73,17 +66,6 @@ HOPPER = [
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
-class Recorder:
-    """A kernel that writes down how it is launched."""
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, num_warps, num_stages, **constexprs):
-        self.args, self.constexprs = args, constexprs
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
-
-
 @pytest.fixture
 def use_target(monkeypatch, tmp_path):
     """A function that makes every device look like one of a target's architecture."""
@@ -102,10 +84,8 @@ def use_target(monkeypatch, tmp_path):
 def launches(case, monkeypatch):
     """What each launcher would start for a case."""
     if case.tf32:
-        monkeypatch.setattr(forward.problem, "dot_precision", lambda tensor: "tf32")
-    recorders = {name: Recorder() for name in LAUNCHERS}
-    for name, launcher in LAUNCHERS.items():
-        monkeypatch.setattr(launcher, "_kernel", recorders[name])
+        monkeypatch.setattr(forward.tiling, "dot_precision", lambda tensor: "tf32")
+    recorders = {name: record_launches(LAUNCHERS[name], monkeypatch) for name in LAUNCHERS}
     q = torch.empty(1, 256, 256, 4, case.D, dtype=case.dtype, device="meta").permute(0, 3, 1, 2, 4)
     bias = torch.empty(1, 4, 256, 256, dtype=case.dtype, device="meta")
     kind = case.dtype if case.additive else torch.bool
@@ -115,24 +95,6 @@ def launches(case, monkeypatch):
     wanted = "dq dk_dv dbias" + (" dmask" if case.additive else "")
     backward.attention_backward(out, dlse, q, q, q, bias, mask, out, lse, 0.1, "mean", wanted, True)
     return recorders
-
-
-def describe(kernel, launch):
-    """Split a launch into the signature and the constants that Triton would compile it for."""
-    signature = {
-        parameter.name: type_of(value, hinted=not parameter.do_not_specialize)
-        for parameter, value in zip(kernel.params, launch.args, strict=False)
-    }
-    return signature, launch.constexprs
-
-
-def type_of(value, *, hinted):
-    if isinstance(value, torch.Tensor):
-        return f"{POINTERS[value.dtype]}:16"
-    if isinstance(value, float):
-        return "fp32"
-    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
-    return f"i32{hint}" if hinted else "i32"
 
 
 RUNS = [
@@ -147,9 +109,8 @@ RUNS = [
 @pytest.mark.parametrize("target, case, name", RUNS)
 def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
     use_target(target)
-    kernel = LAUNCHERS[name]._kernel
     launch = launches(case, monkeypatch)[name]
-    compiled = compile_ahead(kernel, *describe(kernel, launch), target, **launch.options)
+    compiled = launch.compile(target)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != torch.float32:
         assert compiled.spills <= MAX_SPILLS

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Architectures every kernel of the family compiles for."""
 
@@ -27,6 +29,20 @@ _SHARED_MEMORY = {
     "sm_100": 232448,
     **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 65536),
 }
+
+_POINTERS = {
+    torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+_OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,66 @@ def compile_ahead(
     registers, spills, serializes = usage(compiled, gpu)
     asm = dict(compiled.asm)
     return CompiledKernel(target, registers, spills, compiled.metadata.shared, serializes, asm)
+
+
+class LaunchRecorder:
+    """Takes the place of a ``triton.jit`` kernel and writes down its last launch.
+
+    `args`, `constexprs` and `options` (num_warps, num_stages) exist once there was one. Tensors on
+    the meta device will do, so no memory and no GPU is needed to see what a launcher starts.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> LaunchRecorder:
+        return self
+
+    def __call__(self, *args: Any, **keywords: Any) -> None:
+        """Write down what is launched, in place of launching it."""
+        self.args = args
+        self.options = {name: keywords.pop(name) for name in _OPTIONS}
+        self.constexprs = keywords
+
+    def compile(self, target: str) -> CompiledKernel:
+        """Compile the kernel as Triton would for this launch; errors as in `compile_ahead`."""
+        signature, constants = {}, dict(self.constexprs)
+        for parameter, value in zip(self.kernel.params, self.args, strict=False):
+            if value is None:
+                constants[parameter.name] = None
+            else:
+                is_hinted = not parameter.do_not_specialize
+                signature[parameter.name] = _type_of(value, is_hinted)
+        return compile_ahead(self.kernel, signature, constants, target, **self.options)
+
+
+def record_launches(launcher: Any, monkeypatch: Any) -> LaunchRecorder:
+    """Let a `Launcher` write down what it would start, for the time of a test.
+
+    Parameters
+    ----------
+    launcher : attn_core.launch.Launcher
+        Its kernel is replaced.
+    monkeypatch : pytest.MonkeyPatch
+        Puts the kernel back.
+
+    Returns
+    -------
+    LaunchRecorder
+        What stands in for the kernel.
+    """
+    recorder = LaunchRecorder(launcher._kernel)
+    monkeypatch.setattr(launcher, "_kernel", recorder)
+    return recorder
+
+
+def _type_of(value: Any, is_hinted: bool) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{_POINTERS[value.dtype]}:16"
+    if isinstance(value, float):
+        return "fp32"
+    hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""
+    return f"i32{hint}" if is_hinted else "i32"
 
 
 def _source(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any]) -> Any:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
 from attn_evo import environment
-from attn_evo._triton.problem import SMALL_SHARED_MEMORY, padded_head_dim
+from attn_evo._triton.problem import SMALL_SHARED_MEMORY
 
 Launch = Callable[[TileConfig], object]
 

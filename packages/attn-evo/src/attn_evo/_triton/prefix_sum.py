@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_evo._triton import configs, problem
@@ -232,7 +233,7 @@ def prefix_sum(x: torch.Tensor, dim: int, exclusive: bool, reverse: bool) -> tor
     has_runs = layout.columns.stride_x == 1 and layout.columns.size > 1
     config = configs.prefix_sum_tiles(layout.columns.size if has_runs else None)
     N, C = layout.sequence.size, layout.columns.size
-    num_columns = problem.ceil_div(C, config.block_n) * layout.num_outer
+    num_columns = tiling.ceil_div(C, config.block_n) * layout.num_outer
     chunk = config.block_m * _LONGEST_RUN if has_runs else _CHUNK
     chunks = problem.chunks(x.device, N, num_columns, config.block_m, chunk, programs_per_sm=4)
     dims = (*layout.outer, layout.sequence, layout.columns)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_core.device import device_info
+from attn_core.tiling import ceil_div, padded_head_dim
 from attn_core.tuning import TileConfig
 
 # Integers that change from call to call: compiled for any value.
@@ -147,16 +148,6 @@ def scratch(call: Call) -> Scratch:
         chunk_sums=sums(4, num_heads, num_chunks),
         contexts=sums(num_heads, num_tiles),
     )
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Blocks of size b that cover a."""
-    return -(-a // b)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Width of a tile that holds the head dimension: a power of two that tl.dot accepts."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def is_nvidia(tensor: torch.Tensor) -> bool:

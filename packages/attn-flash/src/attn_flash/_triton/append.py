@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
-from attn_flash._triton import problem
 from attn_flash._triton.rotary import load_rotated
 from attn_flash.kvcache_checks import Cache
 
@@ -116,11 +116,11 @@ def append(
         return
     table = cache.block_table
     page_size = 0 if table is None else k_cache.shape[1]
-    block_d, block_dv = problem.padded_head_dim(D), problem.padded_head_dim(D_v)
+    block_d, block_dv = tiling.padded_head_dim(D), tiling.padded_head_dim(D_v)
     block_m = min(
         triton.next_power_of_2(S_new * H_KV), max(1, _TILE // max(block_d, block_dv))
     )
-    num_row_tiles = problem.ceil_div(S_new * H_KV, block_m)
+    num_row_tiles = tiling.ceil_div(S_new * H_KV, block_m)
     strides = [x.stride() for x in (k, v, k_cache, v_cache)]
     k_strides, v_strides, k_cache_strides, v_cache_strides = strides
     table_strides = (0, 0) if table is None else table.stride()

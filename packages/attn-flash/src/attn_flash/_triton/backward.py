@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks
@@ -512,7 +513,7 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
     left, right = options.window
     dq = ragged.new_gradient(q, options.cu_seqlens_q)
     config = configs.tiles(configs.BACKWARD_DQ, q, size, options.window)
-    num_tiles = problem.ceil_div(size.M, config.block_m)
+    num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out, dout, dq))
     _launch_dq(
         num_tiles * size.B * size.H,
@@ -537,11 +538,11 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
-            "HAS_DLSE": dlse is not None, "PRECISION": problem.dot_precision(q),
+            "HAS_DLSE": dlse is not None, "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
             "TAIL_N": problem.tail_block(size.N, config.block_n, options),
-            "BLOCK_D": problem.padded_head_dim(size.D),
-            "BLOCK_DV": problem.padded_head_dim(size.D_v),
+            "BLOCK_D": tiling.padded_head_dim(size.D),
+            "BLOCK_DV": tiling.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip
@@ -565,7 +566,7 @@ def _dk_dv(dout, q, k, v, rows, size, terms, options):
         for x in (k, v)
     )
     config = configs.tiles(_dk_dv_table(options), q, size, options.window)
-    num_tiles = problem.ceil_div(size.N, config.block_n)
+    num_tiles = tiling.ceil_div(size.N, config.block_n)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, dout, dk, dv))
     _launch_dk_dv(
         num_tiles * size.B * size.H_KV,
@@ -588,11 +589,11 @@ def _dk_dv(dout, q, k, v, rows, size, terms, options):
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
-            "PRECISION": problem.dot_precision(q),
+            "PRECISION": tiling.dot_precision(q),
             "BIAS_RUN": problem.bias_run(options.attn_bias), "BLOCK_M": config.block_m,
             "TAIL_M": problem.tail_block(size.M, config.block_m, options),
-            "BLOCK_N": config.block_n, "BLOCK_D": problem.padded_head_dim(size.D),
-            "BLOCK_DV": problem.padded_head_dim(size.D_v),
+            "BLOCK_N": config.block_n, "BLOCK_D": tiling.padded_head_dim(size.D),
+            "BLOCK_DV": tiling.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip

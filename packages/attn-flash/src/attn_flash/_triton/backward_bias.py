@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.masks import is_visible
@@ -173,7 +174,7 @@ def bias_gradient(
     config = configs.tiles(configs.BACKWARD_BIAS, q, size, options.window)
     spans = (
         size.B, size.H,
-        problem.ceil_div(size.M, config.block_m), problem.ceil_div(size.N, config.block_n),
+        tiling.ceil_div(size.M, config.block_m), tiling.ceil_div(size.N, config.block_n),
     )  # fmt: skip
     whole = (size.B, size.H, size.M, size.N)
     is_sum = [own == 1 and full != 1 for own, full in zip(bias.shape, whole, strict=True)]
@@ -201,10 +202,10 @@ def bias_gradient(
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "SUM_M": is_sum[2], "SUM_N": is_sum[3],
-            "PRECISION": problem.dot_precision(q),
+            "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(size.D),
-            "BLOCK_DV": problem.padded_head_dim(size.D_v),
+            "BLOCK_D": tiling.padded_head_dim(size.D),
+            "BLOCK_DV": tiling.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
-from attn_flash._triton.problem import Size, padded_head_dim
+from attn_flash._triton.problem import Size
 
 SHORT = 1024  # tokens
 _SHAPES = ("short", "causal", "full")

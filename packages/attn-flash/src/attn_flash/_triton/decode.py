@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile
@@ -299,8 +300,8 @@ def attention(
     config = decode_configs.tiles(q, v_cache)
     tile_group = min(H // H_KV, config.block_m)
     block_q = config.block_m // tile_group
-    num_query_tiles = problem.ceil_div(M, block_q)
-    head_tiles = H_KV * problem.ceil_div(H // H_KV, tile_group)
+    num_query_tiles = tiling.ceil_div(M, block_q)
+    head_tiles = H_KV * tiling.ceil_div(H // H_KV, tile_group)
     if num_splits == 0:
         span = capacity
         if left >= 0 and right >= 0:
@@ -353,9 +354,9 @@ def attention(
             "HAS_LEFTPAD": cache.leftpad is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": has_right,
             "HAS_SOFTCAP": softcap > 0, "HAS_ALIBI": alibi_slopes is not None,
-            "NEGATE_Q": scale < 0, "PRECISION": problem.dot_precision(q),
+            "NEGATE_Q": scale < 0, "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_Q": block_q, "BLOCK_N": config.block_n,
-            "BLOCK_D": problem.padded_head_dim(D), "BLOCK_DV": problem.padded_head_dim(D_v),
+            "BLOCK_D": tiling.padded_head_dim(D), "BLOCK_DV": tiling.padded_head_dim(D_v),
         },
         config=config,
     )  # fmt: skip
@@ -407,7 +408,7 @@ def _merge_splits(
 ) -> None:
     """Merge parts (S, B, M, H, D_v) by parts_lse (S, B, H, M) into out and lse."""
     num_splits, B, M, H, D_v = parts.shape
-    block_dv = problem.padded_head_dim(D_v)
+    block_dv = tiling.padded_head_dim(D_v)
     block_s = min(triton.next_power_of_2(num_splits), max(1, _MERGED_ELEMENTS // block_dv))
     config = TileConfig(block_s, block_dv, 4, 1)
     _launch_merge(

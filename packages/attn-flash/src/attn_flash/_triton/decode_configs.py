@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from attn_core.device import device_info
+from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
-from attn_flash._triton.problem import padded_head_dim
 
 FEW, SOME = 16, 64  # rows
 _WAVES = 4  # of programs that keep all processors busy though sequences are unequal

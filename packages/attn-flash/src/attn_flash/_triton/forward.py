@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
@@ -307,7 +308,7 @@ def attention(
         return out, lse
     left, right = options.window
     config = configs.tiles(configs.FORWARD, q, size, options.window)
-    num_tiles = problem.ceil_div(size.M, config.block_m)
+    num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out))
     if options.block_table is not None:
         strides = (strides[0], k.stride(), v.stride(), strides[3])
@@ -338,13 +339,13 @@ def attention(
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "HAS_SINKS": sinks is not None,
-            "NEGATE_Q": options.scale < 0, "PRECISION": problem.dot_precision(q),
+            "NEGATE_Q": options.scale < 0, "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m,
             "TAIL_M": problem.tail_block(size.M, config.block_m, options),
             "BLOCK_N": config.block_n,
             "TAIL_N": problem.tail_block(size.N, config.block_n, options),
-            "BLOCK_D": problem.padded_head_dim(size.D),
-            "BLOCK_DV": problem.padded_head_dim(size.D_v),
+            "BLOCK_D": tiling.padded_head_dim(size.D),
+            "BLOCK_DV": tiling.padded_head_dim(size.D_v),
         },
         config=config,
     )  # fmt: skip

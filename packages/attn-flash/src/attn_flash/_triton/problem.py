@@ -31,23 +31,6 @@ _TAIL_MATTERS = 1024  # tokens
 _LARGEST_TILE = (128, 256)  # rows and columns
 
 
-def ceil_div(a: int, b: int) -> int:
-    """Blocks of size b that cover a."""
-    return -(-a // b)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Width of a tile that holds the head dimension: a power of two that tl.dot accepts."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def dot_precision(tensor: torch.Tensor) -> str:
-    """How float32 products are computed: TF32 only where torch's own matmuls may use it."""
-    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
-
-
 class Size(NamedTuple):
     """Sizes of a problem; M and N are those of the longest sequences where they are ragged."""
 

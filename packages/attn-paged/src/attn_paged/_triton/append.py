@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 from attn_paged._triton import problem
@@ -151,7 +152,7 @@ def append_to_cache(
     k_scale, v_scale = (
         None if scale is None else scale.expand(k_cache.shape[:3]) for scale in scales
     )
-    block_d, block_dv = problem.padded(D), problem.padded(D_v)
+    block_d, block_dv = tiling.padded_head_dim(D), tiling.padded_head_dim(D_v)
     block_h = min(triton.next_power_of_2(H_KV), max(1, _TILE // max(block_d, block_dv)))
     tensors = (k, v, k_cache, v_cache, k_scale, v_scale, slot_mapping, cos, sin, positions)
     ranks = (3, 3, 4, 4, 3, 3, 1, 2, 2, 1)
@@ -163,7 +164,7 @@ def append_to_cache(
     ]
     dtypes = [None if x is None else x.dtype for x in (k_cache, slot_mapping, cos, positions)]
     _launch(
-        T * problem.ceil_div(H_KV, block_h),
+        T * tiling.ceil_div(H_KV, block_h),
         strides=(*strides, *dtypes),
         args=arguments,
         constexprs={

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile
@@ -512,13 +513,13 @@ def _attend_by(
         right = _FAR
     # The only query of a sequence is its last token: no key is to its right.
     sides = {"HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0 and is_ragged}
-    tiling = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
+    schedule = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
     limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
     ends = None
     if plan.is_shared:
         ends = worklist.count_work(
             context_lens, cu_seqlens_q, is_causal,
-            {**tiling, **sides, "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n},
+            {**schedule, **sides, "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n},
             T=T, B=B, num_tiles=plan.num_tiles, **limits, left=left, right=right,
         )  # fmt: skip
     parts, parts_lse = out, lse
@@ -541,7 +542,7 @@ def _attend_by(
     )
     sizes = {"T": T, "B": B, "num_tiles": plan.num_tiles, "num_splits": plan.num_splits, **limits}
     shape = {
-        **tiling, "IS_SHARED": plan.is_shared,
+        **schedule, "IS_SHARED": plan.is_shared,
         "GROUP": H // H_KV, "TILE_GROUP": plan.tile_group, "H_KV": H_KV, "HEAD_DIM_V": D_v,
         "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q,
     }  # fmt: skip
@@ -584,9 +585,9 @@ def _attend_by(
             "HAS_SINKS": sinks is not None, "HAS_TREE": tree is not None,
             "IS_QUANTISED": k_scale is not None,
             "SAME_SLOTS": (k_strides[:2], ks_strides) == (v_cache.stride()[:2], vs_strides),
-            "NEGATE_Q": options.scale < 0, "PRECISION": problem.dot_precision(q),
+            "NEGATE_Q": options.scale < 0, "PRECISION": tiling.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
-            "BLOCK_DV": problem.padded(D_v),
+            "BLOCK_DV": tiling.padded_head_dim(D_v),
         },
         config=config,
     )  # fmt: skip
@@ -612,7 +613,7 @@ def _in_pairs(v_cache: torch.Tensor) -> torch.Tensor:
         )
     )
     is_packed = v_cache.itemsize == 1 and v_cache.stride(3) == 1
-    is_wide = problem.padded(v_cache.shape[3]) >= 2 * problem.MIN_DOT
+    is_wide = tiling.padded_head_dim(v_cache.shape[3]) >= 2 * tiling.MIN_DOT
     return v_cache.view(torch.int16) if is_packed and is_even and is_wide else v_cache
 
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attn_core import tiling
 from attn_core.device import device_info
+from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
-from attn_paged._triton import problem
-from attn_paged._triton.problem import padded
 from attn_paged.options import AttentionOptions
 
 FEW, SOME = 16, 64  # rows
@@ -167,7 +167,7 @@ def plans(
     elif is_ragged and sequences > 1 and tokens > sequences * short:
         runs = [(FEW, 0, short), (tokens * group // sequences, short + 1, _ANY)]
     else:
-        runs = [(problem.ceil_div(tokens, max(sequences, 1)) * group, 0, _ANY)]
+        runs = [(tiling.ceil_div(tokens, max(sequences, 1)) * group, 0, _ANY)]
     choice = Choice.of(q, k_cache, v_cache)
     key_bytes = (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
     result = []
@@ -182,7 +182,7 @@ def plans(
             block_q,
             tile_group,
             sequences if one_tile_each else num_tiles,
-            heads_kv * problem.ceil_div(group, tile_group),
+            heads_kv * tiling.ceil_div(group, tile_group),
             one_tile_each=one_tile_each,
             least_m=least_m,
             most_m=most_m,
@@ -206,7 +206,7 @@ class Choice(NamedTuple):
     def of(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Choice:
         """Describe a problem; a quantised cache is of size 1 unless q is float32."""
         size = q.element_size() if q.element_size() > 2 else k_cache.element_size()
-        return Choice(q.device, padded(max(q.shape[2], v_cache.shape[3])), size)
+        return Choice(q.device, padded_head_dim(max(q.shape[2], v_cache.shape[3])), size)
 
     def tiles(self, word: str) -> TileConfig:
         """Choose the tiles of a row's word."""
@@ -237,7 +237,7 @@ def schedule(plan: Plan, span: int, key_bytes: int, choice: Choice) -> Plan:
             return plan._replace(config=whole)
         parts = choice.tiles("few-parts")
     slots = choice.slots(parts, key_bytes)
-    key_tiles = max(1, problem.ceil_div(span, parts.block_n))
+    key_tiles = max(1, tiling.ceil_div(span, parts.block_n))
     num_splits = max(1, min(slots // programs, key_tiles, _MAX_SPLITS))
     if span * key_bytes <= num_splits * _SHORT_BYTES:
         return plan._replace(config=parts, num_splits=num_splits)
@@ -250,7 +250,7 @@ def _invariant(plan: Plan, keys: int) -> Plan:
     if plan.most_m == _ANY and plan.least_m > 0:
         return plan
     chunk = max(1, _INVARIANT_KEYS // plan.config.block_n)
-    num_splits = problem.ceil_div(max(keys, 1), chunk * plan.config.block_n)
+    num_splits = tiling.ceil_div(max(keys, 1), chunk * plan.config.block_n)
     return plan._replace(chunk=chunk, num_splits=num_splits)
 
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.merge import merge_states
 from attn_core.tiles.softmax import finish_softmax
@@ -139,12 +140,12 @@ def merge_parts(
     """
     D_v = out.shape[2]
     num_rows = constexprs["TILE_GROUP"] * constexprs["BLOCK_Q"]
-    block_dv = problem.padded(D_v)
+    block_dv = tiling.padded_head_dim(D_v)
     block_r = 1 if ends is None else min(_ROWS, triton.next_power_of_2(num_rows))
     block_s = max(1, _TILE // block_dv // block_r)
     strides = problem.strides_of(cu_seqlens_q, 1)
     _launch(
-        sizes["num_tiles"] * head_tiles * problem.ceil_div(num_rows, block_r),
+        sizes["num_tiles"] * head_tiles * tiling.ceil_div(num_rows, block_r),
         strides=(strides, out.dtype, rows is None),
         args=(
             parts,
@@ -196,10 +197,10 @@ def merge_halves(
 ) -> None:
     """Merge halves (2, T, H, D_v) by halves_lse (2, H, T) into out (T, H, D_v) and lse (H, T)."""
     T, H, D_v = out.shape
-    block_dv = problem.padded(D_v)
+    block_dv = tiling.padded_head_dim(D_v)
     block_r = max(1, _TILE // block_dv)
     _launch_halves(
-        problem.ceil_div(T * H, block_r),
+        tiling.ceil_div(T * H, block_r),
         strides=(out.dtype,),
         args=(halves, halves_lse, out, lse, T, H),
         constexprs={"HEAD_DIM_V": D_v, "BLOCK_R": block_r, "BLOCK_DV": block_dv},

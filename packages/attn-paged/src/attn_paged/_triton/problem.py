@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.tiling import MIN_DOT, padded_head_dim
+
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
     *("T", "B", "H", "num_tiles", "num_splits", "num_shares", "chunk", "least_m", "most_m"),
@@ -19,34 +21,16 @@ NOT_SPECIALIZED = [
     ),
 ]
 LOG2_E = 1.4426950408889634
-MIN_DOT = 16  # what tl.dot accepts along each side
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Blocks of size b that cover a."""
-    return -(-a // b)
-
-
-def padded(size: int) -> int:
-    """Width of a tile that holds `size` columns: a power of two that tl.dot accepts."""
-    return max(MIN_DOT, 1 << (size - 1).bit_length())
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """Widths of the one or two tiles that hold a query or key: 576 is 512 + 64, not 1024 + 0."""
-    whole = padded(head_dim)
+    whole = padded_head_dim(head_dim)
     if head_dim in (whole, 1) or whole == MIN_DOT:
         return whole, 0
     half = whole // 2
-    tail = padded(head_dim - half)
+    tail = padded_head_dim(head_dim - half)
     return (half, tail) if half + tail < whole else (whole, 0)
-
-
-def dot_precision(tensor: torch.Tensor) -> str:
-    """How float32 products are computed: TF32 only where torch's own matmuls may use it."""
-    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
 
 
 def strides_of(tensor: torch.Tensor | None, ndim: int) -> tuple[int, ...]:

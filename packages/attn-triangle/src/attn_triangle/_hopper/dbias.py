@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.softmax import LOG2_E
@@ -250,15 +251,15 @@ def dbias(
     """Return the gradient of the bias; `rows` are those of `rows.query_rows`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
-    block_d = problem.padded_head_dim(D)
+    block_d = tiling.padded_head_dim(D)
     config = configs.BACKWARD_DBIAS[block_d]
     block_n = config.block_n
     num_sms = device_info(q.device).num_sms
-    num_tiles_m = problem.ceil_div(M, config.block_m)
-    num_tiles_n = problem.ceil_div(N, block_n)
+    num_tiles_m = tiling.ceil_div(M, config.block_m)
+    num_tiles_n = tiling.ceil_div(N, block_n)
     tiles = num_tiles_m * num_tiles_n * B * H
-    rows_per_split = problem.ceil_div(R, problem.ceil_div(_TILES_PER_SM * num_sms, tiles))
-    splits = problem.ceil_div(R, rows_per_split)
+    rows_per_split = tiling.ceil_div(R, tiling.ceil_div(_TILES_PER_SM * num_sms, tiles))
+    splits = tiling.ceil_div(R, rows_per_split)
     lse_log2, delta = rows
     parts = delta.new_empty((splits, B, H, M, N))
     _launch(

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.softmax import LOG2_E
@@ -337,12 +338,12 @@ def dk_dv(
     """Fill dk and dv; `rows` are those of `rows.query_rows`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
-    block_d = problem.padded_head_dim(D)
+    block_d = tiling.padded_head_dim(D)
     config = configs.BACKWARD_DK_DV[block_d]
     block_m = config.block_n  # queries stream by
     bias_t = problem.scaled_bias(bias.mT, LOG2_E.value, N, M)
     shared_by = configs.ROWS_OF_DK_DV[block_d]
-    num_tiles, num_groups = problem.ceil_div(N, config.block_m), problem.ceil_div(R, shared_by)
+    num_tiles, num_groups = tiling.ceil_div(N, config.block_m), tiling.ceil_div(R, shared_by)
     total = num_tiles * num_groups * B * H
     lse_log2, delta = rows
     strides = (dk.stride(), dv.stride())

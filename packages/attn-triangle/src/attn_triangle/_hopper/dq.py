@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.softmax import LOG2_E
@@ -299,10 +300,10 @@ def dq(
     """
     B, H, R, M, D = q.shape
     N = k.shape[3]
-    block_d = problem.padded_head_dim(D)
+    block_d = tiling.padded_head_dim(D)
     config = configs.BACKWARD_DQ[block_d]
     block_n = config.block_n
-    num_tiles, num_groups = problem.ceil_div(M, config.block_m), problem.ceil_div(R, 2)
+    num_tiles, num_groups = tiling.ceil_div(M, config.block_m), tiling.ceil_div(R, 2)
     total = num_tiles * num_groups * B * H
     lse_log2, delta = rows
     dbias, steps = delta, (0, 0)
@@ -327,7 +328,7 @@ def dq(
             lse_log2, delta, delta.shape[1],
             dq, *dq_strides,
             dbias, *steps,
-            M, N, R, H, problem.ceil_div(N, 128), num_tiles, num_groups, total,
+            M, N, R, H, tiling.ceil_div(N, 128), num_tiles, num_groups, total,
             scale, scale * LOG2_E.value,
         ),
         constexprs={

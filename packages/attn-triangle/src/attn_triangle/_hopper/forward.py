@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.softmax import LOG2_E
@@ -320,13 +321,13 @@ def attention(
     out, lse = new_heads_last(q), new_lse(q)
     if q.numel() * N == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    block_d = problem.padded_head_dim(D)
+    block_d = tiling.padded_head_dim(D)
     config = configs.FORWARD[block_d]
     block_n = config.block_n
     scaled_bias = problem.scaled_bias(bias, 1.0 / scale, M, N)
     keys = problem.key_rows(mask, N, block_n, masked_rows == "mean", unread=lse)
     marks = q.new_empty((B, H, R, problem.whole(M, 64)), dtype=torch.int8)
-    num_tiles, num_groups = problem.ceil_div(M, config.block_m), problem.ceil_div(R, 2)
+    num_tiles, num_groups = tiling.ceil_div(M, config.block_m), tiling.ceil_div(R, 2)
     total = num_tiles * num_groups * B * H
     out_strides = out.stride()
     _launch(

@@ -8,11 +8,9 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attn_core.tiling import ceil_div
 from attn_triangle._triton import keys
-from attn_triangle._triton.problem import ceil_div, padded_head_dim
 from attn_triangle.layout import is_aligned
-
-__all__ = ["ceil_div", "padded_head_dim"]
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
@@ -146,7 +147,7 @@ def redo(
     hidden = marks if mask is None else mask.view(torch.uint8)
     mask_strides = (0, 0, 0) if mask is None else problem.broadcast_strides(mask)
     _launch(
-        problem.ceil_div(marks.numel(), _TILES * _CONFIG.block_m),
+        tiling.ceil_div(marks.numel(), _TILES * _CONFIG.block_m),
         strides=(bias.dtype, strides, bias_strides, mask_strides),
         args=(
             q, *strides[0],
@@ -164,7 +165,7 @@ def redo(
             "HEAD_DIM": D, "HAS_MASK": mask is not None, "IS_MEAN": masked_rows == "mean",
             "TILES": _TILES,
             "BLOCK_M": _CONFIG.block_m, "BLOCK_N": _CONFIG.block_n,
-            "BLOCK_D": problem.padded_head_dim(D),
+            "BLOCK_D": tiling.padded_head_dim(D),
         },
         config=_CONFIG,
     )  # fmt: skip

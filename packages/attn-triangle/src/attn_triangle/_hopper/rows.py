@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tuning import TileConfig
-from attn_triangle._hopper import problem
 
 _CONFIG = TileConfig(128, 1, 4, 1)
 _UNSEEING_CONFIG = TileConfig(64, 64, 4, 1)
@@ -112,7 +112,7 @@ def query_rows(
     """
     B, H, R, M, D = out.shape
     block_m = _CONFIG.block_m
-    num_tiles = problem.ceil_div(M, block_m)
+    num_tiles = tiling.ceil_div(M, block_m)
     lse_log2, delta = lse.new_empty((2, B * H * R, num_tiles * block_m)).unbind(0)
     strides = (out.stride(), dout.stride())
     _launch(
@@ -129,7 +129,7 @@ def query_rows(
         ),
         constexprs={
             "HEAD_DIM": D, "HAS_DLSE": dlse is not None, "BLOCK_M": block_m,
-            "BLOCK_D": problem.padded_head_dim(D),
+            "BLOCK_D": tiling.padded_head_dim(D),
         },
         config=_CONFIG,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def add_unseeing(dv: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> Non
         args=(dout, *strides[0], lse, dv, *strides[1], M, dv.shape[3], R, H),
         constexprs={
             "HEAD_DIM": D, "BLOCK_M": _UNSEEING_CONFIG.block_m,
-            "BLOCK_D": problem.padded_head_dim(D),
+            "BLOCK_D": tiling.padded_head_dim(D),
         },
         config=_UNSEEING_CONFIG,
     )  # fmt: skip

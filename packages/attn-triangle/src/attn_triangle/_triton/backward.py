@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
@@ -520,7 +521,7 @@ def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale):
     B, H, R, M, D = q.shape
     N = k.shape[3]
     group = problem.rows_per_program(q)
-    num_groups = problem.ceil_div(R, group)
+    num_groups = tiling.ceil_div(R, group)
     needs_dq = dq is not None
     dq = dq if needs_dq else dout  # not written
     strides = tuple(tensor.stride() for tensor in (q, k, v, out, dout, dq))
@@ -528,7 +529,7 @@ def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale):
     def launch(config):
         packed = problem.packed_bias(bias, N, config.block_n)
         bias_strides = problem.broadcast_strides(packed)
-        num_tiles = problem.ceil_div(M, config.block_m)
+        num_tiles = tiling.ceil_div(M, config.block_m)
         _launch_dq(
             num_tiles * num_groups * B * H,
             strides=(packed.dtype, strides, bias_strides, keys.strides),
@@ -550,9 +551,9 @@ def _dq(dq, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale):
             constexprs={
                 "HEAD_DIM": D, "ROWS": group, "EVEN_N": N % config.block_n == 0,
                 "HAS_MASK": keys.kind != "none", "HAS_DLSE": dlse is not None,
-                "NEEDS_DQ": needs_dq, "PRECISION": problem.dot_precision(q),
+                "NEEDS_DQ": needs_dq, "PRECISION": tiling.dot_precision(q),
                 "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                "BLOCK_D": problem.padded_head_dim(D),
+                "BLOCK_D": tiling.padded_head_dim(D),
             },
             config=config,
         )  # fmt: skip
@@ -572,7 +573,7 @@ def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, is_mean):
     strides = tuple(tensor.stride() for tensor in (q, k, v, dout, dk, dv))
 
     def launch(config):
-        num_tiles = problem.ceil_div(N, config.block_n)
+        num_tiles = tiling.ceil_div(N, config.block_n)
         bias_t = problem.packed_bias(bias.mT, M, config.block_m)  # as tiles of scores are read
         bias_strides = problem.broadcast_strides(bias_t)
         _launch_dk_dv(
@@ -596,9 +597,9 @@ def _dk_dv(dk, dv, dout, q, k, v, bias, keys, lse, rows, scale, is_mean):
             constexprs={
                 "HEAD_DIM": D, "EVEN_M": M % config.block_m == 0,
                 "HAS_MASK": keys.kind != "none", "IS_ADDITIVE": is_additive, "IS_MEAN": is_mean,
-                "PRECISION": problem.dot_precision(q),
+                "PRECISION": tiling.dot_precision(q),
                 "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                "BLOCK_D": problem.padded_head_dim(D),
+                "BLOCK_D": tiling.padded_head_dim(D),
             },
             config=config,
         )  # fmt: skip
@@ -616,11 +617,11 @@ def _dbias(dout, q, k, v, bias, keys, rows, scale):
     sms = device_info(q.device).num_sms
 
     def launch(config):
-        num_tiles_n = problem.ceil_div(N, config.block_n)
-        num_tiles = problem.ceil_div(M, config.block_m) * num_tiles_n
+        num_tiles_n = tiling.ceil_div(N, config.block_n)
+        num_tiles = tiling.ceil_div(M, config.block_m) * num_tiles_n
         wanted = _PROGRAMS_PER_SM * sms // (num_tiles * B * H)
-        rows_per_split = problem.ceil_div(R, max(1, wanted))
-        splits = problem.ceil_div(R, rows_per_split)
+        rows_per_split = tiling.ceil_div(R, max(1, wanted))
+        splits = tiling.ceil_div(R, rows_per_split)
         parts = rows.new_empty((splits, B, H, M, N))
         _launch_dbias(
             num_tiles * B * H * splits,
@@ -639,9 +640,9 @@ def _dbias(dout, q, k, v, bias, keys, rows, scale):
             ),
             constexprs={
                 "HEAD_DIM": D, "HAS_MASK": keys.kind != "none",
-                "PRECISION": problem.dot_precision(q),
+                "PRECISION": tiling.dot_precision(q),
                 "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                "BLOCK_D": problem.padded_head_dim(D), "NUM_STAGES": config.num_stages,
+                "BLOCK_D": tiling.padded_head_dim(D), "NUM_STAGES": config.num_stages,
             },
             config=config,
         )  # fmt: skip
@@ -656,7 +657,7 @@ def sum_of_splits(parts, bias):
         return parts.sum(0).sum_to_size(bias.shape).to(bias.dtype)
     dbias = bias.new_empty(bias.shape)
     _launch_sum(
-        problem.ceil_div(dbias.numel(), _SUM_CONFIG.block_n),
+        tiling.ceil_div(dbias.numel(), _SUM_CONFIG.block_n),
         strides=bias.dtype,
         args=(parts, dbias, parts.shape[0], dbias.numel()),
         constexprs={"BLOCK_N": _SUM_CONFIG.block_n},

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Key, Table, TileConfig, pick
-from attn_triangle._triton.problem import padded_head_dim
 
 BUCKETS = (64, 128, 256, 512, 1024)
 _SHORTEST, _LONGEST = BUCKETS[0], BUCKETS[-1]

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
@@ -219,14 +220,14 @@ def attention(
     if q.numel() * N == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     rows = problem.rows_per_program(q)
-    num_groups = problem.ceil_div(R, rows)
+    num_groups = tiling.ceil_div(R, rows)
     keys = visible_keys(mask, N, unread=lse)
     q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
 
     def launch(config: TileConfig) -> None:
         packed = problem.packed_bias(bias, N, config.block_n)
         bias_strides = problem.broadcast_strides(packed)
-        num_tiles = problem.ceil_div(M, config.block_m)
+        num_tiles = tiling.ceil_div(M, config.block_m)
         _launch(
             num_tiles * num_groups * B * H,
             strides=(packed.dtype, q_strides, k_strides, v_strides, bias_strides, keys.strides),
@@ -244,9 +245,9 @@ def attention(
             constexprs={
                 "HEAD_DIM": D, "ROWS": rows, "EVEN_N": N % config.block_n == 0,
                 "HAS_MASK": mask is not None, "IS_MEAN": masked_rows == "mean",
-                "PRECISION": problem.dot_precision(q),
+                "PRECISION": tiling.dot_precision(q),
                 "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                "BLOCK_D": problem.padded_head_dim(D),
+                "BLOCK_D": tiling.padded_head_dim(D),
             },
             config=config,
         )  # fmt: skip

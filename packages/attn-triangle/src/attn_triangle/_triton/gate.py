@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
-from attn_triangle._triton import problem
 
 _CONFIG = TileConfig(1, 1024, 4, 2)
 
@@ -67,7 +67,7 @@ def _start(launch: Launcher, *tensors: torch.Tensor) -> None:
     if num_elements == 0:
         return
     launch(
-        problem.ceil_div(num_elements, _CONFIG.block_n),
+        tiling.ceil_div(num_elements, _CONFIG.block_n),
         strides=(tuple(x.dtype for x in tensors), *_compiled_for(num_elements)),
         args=(*tensors, num_elements),
         constexprs={"BLOCK_N": _CONFIG.block_n},

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 from attn_triangle._triton import problem
@@ -106,7 +107,7 @@ def visible_keys(
     if mask is None:
         return VisibleKeys(unread, unread, (0, 0, 0, 0), "none")
     B, R, _ = mask.shape
-    num_columns = problem.ceil_div(length, _COLUMNS) * _COLUMNS
+    num_columns = tiling.ceil_div(length, _COLUMNS) * _COLUMNS
     shut = mask.new_empty((B, R, num_columns), dtype=torch.float32)
     key_range = mask.new_empty((B, R, 2), dtype=torch.int32)
     strides = problem.broadcast_strides(mask)

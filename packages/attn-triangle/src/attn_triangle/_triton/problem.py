@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.tiling import ceil_div
+
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
     "M",
@@ -18,23 +20,6 @@ NOT_SPECIALIZED = [
 ]
 _SMALL = 1 << 17  # elements of a bias
 _ALIGNED = 16  # elements: Triton widens loads only where it knows of such a factor
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Blocks of size b that cover a."""
-    return -(-a // b)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Width of a tile that holds the head dimension: a power of two that tl.dot accepts."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def dot_precision(tensor: torch.Tensor) -> str:
-    """How float32 products are computed: TF32 only where torch's own matmuls may use it."""
-    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
 
 
 def rows_per_program(q: torch.Tensor) -> int:
