@@ -484,7 +484,8 @@ def test_stream_of_the_caller(device):
 def test_device_that_is_not_current(device):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    other = torch.device("cuda", (device.index + 1) % torch.cuda.device_count())
+    current = torch.cuda.current_device()
+    other = torch.device("cuda", (current + 1) % torch.cuda.device_count())
     inputs = SMALL.inputs(BFLOAT, device)
     douts = cotangents(inputs[0])
     expected = attend(inputs, douts, CAUSAL)
@@ -492,7 +493,7 @@ def test_device_that_is_not_current(device):
         actual = attend([x.to(other) for x in inputs], [x.to(other) for x in douts], CAUSAL)
         assert actual["out"].device == other
         assert_same_bits({name: x.to(device) for name, x in actual.items()}, expected)
-    assert torch.cuda.current_device() == device.index
+    assert torch.cuda.current_device() == current
 
 
 # --- training -------------------------------------------------------------------------------------
