@@ -65,12 +65,13 @@ def test_rows_gathered_twice_get_both_gradients():
     assert dx[:, 0].tolist() == [0, 2, 1]
 
 
-def test_residual_has_no_history():
+def test_residual_adds_its_gradient():
     x = torch.randn(3, 2, requires_grad=True)
     rows, residual = index_first_axis_residual(x, torch.tensor([1]))
-    assert rows.requires_grad
-    assert not residual.requires_grad
     assert torch.equal(residual, x)
+    assert residual.data_ptr() == x.data_ptr()
+    [dx] = torch.autograd.grad(rows.sum() + 3 * residual.sum(), x)
+    assert dx[:, 0].tolist() == [3, 4, 3]
 
 
 def test_rows_go_among_zeros():

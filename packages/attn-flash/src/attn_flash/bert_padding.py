@@ -211,7 +211,7 @@ def index_first_axis_residual(
     input: torch.Tensor,  # noqa: A002
     indices: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather rows, and hand the input on without its history.
+    """Gather rows, and hand the input on for a residual connection.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def index_first_axis_residual(
     rows : Tensor, shape (T, ...)
         Those rows.
     residual : Tensor, shape (R, ...)
-        ``input.detach()``.
+        The input, in the same memory; its gradient is added to that of the rows.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def index_first_axis_residual(
     >>> rows.tolist(), residual.tolist()
     ([7], [5, 6, 7])
     """
-    return index_first_axis(input, indices), input.detach()
+    return index_first_axis(input, indices), input.view_as(input)
 
 
 def index_put_first_axis(
