@@ -80,18 +80,20 @@ def differentiate(compute, q, k, v, options, dtype=None):
 
 
 def by_triton(q, k, v, options):
-    with poison_new_allocations():
-        return ops.attention(q, k, v, *options, "triton")
+    return ops.attention(q, k, v, *options, "triton")
 
 
 def check(q, k, v, options):
-    actual = differentiate(by_triton, q, k, v, options)
+    with poison_new_allocations():
+        actual = differentiate(by_triton, q, k, v, options)
     same = differentiate(reference.attention_with, q, k, v, options)
     exact = differentiate(reference.attention_with, q, k, v, options, torch.float64)
+    # In float32 both errors are a few roundings, added up in another order: the largest is luck.
+    usual = 4.0 if q.dtype == torch.float32 else 2.0
     for name, x, y, z in zip(NAMES, actual, same, exact, strict=True):
         if x is not None:
             # Sums of a few numbers that nearly cancel: one rounding more or less is luck.
-            factor = 2.0 if x.numel() > 256 else 8.0
+            factor = usual if x.numel() > 256 else 8.0
             assert_within_budget(x, y.to(x.dtype), z, name=name, factor=factor)
 
 
@@ -151,7 +153,8 @@ def test_pages(page_size, window, device):
     shape = (3 * max_pages, page_size, 2, 64)
     k, v = (tensor(x, *shape, dtype=q.dtype, device=device) for x in "kv")
     options = options._replace(block_table=table)
-    actual = by_triton(q, k, v, options)
+    with poison_new_allocations():
+        actual = by_triton(q, k, v, options)
     same = reference.attention_with(q, k, v, options)
     exact = reference.attention_with(q.double(), k.double(), v.double(), options)
     for name, x, y, z in zip(NAMES, actual, same, exact, strict=False):
