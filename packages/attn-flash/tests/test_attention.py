@@ -191,6 +191,19 @@ def test_the_gradient_of_a_sum(window, device):
     torch.testing.assert_close(v.grad, dv)
 
 
+@pytest.mark.parametrize("heads", [4, 1], ids=["h4-hkv4", "h4-hkv1"])
+@pytest.mark.parametrize("window", [OPEN, CAUSAL], ids=show_window)
+def test_gradients_of_many_queries_are_rounded_once(window, heads):
+    shapes = ((1, 512, 4, 32), (1, 512, heads, 32), (1, 512, heads, 32))
+    q, k, v = (random_tensor(x, seed=i, dtype=torch.bfloat16) for i, x in enumerate(shapes))
+    v.requires_grad_()
+    out = flash_attn_func(q, k, v, window_size=window, backend="torch")
+    dout = random_like(out, 5)
+    [dv] = torch.autograd.grad(out, v, dout)
+    expected = plain(q.double(), k.double(), v.double(), 32**-0.5, window, [dout])[4]
+    torch.testing.assert_close(dv.double(), expected, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize("needing", ["q", "k", "v", "qk", "kv"])
 @pytest.mark.parametrize("window", [OPEN, (7, 3)], ids=show_window)
 def test_gradients_of_some_inputs(needing, window, device):

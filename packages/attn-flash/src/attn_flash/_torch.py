@@ -132,16 +132,17 @@ def _attention_backward(
     options: Options,
     first_batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    # In float16 the CPU kernel's backward is slower than the formula, and rounds more often.
-    if dlse is None and q.dtype != torch.float16 and _fits_cpu_kernel(q, k, v, options):
+    if dlse is None and _fits_cpu_kernel(q, k, v, options):
+        # In float32: it adds up gradients in the dtype of its inputs, one block after another.
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_for_cpu_kernel(dout, q, k, v, out),
+            *_for_cpu_kernel(*(x.to(_accumulator(x)) for x in (dout, q, k, v, out))),
             lse,
             0.0,
             options.window[1] == 0,
             scale=options.scale,
         )
-        return (*(grad.transpose(1, 2).contiguous() for grad in grads), None, None)
+        dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
+        return dq, dk, dv, None, None
     grouped, keys, values, douts = _grouped(q, k), _keys(k), _keys(v), _grouped(dout, k)
     dq = q.new_zeros(q.shape)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
