@@ -31,8 +31,7 @@ from attn_triangle._hopper.tiles import (
     WG_ROWS,
     exp2,
     key_blocks,
-    load_bias,
-    load_mask,
+    load_keys,
     load_rows,
     new_ring,
     num_steps,
@@ -56,15 +55,7 @@ def _load(
     q_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    bias_b, bias_h = bias_strides
     q_bytes: gl.constexpr = ROWS * WARPGROUPS * q_desc.block_type.nbytes
-    open_bytes: gl.constexpr = (
-        ROWS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        + WARPGROUPS * bias_desc.block_type.nbytes
-    )
-    block_bytes: gl.constexpr = (
-        open_bytes + ROWS * mask_desc.block_type.nbytes if HAS_MASK else open_bytes
-    )
     count = 0
     for step in range(num_steps(sizes)):
         b, h, row0, row1, tile = tile_of(step, sizes)
@@ -78,25 +69,11 @@ def _load(
             load_rows(q_desc, b, h, row0, m, q_full.index(slot), q_buf.index(first))
             load_rows(q_desc, b, h, row1, m, q_full.index(slot), q_buf.index(first + 1))
         lo, hi = key_blocks(range_ptr, range_strides, b, row0, row1, N, HAS_RANGE, BLOCK_N)
-        for block in range(lo, hi):
-            slot = count % STAGES
-            bar = full.index(slot)
-            start_n = block * BLOCK_N
-            mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, block_bytes)
-            for w in gl.static_range(WARPGROUPS):
-                load_bias(
-                    bias_desc, b * bias_b, h * bias_h, start_m + w * WG_ROWS, start_n,
-                    bar, bias_buf.index(slot * WARPGROUPS + w),
-                )  # fmt: skip
-            for x in gl.static_range(ROWS):
-                row = row0 if x == 0 else row1
-                own = slot * ROWS + x
-                if HAS_MASK:
-                    load_mask(mask_desc, mask_steps, b, row, start_n, bar, mask_buf.index(own))
-                load_rows(k_desc, b, h, row, start_n, bar, k_buf.index(own))
-                load_rows(v_desc, b, h, row, start_n, bar, v_buf.index(own))
-            count += 1
+        count = load_keys(
+            (k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf),
+            (full, empty), (bias_strides, mask_steps), count, b, h, row0, row1, start_m, lo, hi,
+            HAS_MASK, WARPGROUPS, BLOCK_N, STAGES,
+        )  # fmt: skip
 
 
 # fmt: off

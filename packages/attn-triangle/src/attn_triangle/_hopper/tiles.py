@@ -97,6 +97,50 @@ def key_blocks(range_ptr, strides, b, row0, row1, N, HAS_RANGE: gl.constexpr, BL
     return lo, hi
 
 
+# fmt: off
+@gluon.jit
+def load_keys(
+    descs, bufs, ring, steps, count, b, h, row0, row1, start_m, lo, hi,
+    HAS_MASK: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    """Load blocks of keys and values of both rows, with the bias and mask of a tile of queries.
+
+    `count` blocks were loaded before. Returns how many there are now.
+    """
+    k_desc, v_desc, bias_desc, mask_desc = descs
+    k_buf, v_buf, bias_buf, mask_buf = bufs
+    full, empty = ring
+    bias_steps, mask_steps = steps
+    bias_b, bias_h = bias_steps
+    mask_bytes: gl.constexpr = ROWS * mask_desc.block_type.nbytes if HAS_MASK else 0
+    block_bytes: gl.constexpr = (
+        ROWS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        + WARPGROUPS * bias_desc.block_type.nbytes
+        + mask_bytes
+    )
+    for block in range(lo, hi):
+        i = count % STAGES
+        bar = full.index(i)
+        start_n = block * BLOCK_N
+        mbarrier.wait(empty.index(i), ((count // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, block_bytes)
+        for w in gl.static_range(WARPGROUPS):
+            load_bias(
+                bias_desc, b * bias_b, h * bias_h, start_m + w * WG_ROWS, start_n,
+                bar, bias_buf.index(i * WARPGROUPS + w),
+            )  # fmt: skip
+        for x in gl.static_range(ROWS):
+            row = row0 if x == 0 else row1
+            own = i * ROWS + x
+            if HAS_MASK:
+                load_mask(mask_desc, mask_steps, b, row, start_n, bar, mask_buf.index(own))
+            load_rows(k_desc, b, h, row, start_n, bar, k_buf.index(own))
+            load_rows(v_desc, b, h, row, start_n, bar, v_buf.index(own))
+        count += 1
+    return count
+
+
 @gluon.jit
 def new_ring(stages: gl.constexpr, readers: gl.constexpr):
     """Barriers of a ring of buffers: full, with one writer, and empty, with `readers`."""
