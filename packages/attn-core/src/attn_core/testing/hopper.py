@@ -258,7 +258,10 @@ class _Mbarrier:
 
 
 class Descriptor:
-    """A tensor in global memory, as the copy engine sees it: tiles are clipped at its end."""
+    """A tensor in global memory, as the copy engine sees it: tiles are clipped at its end.
+
+    Offsets have 64 bits, as addresses do, so strides may rely on what is lost in them.
+    """
 
     def __init__(
         self,
@@ -268,7 +271,11 @@ class Descriptor:
         block_shape: Sequence[int],
         layout: Any = None,
     ) -> None:
-        self.tensor = base.as_strided(tuple(shape), tuple(strides))
+        first = base.storage_offset()
+        size = base.untyped_storage().nbytes() // base.element_size() - first
+        self.flat = base.as_strided((size,), (1,), first)
+        self.shape = list(shape)
+        self.strides = list(strides)
         self.block_shape = list(block_shape)
         self.dtype = _DTYPES[base.dtype]
         self.layout = layout
@@ -276,16 +283,21 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(nbytes=size)
 
     def pieces(self, coord: Sequence[Any]) -> tuple[Any, Any]:
-        """Slices of the tensor and of the tile that belong together."""
+        """Offsets of the tensor and slices of the tile that belong together."""
         start = [int(_array(x)) for x in coord]
         if min(start) < 0:
             raise ProtocolError(f"a tile starts at {start}")
         sizes = [
             max(0, min(block, length - first))
-            for first, block, length in zip(start, self.block_shape, self.tensor.shape, strict=True)
+            for first, block, length in zip(start, self.block_shape, self.shape, strict=True)
         ]
-        tensor = tuple(slice(x, x + size) for x, size in zip(start, sizes, strict=True))
-        return tensor, tuple(slice(0, size) for size in sizes)
+        offsets = np.zeros(sizes, np.int64)
+        for axis, (first, size, stride) in enumerate(zip(start, sizes, self.strides, strict=True)):
+            along = (np.arange(size) + first) * np.full(size, stride)
+            offsets += along.reshape([-1 if axis == i else 1 for i in range(len(sizes))])
+        if offsets.size and not 0 <= offsets.min() <= offsets.max() < len(self.flat):
+            raise ProtocolError(f"a tile at {start} leaves the memory of its tensor")
+        return torch.from_numpy(offsets), tuple(slice(0, size) for size in sizes)
 
 
 class _Tma:
@@ -300,7 +312,7 @@ class _Tma:
 
         def land() -> None:
             tile.array[...] = 0.0
-            tile.array[target] = desc.tensor[source].float().numpy()
+            tile.array[target] = desc.flat[source].float().numpy()
             barrier.advance(0, desc.block_type.nbytes)
 
         tile.array[...] = np.nan
@@ -308,7 +320,7 @@ class _Tma:
 
     @staticmethod
     def async_copy_shared_to_global(desc: Descriptor, coord: Any, tile: _Memory) -> None:
-        _start_store(desc, coord, tile, torch.Tensor.copy_)
+        _start_store(desc, coord, tile, torch.Tensor.__setitem__)
 
     @staticmethod
     def store_wait(pendings: int) -> None:
@@ -318,7 +330,11 @@ class _Tma:
 
 def reduce_add(desc: Descriptor, coord: Any, tile: _Memory) -> None:
     """Stand in for `primitives.reduce_add`."""
-    _start_store(desc, coord, tile, torch.Tensor.add_)
+    _start_store(desc, coord, tile, _add)
+
+
+def _add(flat: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor) -> None:
+    flat[offsets] += values
 
 
 def _start_store(desc: Descriptor, coord: Any, tile: _Memory, put: Callable[..., Any]) -> None:
@@ -327,7 +343,7 @@ def _start_store(desc: Descriptor, coord: Any, tile: _Memory, put: Callable[...,
 
     def read() -> Callable[[], None]:
         values = torch.from_numpy(tile.array[source].copy())
-        return lambda: put(desc.tensor[target], values.to(desc.tensor.dtype))
+        return lambda: put(desc.flat, target, values.to(desc.flat.dtype))
 
     _here.reads.append(read)
 
