@@ -19,7 +19,12 @@ from attn_evo._triton import backward, configs, forward, prefix_sum, problem
 pytestmark = pytest.mark.compile
 
 FORWARD = ("sums", "stat", "output")
-BACKWARD = ("ratio", "norm", "gate", "products", "stat", "context", "weights")
+CAUSAL = ("stat", "backward_ratio", "backward_stat")
+FULL = ("backward_totals", "backward_total")
+BACKWARD = (
+    *("ratio", "totals", "norm", "gate", "products"),
+    *("stat", "total", "context", "weights"),
+)
 LAUNCHERS = {
     **{name: getattr(forward, f"_launch_{name}") for name in FORWARD},
     **{f"backward_{name}": getattr(backward, f"_launch_{name}") for name in BACKWARD},
@@ -53,6 +58,8 @@ HOPPER = [
     Case(torch.float32, 16),
     Case(torch.float32, 32),
     Case(torch.bfloat16, 64, causal=False),
+    Case(torch.bfloat16, 128, causal=False),
+    Case(torch.float32, 64, causal=False),
     Case(torch.float16, 40, options=True),
     Case(torch.bfloat16, 80, options=True),
     Case(torch.float32, 40, options=True),
@@ -103,7 +110,7 @@ RUNS = [
     for target, cases in CASES.items()
     for case in cases
     for name in LAUNCHERS
-    if case.causal or name not in ("stat", "backward_stat")
+    if name not in (FULL if case.causal else CAUSAL)
 ]
 
 

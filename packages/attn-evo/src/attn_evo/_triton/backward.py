@@ -11,8 +11,9 @@ With n = q / denominator, gate = silu(n) v, x = sigmoid(f) context, f = W_f gate
 Each of the five keeps few tiles alive, so that two or more programs share an SM. The first three
 walk their chunk forwards, the others backwards, and hand sums over chunks to the next. Where a dy
 of a product y = x W^T + b comes up, so does its share of dW = dy^T x; a last kernel adds up the
-shares of all programs in a fixed order: the bits never change. Without `causal` there is one dstat
-and one dcontext a head, and a few operations on rows replace "stat".
+shares of all programs in a fixed order: the bits never change. Without `causal` all tokens of a
+head share one stat and context: two products give the ratio back, cheaper than memory, so the two
+that take it need no "ratio", and "total" replaces "stat" for one row a head.
 
 Gradients of halved weights (see `tiles`) are twice those of the weights: so are dq, da and df here.
 """
@@ -48,6 +49,7 @@ from attn_evo._triton.tiles import (
     add_column_sums,
     bias_rows,
     column_sums,
+    gate_of_mean,
     inverse_counts,
     inverse_denominator,
     is_kept,
@@ -70,6 +72,7 @@ from attn_evo._triton.tiles import (
     store_state,
     sum_rows,
     table_row,
+    total_context,
     total_sums,
     triangle,
     twice_gated,
@@ -116,6 +119,20 @@ def _norm_backward(
 
 
 # fmt: off
+@triton.jit
+def _ratio(
+    v, stat, w_q, b_q, w_l, b_l,
+    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Half of n, and 1 / denominator with the sign of stat."""
+    local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
+    inverse = inverse_denominator(stat, local, IS_NVIDIA)
+    half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D) * inverse
+    return half_ratio, tl.where(stat < 0, -inverse, inverse)
+
+
+# fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_ratio_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
@@ -127,8 +144,8 @@ def _attention_backward_ratio_kernel(
     half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
     inverse_ptr,  # [B * H, L, BLOCK_D], contiguous: 1 / denominator, with the sign of stat
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_STATE: tl.constexpr, PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, HAS_STATE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -149,20 +166,10 @@ def _attention_backward_ratio_kernel(
     w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
     b_g = bias_rows(biases_ptr, W_G, BIASES_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, v_ptr.dtype.element_ty, False)
-    if IS_CAUSAL:
-        stat_i = stat_before(
-            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
-            b, h, pid_bh, pid_c, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
-        )  # fmt: skip
-    else:
-        context, stat_i = total_sums(
-            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
-            matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
-            HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
-        )  # fmt: skip
-        if pid_c == 0:
-            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, 0, BLOCK_D)
-            tl.store(row + offs_d, context)
+    stat_i = stat_before(
+        chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+        b, h, pid_bh, pid_c, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
+    )  # fmt: skip
     first = pid_c * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
         start = tile * BLOCK_M
@@ -170,22 +177,16 @@ def _attention_backward_ratio_kernel(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
             HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        if IS_CAUSAL:
-            row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-            tile_sum = tl.load(row + offs_d)
-            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-            _, stat = running_stat(
-                v, ones, tl.load(row + offs_d), stat_i,
-                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
-                PRECISION, IS_NVIDIA, BLOCK_D,
-            )  # fmt: skip
-            stat_i += tile_sum
-        else:
-            stat = stat_i[None, :]
-        local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
-        inverse = inverse_denominator(stat, local, IS_NVIDIA)
-        half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D) * inverse
-        inverse = tl.where(stat < 0, -inverse, inverse)
+        row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        tile_sum = tl.load(row + offs_d)
+        row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+        _, stat = running_stat(
+            v, ones, tl.load(row + offs_d), stat_i,
+            inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
+            PRECISION, IS_NVIDIA, BLOCK_D,
+        )  # fmt: skip
+        stat_i += tile_sum
+        half_ratio, inverse = _ratio(v, stat, w_q, b_q, w_l, b_l, PRECISION, IS_NVIDIA, BLOCK_D)
 
         mask = (offs_m < L - start)[:, None]
         ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
@@ -196,15 +197,39 @@ def _attention_backward_ratio_kernel(
 
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_backward_totals_kernel(
+    sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+    length_ptr,
+    matrices_ptr, vectors_ptr, chunk_sums_ptr,
+    totals_ptr,  # [2, B * H, BLOCK_D]: context and stat of all tokens
+    L, H, num_heads, num_chunks,
+    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0)
+    context, stat = total_sums(
+        chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+        matrices_ptr, vectors_ptr, (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64),
+        pid_bh, L, num_heads, num_chunks, HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
+    )  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(table_row(totals_ptr, CONTEXT, num_heads, pid_bh, 1, 0, BLOCK_D) + offs_d, context)
+    tl.store(table_row(totals_ptr, STAT, num_heads, pid_bh, 1, 0, BLOCK_D) + offs_d, stat)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_norm_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
     mask_ptr, stride_mb, stride_ml,
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
     matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
-    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile, or of all in the first
+    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile, where IS_CAUSAL
+    totals_ptr,  # [2, B * H, BLOCK_D]: read where not IS_CAUSAL
     dout_ptr, stride_dob, stride_doh, stride_dol, stride_dod,
-    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
+    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous: read where IS_CAUSAL
     df_ptr,  # [B * H, L, BLOCK_D], contiguous
     dcontext_ptr,  # [B * H, L, BLOCK_D], contiguous: written where IS_CAUSAL
     partial_matrices_ptr,  # [programs, 4, BLOCK_D, BLOCK_D]
@@ -230,6 +255,12 @@ def _attention_backward_norm_kernel(
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     b_f = bias_rows(biases_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, dtype, False)
+    if not IS_CAUSAL:
+        BIASES_STAY: tl.constexpr = WEIGHTS_STAY and BLOCK_D <= MOST_STAYING_BIASES
+        w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+        b_q = bias_rows(biases_ptr, W_Q, BIASES_STAY, BLOCK_D)
+        w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
+        b_l = bias_rows(biases_ptr, W_L, BIASES_STAY, BLOCK_D)
     dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     sums = no_column_sums(BLOCK_D)
     first = pid_c * tiles_per_chunk
@@ -244,17 +275,24 @@ def _attention_backward_norm_kernel(
             HEAD_DIM, False, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         mask = (offs_m < L - start)[:, None]
-        ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if IS_CAUSAL:
+            ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+            half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        else:
+            row = table_row(totals_ptr, STAT, num_heads, pid_bh, 1, 0, BLOCK_D)
+            half_ratio, _ = _ratio(
+                v, tl.load(row + offs_d)[None, :], w_q, b_q, w_l, b_l, PRECISION, IS_NVIDIA, BLOCK_D
+            )
         gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
         gate = rounded(gate, dtype)
         final = linear(gate, w_f, b_f, PRECISION, BLOCK_D)
         final = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16)
-        row = tile if IS_CAUSAL else 0
-        row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, row, BLOCK_D)
-        context = tl.load(row + offs_d)[None, :]
         if IS_CAUSAL:
-            context = scan(ones, v, PRECISION) + context
+            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
+        else:
+            row = table_row(totals_ptr, CONTEXT, num_heads, pid_bh, 1, 0, BLOCK_D)
+            context = tl.load(row + offs_d)[None, :]
         x = final * context
         mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
 
@@ -292,8 +330,9 @@ def _attention_backward_gate_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
     mask_ptr, stride_mb, stride_ml,
     matrices_ptr, biases_ptr, chunk_sums_ptr,
-    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous; dq takes its place
-    inverse_ptr,  # [B * H, L, BLOCK_D], contiguous
+    totals_ptr,  # [2, B * H, BLOCK_D]: read where not IS_CAUSAL
+    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous: read where IS_CAUSAL; dq takes its place
+    inverse_ptr,  # [B * H, L, BLOCK_D], contiguous: read where IS_CAUSAL
     dlocal_ptr,  # [B * H, L, BLOCK_D], contiguous
     df_ptr,  # [B * H, L, BLOCK_D], contiguous; where IS_CAUSAL, dstat takes its place
     dv_ptr,  # [B, H, L, D], contiguous
@@ -317,6 +356,8 @@ def _attention_backward_gate_kernel(
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
+    if not IS_CAUSAL:
+        b_q = bias_rows(biases_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
     sums = no_column_sums(BLOCK_D)
     first = pid_c * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
@@ -329,9 +370,15 @@ def _attention_backward_gate_kernel(
         df_ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
         df = tl.load(df_ptrs, mask=mask, other=0.0)
         dq_ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        half_ratio = tl.load(dq_ptrs, mask=mask, other=0.0).to(tl.float32)
-        ptrs = scratch_ptrs(inverse_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        inverse = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if IS_CAUSAL:
+            half_ratio = tl.load(dq_ptrs, mask=mask, other=0.0).to(tl.float32)
+            ptrs = scratch_ptrs(inverse_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+            inverse = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        else:
+            row = table_row(totals_ptr, STAT, num_heads, pid_bh, 1, 0, BLOCK_D)
+            half_ratio, inverse = _ratio(
+                v, tl.load(row + offs_d)[None, :], w_q, b_q, w_l, b_l, PRECISION, IS_NVIDIA, BLOCK_D
+            )
 
         dgate = product(df, load_matrix(w_f, BLOCK_D), PRECISION)
         s = sigmoid_of_double(half_ratio, IS_NVIDIA, dtype == tl.bfloat16)
@@ -499,6 +546,57 @@ def _attention_backward_stat_kernel(
 
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_backward_total_kernel(
+    sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+    length_ptr,
+    matrices_ptr, vectors_ptr, chunk_sums_ptr,
+    dsums_after_ptr, stride_ak, stride_ab, stride_ah, stride_ad,
+    drows_ptr,  # [B * H, D], contiguous: what each token gets of the sums' gradients
+    dsums_ptr,  # [2, B, H, D], contiguous
+    partial_matrices_ptr,  # [programs, 4, BLOCK_D, BLOCK_D]: one program a head here
+    partial_vectors_ptr,  # [programs, 6, BLOCK_D]
+    L, H, num_heads, num_chunks,
+    HAS_DSUMS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr,
+    IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0)
+    b = (pid_bh // H).to(tl.int64)
+    h = (pid_bh % H).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    own, context, inverse_count = total_context(
+        chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+        b, h, pid_bh, L, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
+    )  # fmt: skip
+    mean = context * inverse_count
+    w_g = matrix(matrices_ptr, W_G, True, BLOCK_D).to(tl.float32)
+    gate = gate_of_mean(mean, w_g, vectors_ptr, IS_NVIDIA, BLOCK_D)
+
+    row = table_row(chunk_sums_ptr, DSTAT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
+    dstat = sum_rows(row, 0, num_chunks, BLOCK_D, BLOCK_D, BLOCK_D)
+    row = table_row(chunk_sums_ptr, DCONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
+    dcontext = sum_rows(row, 0, num_chunks, BLOCK_D, BLOCK_D, BLOCK_D)
+    if HAS_DSUMS:
+        dstat += load_state(
+            dsums_after_ptr, stride_ak, stride_ab, stride_ah, stride_ad, b, h,
+            STAT, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        dcontext += load_state(
+            dsums_after_ptr, stride_ak, stride_ab, stride_ah, stride_ad, b, h,
+            CONTEXT, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    dlogit = 2.0 * dstat * own * gate * (1.0 - gate)
+    dcontext += tl.sum(w_g * dlogit[:, None], 0) * inverse_count
+    drow = dcontext + gate * dstat
+    tl.store(drows_ptr + pid_bh * HEAD_DIM + offs_d, drow, mask=offs_d < HEAD_DIM)
+    store_state(dsums_ptr, num_heads, pid_bh, dstat, STAT, HEAD_DIM, BLOCK_D)
+    store_state(dsums_ptr, num_heads, pid_bh, dcontext, CONTEXT, HEAD_DIM, BLOCK_D)
+    store_partial(partial_matrices_ptr, dlogit[:, None] * mean[None, :], W_G, BLOCK_D)
+    tl.store(partial_vectors_ptr + (pid_bh * 6 + W_G) * BLOCK_D + offs_d, dlogit)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_context_kernel(
     dcontext_ptr,  # [B * H, L, BLOCK_D], contiguous
     mask_ptr, stride_mb, stride_ml,
@@ -595,7 +693,8 @@ def _attention_backward_weights_kernel(
     dw_q_ptr, db_q_ptr, dw_l_ptr, db_l_ptr, dw_g_ptr, db_g_ptr, dw_f_ptr, db_f_ptr,
     dnorm_weight_ptr, dnorm_bias_ptr,
     num_programs,
-    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_gate_programs,  # of those that have a share of W_g's gradient
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     which = tl.program_id(0) // (HEAD_DIM + 1)
@@ -616,11 +715,10 @@ def _attention_backward_weights_kernel(
             W_F, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     elif which == W_G:
-        if IS_CAUSAL:
-            _store_row(
-                dw_g_ptr, db_g_ptr, partial_matrices_ptr, partial_vectors_ptr, row, num_programs,
-                W_G, 0.5, HEAD_DIM, BLOCK_D,
-            )  # fmt: skip
+        _store_row(
+            dw_g_ptr, db_g_ptr, partial_matrices_ptr, partial_vectors_ptr, row, num_gate_programs,
+            W_G, 0.5, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
     elif row == 0:
         _store_vector(
             dnorm_weight_ptr, partial_vectors_ptr, num_programs, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D
@@ -632,10 +730,12 @@ def _attention_backward_weights_kernel(
 
 
 _launch_ratio = Launcher(_attention_backward_ratio_kernel)
+_launch_totals = Launcher(_attention_backward_totals_kernel)
 _launch_norm = Launcher(_attention_backward_norm_kernel)
 _launch_gate = Launcher(_attention_backward_gate_kernel)
 _launch_products = Launcher(_attention_backward_products_kernel)
 _launch_stat = Launcher(_attention_backward_stat_kernel)
+_launch_total = Launcher(_attention_backward_total_kernel)
 _launch_context = Launcher(_attention_backward_context_kernel)
 _launch_weights = Launcher(_attention_backward_weights_kernel)
 
@@ -689,6 +789,7 @@ def _attention_backward(
     work = _Work(
         call,
         running_sums(call, weights, causal, torch.empty_like(dsums)),
+        dsums.new_empty((2, B * H, call.blocks["BLOCK_D"])),
         _tokens(call, v.dtype),
         inverse,
         inverse if inverse.dtype == v.dtype else _tokens(call, v.dtype),
@@ -700,17 +801,19 @@ def _attention_backward(
         *_partials(call),
         causal,
     )
-    _backward_ratio(work)
+    if causal:
+        _backward_ratio(work)
+    else:
+        _backward_totals(work)
     _backward_norm(work, dout)
     _backward_gate(work)
     _backward_products(work)
     if causal:
         _backward_stat(work)
         _backward_context(work, drows=dsums)
-        return dv, dsums, _backward_weights(work, weights)
-    drows, dw_g, db_g = _backward_total(work, weights)
-    _backward_context(work, drows)
-    return dv, dsums, _backward_weights(work, weights)._replace(w_g=dw_g, b_g=db_g)
+    else:
+        _backward_context(work, _backward_total(work))
+    return dv, dsums, _backward_weights(work, weights)
 
 
 class _Work(NamedTuple):
@@ -718,6 +821,7 @@ class _Work(NamedTuple):
 
     call: problem.Call
     scratch: problem.Scratch
+    totals: torch.Tensor
     half_ratio: torch.Tensor
     inverse: torch.Tensor
     dlocal: torch.Tensor
@@ -771,33 +875,56 @@ def _backward_ratio(work: _Work) -> None:
         call.num_programs,
         strides=call.strides,
         args=(*call.inputs, *work.scratch, work.half_ratio, work.inverse, *call.sizes),
-        constexprs={"IS_CAUSAL": work.causal, **call.flags, **call.numerics, **call.blocks},
+        constexprs={**call.flags, **call.numerics, **call.blocks},
         config=_tiles("ratio", call),
     )
 
 
+def _backward_totals(work: _Work) -> None:
+    call, scratch = work.call, work.scratch
+    L, H, num_heads, _, num_chunks, _ = call.sizes
+    _launch_totals(
+        num_heads,
+        strides=call.sums[1:],
+        args=(
+            *call.sums, call.length, scratch.matrices, scratch.vectors, scratch.chunk_sums,
+            work.totals, L, H, num_heads, num_chunks,
+        ),
+        constexprs={
+            "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_STATE": call.flags["HAS_STATE"],
+            "IS_NVIDIA": call.numerics["IS_NVIDIA"], "BLOCK_D": call.blocks["BLOCK_D"],
+        },
+        config=configs.SUMS,
+    )  # fmt: skip
+
+
 def _backward_norm(work: _Work, dout: torch.Tensor) -> None:
     call = work.call
+    config = _tiles("norm" if work.causal else "norm_full", call)
     _launch_norm(
         call.num_programs,
         strides=(call.strides, dout.stride()),
         args=(
-            *call.inputs, *work.scratch, dout, *dout.stride(),
-            work.half_ratio, work.df, work.dcontext, *work.partials, *call.sizes,
+            *call.inputs, *work.scratch, work.totals, dout, *dout.stride(),
+            work.half_ratio, work.df, work.dcontext, *work.partials,
+            *call.sizes_in(config.block_m),
         ),
-        constexprs={"IS_CAUSAL": work.causal, **call.flags, **call.numerics, **call.blocks},
-        config=_tiles("norm" if work.causal else "norm_full", call),
+        constexprs={
+            "IS_CAUSAL": work.causal, **call.flags, **call.numerics,
+            **call.blocks, "BLOCK_M": config.block_m,
+        },
+        config=config,
     )  # fmt: skip
 
 
 def _backward_gate(work: _Work) -> None:
     call, scratch = work.call, work.scratch
-    config = _tiles("gate", call)
+    config = _tiles("gate" if work.causal else "gate_full", call)
     _launch_gate(
         call.num_programs,
         strides=call.strides,
         args=(
-            *call.v, *call.mask, scratch.matrices, scratch.biases, scratch.chunk_sums,
+            *call.v, *call.mask, scratch.matrices, scratch.biases, scratch.chunk_sums, work.totals,
             work.half_ratio, work.inverse, work.dlocal, work.df, work.dv,
             *call.sizes_in(config.block_m),
         ),
@@ -844,32 +971,26 @@ def _backward_stat(work: _Work) -> None:
     )  # fmt: skip
 
 
-def _backward_total(
-    work: _Work, weights: EvoWeights
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What "stat" does, for the one stat and context that all tokens share without `causal`.
-
-    Writes the gradients of the sums; returns what each token gets of them, dW_g and db_g.
-    """
-    call = work.call
-    _, _, length, dim = work.dv.shape
-    totals = work.scratch.chunk_sums.sum(dim=2)[..., :dim]  # [4, B * H, D]
-    own, dstat, dcontext = (totals[row.value] for row in (CONTEXT, DSTAT, DCONTEXT))
-    if work.dsums_after is not None:
-        dcontext = dcontext + work.dsums_after[CONTEXT.value].flatten(0, 1)
-        dstat = dstat + work.dsums_after[STAT.value].flatten(0, 1)
-    context, count = own, length
-    if call.flags["HAS_STATE"]:
-        context = own + call.sums[0][CONTEXT.value].flatten(0, 1)
-        count = call.length + length
-    w_g, b_g = weights.w_g.float(), weights.b_g.float()
-    mean = context / count
-    gate = torch.sigmoid(mean @ w_g.T + b_g)
-    dlogit = dstat * own * gate * (1 - gate)
-    dcontext = dcontext + dlogit @ w_g / count
-    work.dsums.copy_(torch.stack((dcontext, dstat)).view_as(work.dsums))
-    dw_g, db_g = dlogit.T @ mean, dlogit.sum(dim=0)
-    return dcontext + gate * dstat, dw_g.to(weights.w_g.dtype), db_g.to(weights.b_g.dtype)
+def _backward_total(work: _Work) -> torch.Tensor:
+    """What "stat" does, for the one stat and context of a head; returns what each token gets."""
+    call, scratch, dsums_after = work.call, work.scratch, work.dsums_after_args
+    L, H, num_heads, _, num_chunks, _ = call.sizes
+    drows = torch.empty_like(work.dsums[0])
+    _launch_total(
+        num_heads,
+        strides=(call.sums[1:], dsums_after[1:]),
+        args=(
+            *call.sums, call.length, scratch.matrices, scratch.vectors, scratch.chunk_sums,
+            *dsums_after, drows, work.dsums, *work.partials, L, H, num_heads, num_chunks,
+        ),
+        constexprs={
+            "HAS_DSUMS": work.dsums_after is not None, "HEAD_DIM": call.flags["HEAD_DIM"],
+            "HAS_STATE": call.flags["HAS_STATE"], "IS_NVIDIA": call.numerics["IS_NVIDIA"],
+            "BLOCK_D": call.blocks["BLOCK_D"],
+        },
+        config=configs.SUMS,
+    )  # fmt: skip
+    return drows
 
 
 def _backward_context(work: _Work, drows: torch.Tensor) -> None:
@@ -891,13 +1012,15 @@ def _backward_context(work: _Work, drows: torch.Tensor) -> None:
 
 
 def _backward_weights(work: _Work, weights: EvoWeights) -> EvoWeights:
-    dim, block_d = work.call.flags["HEAD_DIM"], work.call.blocks["BLOCK_D"]
+    call = work.call
+    dim, block_d = call.flags["HEAD_DIM"], call.blocks["BLOCK_D"]
+    num_gate_programs = call.num_programs if work.causal else call.sizes[2]
     dweights = EvoWeights(*(weight.new_empty(weight.shape) for weight in weights))
     _launch_weights(
         5 * (dim + 1),
         strides=weights.w_q.dtype,
-        args=(*work.partials, *dweights, work.call.num_programs),
-        constexprs={"IS_CAUSAL": work.causal, "HEAD_DIM": dim, "BLOCK_D": block_d},
+        args=(*work.partials, *dweights, call.num_programs, num_gate_programs),
+        constexprs={"HEAD_DIM": dim, "BLOCK_D": block_d},
         config=configs.SUMS,
     )
     return dweights

@@ -23,6 +23,7 @@ NOT_SPECIALIZED = [
     "num_chunks",
     "tiles_per_chunk",
     "num_programs",
+    "num_gate_programs",
 ]
 MOST_CHUNKS = 256  # of a sequence: every program adds up the sums of those before its own
 SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program, others 163 or more

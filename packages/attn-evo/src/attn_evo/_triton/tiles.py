@@ -93,7 +93,7 @@ def matrix(matrices_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.c
 def bias_rows(biases_ptr, WHICH: tl.constexpr, STAYS: tl.constexpr, BLOCK_D: tl.constexpr):
     """A bias [16, BLOCK_D] as rows to add up; where they cannot stay, a pointer to them."""
     ptr = biases_ptr + WHICH * BIAS_ROWS * BLOCK_D
-    if STAYS:
+    if STAYS and biases_ptr.dtype.element_ty != tl.float32:
         ptr = _load_bias_rows(ptr, BLOCK_D)
     return ptr
 
@@ -313,14 +313,13 @@ def stat_before(
 
 # fmt: off
 @triton.jit
-def total_sums(
+def total_context(
     chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
-    matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
-    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, IS_NVIDIA: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    b, h, pid_bh, L, num_heads, num_chunks,
+    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    """Context and stat [BLOCK_D] of all tokens, which share them without `causal`."""
+    """The sum [BLOCK_D] of v, the context, which counts the tokens before v too, and 1 / tokens."""
     chunk_sums = table_row(chunk_sums_ptr, CONTEXT, num_heads, pid_bh, num_chunks, 0, BLOCK_D)
     own = sum_rows(chunk_sums, 0, num_chunks, BLOCK_D, BLOCK_D, BLOCK_D)
     context = own
@@ -330,10 +329,32 @@ def total_sums(
             sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, CONTEXT, HEAD_DIM, BLOCK_D
         )
         count = (L + tl.load(length_ptr)).to(tl.float32)
-    w_g = matrix(matrices_ptr, W_G, True, BLOCK_D).to(tl.float32)
+    return own, context, 1.0 / count
+
+
+@triton.jit
+def gate_of_mean(mean, w_g, vectors_ptr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr):
+    """sigmoid(W_g mean + b_g) [BLOCK_D] of one mean, where w_g is a tile in float32."""
     bias = tl.load(vectors_ptr + W_G * BLOCK_D + tl.arange(0, BLOCK_D))
-    logit = tl.sum(w_g * (context / count)[None, :], 1) + bias
-    stat = sigmoid_of_double(logit, IS_NVIDIA, False) * own
+    return sigmoid_of_double(tl.sum(w_g * mean[None, :], 1) + bias, IS_NVIDIA, False)
+
+
+# fmt: off
+@triton.jit
+def total_sums(
+    chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+    matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
+    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Context and stat [BLOCK_D] of all tokens, which share them without `causal`."""
+    own, context, inverse_count = total_context(
+        chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+        b, h, pid_bh, L, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
+    )  # fmt: skip
+    w_g = matrix(matrices_ptr, W_G, True, BLOCK_D).to(tl.float32)
+    stat = gate_of_mean(context * inverse_count, w_g, vectors_ptr, IS_NVIDIA, BLOCK_D) * own
     if HAS_STATE:
         stat += load_state(
             sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, STAT, HEAD_DIM, BLOCK_D
