@@ -98,6 +98,29 @@ def test_cuequivariance_lengths(device):
         cuequivariance.mask_to_kv_lengths(keep.flip(-1))
 
 
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("q", lambda x: None, "q must be a tensor, got NoneType"),
+        ("k", lambda x: x[0], r"k must have 5 dimensions \(B, N, H, L, D\)"),
+        ("bias", lambda x: x.expand(-1, H, -1, -1, -1), r"bias must have shape \(B, 1, H, Q, K\)"),
+        ("bias", lambda x: x > 0, "bias must be added to scores"),
+        ("mask", lambda x: x.expand(B, N, H, Q, K), r"mask must have shape \(B, N, 1, 1, K\)"),
+        ("kv_lengths", lambda x: x[..., 0], r"kv_lengths must have shape \(B, N, 1, 1, 1\)"),
+        ("kv_lengths", lambda x: x.float(), "kv_lengths must have dtype int32"),
+        ("return_aux", lambda x: x, "return_aux must be True or False"),
+    ],
+)
+def test_cuequivariance_names_a_bad_argument(name, change, message, device):
+    (q, k, v, bias), keep = cue_inputs(device)
+    arguments = {"q": q, "k": k, "v": v, "bias": bias}
+    lengths = torch.full((B, N, 1, 1, 1), 3, dtype=torch.int32, device=device)
+    others = {"mask": keep, "kv_lengths": lengths, "return_aux": "no"}
+    arguments[name] = change({**arguments, **others}[name])
+    with pytest.raises(ValueError, match=message):
+        cuequivariance.triangle_attention(**arguments)
+
+
 def test_cuequivariance_under_autocast(device):
     (q, k, v, bias), keep = cue_inputs(device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -157,6 +180,14 @@ def test_bad_biases_are_named(device):
         compat.DS4Sci_EvoformerAttention(q, k, v, [pair, row])
     with pytest.raises(ValueError, match=r"Q must have shape .*, got \(5, 7, 2\)"):
         compat.DS4Sci_EvoformerAttention(*(x[0, ..., 0] for x in (q, k, v)), [])
+    with pytest.raises(ValueError, match="Bias1 must be added to scores, of dtype float, got bool"):
+        compat.TriAttentionFunction.apply(q, k, v, row == 0, pair)
+    with pytest.raises(ValueError, match=r"Bias1 must have shape \(\*, N, 1, 1, L\), got"):
+        compat.TriAttentionFunction.apply(q, k, v, pair, row)
+    with pytest.raises(ValueError, match="pair_bias must be a tensor, got int"):
+        compat.TritonEvoformer.apply(q, k, v, row, 1)
+    with pytest.raises(ValueError, match="biases must be a sequence of at most two tensors"):
+        compat.DS4Sci_EvoformerAttention(q, k, v, None)
     with pytest.raises(ValueError, match="at most two"):
         compat.DS4Sci_EvoformerAttention(q, k, v, [row, pair, pair])
     with pytest.raises(ValueError, match="got bool"):

@@ -157,3 +157,9 @@ def test_a_bad_shape_is_named(x_shape, mask_shape, message):
     mask = None if mask_shape is None else torch.ones(mask_shape)
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(x_shape), mask)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 2), (8, -4, 2), (8, 4, 1.5), (8, None, 2)], ids=str)
+def test_a_bad_size_is_named(sizes):
+    with pytest.raises(ValueError, match=r"(c_in|c_hidden|no_heads) must be a positive integer"):
+        TriangleAttention(*sizes)

@@ -101,6 +101,7 @@ def triangle_attention(
     """
     problem = checks.triangle_problem(q, k, v, bias, mask, scale, masked_rows)
     checks.require_bool("deterministic", deterministic)
+    checks.require_bool("return_lse", return_lse)
     name = backends.resolve(ops.ATTENTION, problem, backend)
     batch = q.shape[:-4]
     out, lse = ops.attention(

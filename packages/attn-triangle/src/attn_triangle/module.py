@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from attn_core import backends
+from attn_core.checks import require_shape, require_tensor
 from attn_triangle._gating import sigmoid_gate
 from attn_triangle.api import triangle_attention
 from attn_triangle.state_dicts import convert_state_dict, sizes_of
@@ -37,6 +38,11 @@ class TriangleAttention(nn.Module):
     backend : str, default "auto"
         As in `triangle_attention`.
 
+    Raises
+    ------
+    ValueError
+        A size is not a positive integer.
+
     References
     ----------
     Jumper et al., "Highly accurate protein structure prediction with AlphaFold", 2021, supplement,
@@ -64,6 +70,9 @@ class TriangleAttention(nn.Module):
         backend: str = backends.AUTO,
     ) -> None:
         super().__init__()
+        for name, size in (("c_in", c_in), ("c_hidden", c_hidden), ("no_heads", no_heads)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
         self.starting = starting
         self.layer_norm = nn.LayerNorm(c_in)
         self.linear = nn.Linear(c_in, no_heads, bias=False)
@@ -146,14 +155,13 @@ class TriangleAttention(nn.Module):
 
     def _check(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         channels = self.layer_norm.normalized_shape[0]
+        require_tensor("x", x)
         if x.dim() < 3 or x.shape[-2] != x.shape[-3] or x.shape[-1] != channels:
             raise ValueError(
                 f"x must have shape (*, N, N, c_in) with c_in = {channels}, got {tuple(x.shape)}"
             )
-        if mask is not None and mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"mask must have shape (*, N, N) = {tuple(x.shape[:-1])}, got {tuple(mask.shape)}"
-            )
+        if mask is not None:
+            require_shape("mask", mask, "(*, N, N)", x.shape[:-1])
 
 
 class _GatedAttention(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.checks import require_dtype, require_rank, require_shape, require_tensor
 from attn_triangle import _torch, api, checks
 
 FALLBACK_THRESHOLD = 0
@@ -69,12 +70,22 @@ def triangle_attention(
     """
     if mask is not None and kv_lengths is not None:
         raise ValueError("mask must be None where kv_lengths is given, got both")
-    if q.dim() == 4:
-        q, k, v, bias = (x[None] for x in (q, k, v, bias))
+    checks.require_bool("return_aux", return_aux)
+    require_tensor("q", q)
+    lifted = q.dim() == 4
+    q, k, v = (
+        _five_dimensional(name, x, "(B, N, H, L, D)", lifted)
+        for name, x in (("q", q), ("k", k), ("v", v))
+    )
+    bias = _five_dimensional("bias", bias, "(B, 1, H, Q, K)", lifted)
+    if bias.shape[1] != 1:
+        raise ValueError(f"bias must have shape (B, 1, H, Q, K), got {tuple(bias.shape)}")
+    if not bias.is_floating_point():
+        raise ValueError(f"bias must be added to scores, of dtype float, got {bias.dtype}")
     q, k, v = _autocast(q, k, v)
     if bias.dtype not in (q.dtype, torch.float32):
         bias = bias.float()
-    hidden = _hidden_keys(mask, kv_lengths, k.shape[-2])
+    hidden = _hidden_keys(mask, kv_lengths, k)
     q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.squeeze(1)
     out, lse = api.triangle_attention(
         q,
@@ -114,6 +125,7 @@ def mask_to_kv_lengths(mask: torch.Tensor) -> torch.Tensor:
     ValueError
         A row keeps keys behind one that it does not keep, or the shape is another.
     """
+    require_tensor("mask", mask)
     keep = mask != 0
     while keep.dim() < 5:
         keep = keep[None]
@@ -126,19 +138,31 @@ def mask_to_kv_lengths(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _hidden_keys(
-    mask: torch.Tensor | None, kv_lengths: torch.Tensor | None, length: int
+    mask: torch.Tensor | None, kv_lengths: torch.Tensor | None, k: torch.Tensor
 ) -> torch.Tensor | None:
     """The mask as `attn_triangle.triangle_attention` takes it: (B, N, K), True = masked out."""
+    batch, rows, _, length, _ = k.shape
     if kv_lengths is not None:
-        if kv_lengths.dim() == 4:
-            kv_lengths = kv_lengths[None]
+        require_tensor("kv_lengths", kv_lengths)
+        symbols = "(B, N, 1, 1, 1)"
+        kv_lengths = _five_dimensional("kv_lengths", kv_lengths, symbols, kv_lengths.dim() == 4)
+        require_shape("kv_lengths", kv_lengths, symbols, (batch, rows, 1, 1, 1))
+        require_dtype("kv_lengths", kv_lengths, (torch.int32, torch.int64))
         keys = torch.arange(length, device=kv_lengths.device)
         return keys >= kv_lengths[:, :, 0, 0]
     if mask is None:
         return None
-    if mask.dim() == 4:
-        mask = mask[None]
+    require_tensor("mask", mask)
+    mask = _five_dimensional("mask", mask, "(B, N, 1, 1, K)", mask.dim() == 4)
+    if mask.shape[2:4] != (1, 1):
+        raise ValueError(f"mask must have shape (B, N, 1, 1, K), got {tuple(mask.shape)}")
     return (mask == 0)[:, :, 0, 0]
+
+
+def _five_dimensional(name: str, x: torch.Tensor, symbols: str, lifted: bool) -> torch.Tensor:
+    """Check the rank, of a tensor without B where `lifted`, and return it with B."""
+    require_rank(name, x, symbols.replace("B, ", "") if lifted else symbols)
+    return x[None] if lifted else x
 
 
 def _keys_like(keep: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from attn_core.checks import require_tensor
 from attn_triangle.compat._evoformer import evoformer_attention, require_rank
+
+_NAMES = ("the first of biases", "the second of biases")
 
 
 def DS4Sci_EvoformerAttention(  # noqa: N802  (its name there)
@@ -47,12 +50,13 @@ def DS4Sci_EvoformerAttention(  # noqa: N802  (its name there)
     >>> DS4Sci_EvoformerAttention(q, k, v, [mask, torch.randn(1, 1, 4, 20, 20)]).shape
     torch.Size([1, 20, 20, 4, 32])
     """
-    if len(biases) > 2:
-        raise ValueError(f"biases must hold at most two tensors, got {len(biases)}")
-    require_rank(Q)
+    if not isinstance(biases, Sequence) or len(biases) > 2:
+        got = len(biases) if isinstance(biases, Sequence) else type(biases).__name__
+        raise ValueError(f"biases must be a sequence of at most two tensors, got {got}")
+    require_rank(Q, K, V)
     row_bias, pair_bias = (*biases, None, None)[:2]
     _require_shapes(Q, K, row_bias, pair_bias)
-    return evoformer_attention(Q, K, V, row_bias, pair_bias)
+    return evoformer_attention(Q, K, V, row_bias, pair_bias, _NAMES)
 
 
 def _require_shapes(
@@ -63,10 +67,10 @@ def _require_shapes(
 ) -> None:
     *batch, rows, length, heads, _ = q.shape
     keys = k.shape[-3]
-    expected = {
-        "the first of biases": (row_bias, (*batch, rows, 1, 1, keys)),
-        "the second of biases": (pair_bias, (*batch, 1, heads, length, keys)),
-    }
-    for name, (bias, shape) in expected.items():
-        if bias is not None and tuple(bias.shape) != shape:
+    shapes = ((*batch, rows, 1, 1, keys), (*batch, 1, heads, length, keys))
+    for name, bias, shape in zip(_NAMES, (row_bias, pair_bias), shapes, strict=True):
+        if bias is None:
+            continue
+        require_tensor(name, bias)
+        if tuple(bias.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(bias.shape)}")

@@ -40,6 +40,4 @@ class TritonEvoformer:
         ValueError
             `res_mask` is of bool, or as for `attn_triangle.triangle_attention`.
         """
-        if res_mask.dtype == torch.bool:
-            raise ValueError("res_mask must be added to scores, of dtype float, got bool")
-        return evoformer_attention(Q, K, V, res_mask, pair_bias)
+        return evoformer_attention(Q, K, V, res_mask, pair_bias, ("res_mask", "pair_bias"))

@@ -36,5 +36,11 @@ class TriAttentionFunction:
         -------
         Tensor, shape (*, N, S, H, D)
             The output, of Q's dtype.
+
+        Raises
+        ------
+        ValueError
+            A bias is not floating, or as for `attn_triangle.triangle_attention`.
         """
-        return evoformer_attention(Q, K, V, Bias1, Bias2, 1.0, deterministic)
+        names = ("Bias1", "Bias2")
+        return evoformer_attention(Q, K, V, Bias1, Bias2, names, 1.0, deterministic)
