@@ -70,7 +70,7 @@ def keep_kernel(
     tl.store(out + cells, keep, mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
 
 
-@pytest.mark.parametrize("block_m, block_n", [(32, 8), (16, 64)])
+@pytest.mark.parametrize("block_m, block_n", [(32, 16), (16, 32), (16, 64)])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
 @pytest.mark.parametrize("seed", [0, -3, 2**31, 2**62 + 5])
 def test_keep_tile_has_the_bits_of_its_torch_twin(block_m, block_n, seed, transposed):

@@ -2,15 +2,18 @@
 
 The weight of query i and key j, head h, batch element b stays where
 
-    half[j % 8]  >=  floor(p 2**16),    half = the 16-bit halves of Philox4x32-7(key, counter),
+    half  >=  floor(p 2**16),    half of word (j mod 32) div 8 of Philox4x32-7(key, counter),
 
-    key = (seed mod 2**32, seed div 2**32),    counter = (j div 8, i, offset, 65536 b + h),
+    key = (seed mod 2**32, seed div 2**32),
+    counter = (4 (j div 32) + (j mod 8) div 2, i, offset, 65536 b + h),
 
-the low half of each of the four words before its high half. Nothing else matters: neither tile
+the low 16 bits of the word for even j, its high ones for odd j. Nothing else matters: neither tile
 sizes nor the order of programs. A kernel draws the mask again in its backward pass.
-`attn_core.tiles.dropout` computes it tile by tile. Philox: Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011, who recommend 7 rounds at least. A finer threshold would cost a kernel
-more than its matrix products.
+`attn_core.tiles.dropout` computes it tile by tile. The eight weights of one call are those that one
+thread holds of 32 columns of a product of matrices on NVIDIA GPUs (PTX ISA, "Matrix Fragments for
+mma.m16n8k16"), so no random number travels between threads. Philox: Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011, who recommend 7 rounds at least. A finer threshold would cost
+a kernel more than its matrix products.
 """
 
 from __future__ import annotations
@@ -96,8 +99,8 @@ def keep_mask(
     --------
     >>> from attn_core.dropout import keep_mask
     >>> keep_mask((1, 1, 2, 6), p=0.5, seed=0).long()
-    tensor([[[[1, 0, 0, 0, 0, 0],
-              [0, 1, 1, 1, 1, 0]]]])
+    tensor([[[[1, 0, 0, 1, 0, 0],
+              [0, 1, 0, 1, 0, 1]]]])
     """
     limit = threshold(p)
     batch, heads, len_q, len_k = shape
@@ -106,11 +109,13 @@ def keep_mask(
     b = torch.arange(first_batch, first_batch + batch, device=device)
     h = torch.arange(heads, device=device)
     i = torch.arange(first_query, first_query + len_q, device=device)
-    eighth = torch.arange((len_k + 7) // 8, device=device)
+    num_blocks = (len_k + 31) // 32
+    number = torch.arange(4 * num_blocks, device=device)
     head = (b[:, None] * _MAX_HEADS + h)[:, :, None, None]
     call = torch.zeros_like(head) + (offset & _WORD)
-    words = torch.stack(_philox(seed, (eighth, i[:, None], call, head)), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)
+    words = torch.stack(_philox(seed, (number, i[:, None], call, head)), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [..., calls, words, 2]
+    halves = halves.unflatten(-3, (num_blocks, 4)).transpose(-3, -2).flatten(-4)
     return halves[..., :len_k] >= limit
 
 

@@ -636,11 +636,11 @@ def dropout_mask(
 
     The weight of query i and key j, head h, batch element b stays where
 
-        half[j % 8]  >=  floor(dropout_p 2**16),
+        half  >=  floor(dropout_p 2**16),
 
-    the 16-bit halves, low before high, of the words of Philox4x32-7 with the key `seed` and the
-    counter (j div 8, i, offset, 65536 b + h): on every backend and device. In ragged sequences i
-    and j count from the start of sequence b.
+    the low half for even j, the high one for odd j, of word (j mod 32) div 8 of Philox4x32-7 with
+    the key `seed` and the counter (4 (j div 32) + (j mod 8) div 2, i, offset, 65536 b + h): on
+    every backend and device. In ragged sequences i and j count from the start of sequence b.
 
     Parameters
     ----------
@@ -670,8 +670,8 @@ def dropout_mask(
     >>> import torch
     >>> from attn_flash import dropout_mask
     >>> dropout_mask((1, 1, 2, 6), 0.5, torch.tensor([0, 0])).long()
-    tensor([[[[1, 0, 0, 0, 0, 0],
-              [0, 1, 1, 1, 1, 0]]]])
+    tensor([[[[1, 0, 0, 1, 0, 0],
+              [0, 1, 0, 1, 0, 1]]]])
     """
     dropout_p = checks.dropout_p(dropout_p)
     if len(shape) != 4:

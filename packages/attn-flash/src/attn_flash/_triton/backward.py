@@ -17,7 +17,7 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import keep_tile
+from attn_core.tiles.dropout import drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
@@ -102,7 +102,7 @@ def _accumulate_dq(
             p = tl.where(is_shown(visible, bias, key_mask, HAS_BIAS, HAS_KEY_MASK), p, 0.0)
         if HAS_DROPOUT:
             keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
-            dp = keep_scale * tl.where(keep, dp, 0.0)
+            dp = keep_scale * drop(dp, keep, threshold)
         ds = p * (dp - delta[:, None])
         if SOFTCAP > 0:
             ds *= damping
@@ -321,8 +321,8 @@ def _accumulate_dk_dv(
             keep_t = keep_tile(
                 seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True
             )
-            kept_t = tl.where(keep_t, p_t, 0.0)
-            dp_t = keep_scale * tl.where(keep_t, dp_t, 0.0)
+            kept_t = drop(p_t, keep_t, threshold)
+            dp_t = keep_scale * drop(dp_t, keep_t, threshold)
         dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
         if SOFTCAP > 0:

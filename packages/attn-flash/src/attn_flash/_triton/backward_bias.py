@@ -10,7 +10,7 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import keep_tile
+from attn_core.tiles.dropout import drop, keep_tile
 from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_flash._triton import configs, problem
@@ -132,7 +132,7 @@ def _attention_backward_bias_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
             keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
-            dp = keep_scale * tl.where(keep, dp, 0.0)
+            dp = keep_scale * drop(dp, keep, threshold)
         visible = is_visible(
             rows[:, None] + (len_k - len_q), cols[None, :], len_k, left, right, HAS_LEFT, HAS_RIGHT
         )

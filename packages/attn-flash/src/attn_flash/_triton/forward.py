@@ -6,7 +6,7 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import keep_tile
+from attn_core.tiles.dropout import drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.scores import first_state
@@ -106,7 +106,7 @@ def _attend(
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         if HAS_DROPOUT:
             keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
+            p = drop(p, keep, threshold)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if PAGE_SIZE == 0:
