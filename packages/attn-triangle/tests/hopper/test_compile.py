@@ -17,7 +17,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attn_triangle._hopper import backward, forward, redo, rows
+from attn_triangle._hopper import backward, forward, problem, redo, rows
 from attn_triangle._triton import backward as portable
 from attn_triangle._triton import keys
 
@@ -141,3 +141,10 @@ def test_kernels_fit_and_overlap_their_products(case, name, launches, tmp_path):
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     assert compiled.registers == REGISTERS
     assert not re.search(r"C75\d\d", remarks(compiled, tmp_path))
+
+
+def test_bias_is_scaled_in_float32():
+    bias = torch.linspace(-9.0, 9.0, 2 * 3 * 5).bfloat16().view(1, 2, 3, 5)
+    scaled = problem.scaled_bias(bias, 7.3, 3, 5)
+    assert scaled.dtype == torch.float32
+    assert torch.equal(scaled, bias.float() * 7.3)

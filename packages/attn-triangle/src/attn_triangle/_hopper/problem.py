@@ -89,7 +89,8 @@ def scaled_bias(bias: torch.Tensor, factor: float, M: int, N: int) -> torch.Tens
     """
     columns = whole(N, 8)
     scaled = bias.new_empty((*bias.shape[:2], M, columns), dtype=torch.float32)[..., :N]
-    return torch.mul(bias.expand(*bias.shape[:2], M, N), factor, out=scaled)
+    # Converted first: a product of bfloat16 would be rounded to bfloat16.
+    return scaled.copy_(bias).mul_(factor)
 
 
 def broadcast_steps(x: torch.Tensor) -> tuple[int, int]:
