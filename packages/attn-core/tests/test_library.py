@@ -134,9 +134,12 @@ class Wrapped(torch.Tensor):
         (torch.nn.Parameter(torch.ones(1)), True),
         (1.5, True),
         (None, True),
+        (torch.float32, True),
+        ([1, 2], True),
+        ([torch.ones(1)], False),
         (torch.ones(1).as_subclass(Wrapped), False),
     ],
-    ids=["tensor", "parameter", "number", "none", "subclass"],
+    ids=["tensor", "parameter", "number", "none", "dtype", "numbers", "tensors", "subclass"],
 )
 def test_is_plain_eager(argument, plain):
     assert is_plain_eager((argument,)) is plain

@@ -17,7 +17,8 @@ from attn_core.errors import UnsupportedProblemError
 
 _libraries: dict[str, torch.library.Library] = {}
 # Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
-_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
+_PLAIN_NUMBERS = frozenset({bool, int, float})
+_PLAIN_TYPES = _PLAIN_NUMBERS | {torch.Tensor, torch.nn.Parameter, torch.dtype, str, type(None)}
 
 
 class Operator:
@@ -112,5 +113,9 @@ def is_plain_eager(args: tuple[Any, ...]) -> bool:
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN_TYPES.issuperset(map(type, args))
+        and all(type(arg) in _PLAIN_TYPES or _are_plain_numbers(arg) for arg in args)
     )
+
+
+def _are_plain_numbers(arg: Any) -> bool:
+    return type(arg) is list and _PLAIN_NUMBERS.issuperset(map(type, arg))
