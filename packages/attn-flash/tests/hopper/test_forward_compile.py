@@ -30,11 +30,13 @@ class Case(NamedTuple):
     window: tuple[int, int] = OPEN
     dtype: torch.dtype = torch.bfloat16
     scale: float = 0.1
+    is_ragged: bool = False
 
     def __str__(self):
         window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, "window")
         sign = "-negative" if self.scale < 0 else ""
-        return f"b{self.B}-n{self.N}-d{self.D}-{window}-{TYPES[self.dtype]}{sign}"
+        ragged = "-ragged" if self.is_ragged else ""
+        return f"b{self.B}-n{self.N}-d{self.D}-{window}-{TYPES[self.dtype]}{sign}{ragged}"
 
 
 class Launches:
@@ -57,8 +59,8 @@ def type_of(value):
             value.dtype, f"*{TYPES.get(value.dtype)}:16"
         )
     if isinstance(value, tuple):
-        block = [1, 1, value.rows, value.block_d]
-        layout = gl.NVMMASharedLayout(128, 16, rank=4)
+        block = [*([1, 1, 1] if value.is_ragged else [1, 1]), value.rows, value.block_d]
+        layout = gl.NVMMASharedLayout(128, 16, rank=len(block))
         return f"tensordesc<{TYPES[value.tensor.dtype]}{block},{layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
@@ -83,6 +85,12 @@ def _compile_forward(case, monkeypatch):
     q = torch.zeros(case.B, case.N, 12, case.D, dtype=case.dtype)
     k = q[:, :, :4]
     options = Options(scale=case.scale, window_left=case.window[0], window_right=case.window[1])
+    if case.is_ragged:
+        starts = torch.tensor([0, case.N], dtype=torch.int32)
+        options = options._replace(
+            cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=case.N, max_seqlen_k=case.N
+        )
+        q, k = q[0], k[0]
     attention.attention(q, k, k, options)
     (module,) = (module for module, launch in launches.items() if launch.compiled)
     return module.__name__.rpartition(".")[2], launches[module].compiled[0]
@@ -95,6 +103,9 @@ CASES = [
     Case(1, 1024, 256, CAUSAL),
     Case(1, 1000, 128, (300, 0)),
     Case(1, 1024, 96, CAUSAL, torch.float16, scale=-0.1),
+    Case(1, 8192, 64, CAUSAL, is_ragged=True),
+    Case(1, 1024, 128, CAUSAL, is_ragged=True),
+    Case(1, 1024, 256, is_ragged=True),
 ]
 
 

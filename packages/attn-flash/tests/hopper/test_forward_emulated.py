@@ -6,6 +6,7 @@ and a missing arrival as an error.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import pytest
@@ -96,6 +97,84 @@ def test_schedule_of_the_problem(case, hopper):
 def test_every_way_to_share_tiles_out(consumers, is_dynamic, hopper):
     schedule = hopper.schedules.Schedule(consumers, is_dynamic=is_dynamic)
     check(hopper, Case(1, 2, 1, 330, 200, 64, CAUSAL), schedule)
+
+
+class Ragged(NamedTuple):
+    lens_q: tuple[int, ...]
+    lens_k: tuple[int, ...]
+    used_k: tuple[int, ...] | None = None
+    H: int = 2
+    H_KV: int = 1
+    D: int = 64
+    window: tuple[int, int] = OPEN
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self):
+        left, right = self.window
+        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
+        lengths = "_".join(map(str, self.lens_q)), "_".join(map(str, self.lens_k))
+        used = "" if self.used_k is None else "-used" + "_".join(map(str, self.used_k))
+        sizes = "m{}-n{}".format(*lengths) + used + f"-h{self.H}-kv{self.H_KV}-d{self.D}"
+        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
+
+    def tensors(self):
+        """q, k and v, with tokens of no sequence, NaN, after the last one."""
+        sizes = {"q": (self.lens_q, self.H), "k": (self.lens_k, self.H_KV)}
+        sizes["v"] = sizes["k"]
+        tensors = []
+        for name, (lengths, heads) in sizes.items():
+            shape = (sum(lengths) + 5, heads, self.D)
+            x = random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype)
+            x[sum(lengths) :] = float("nan")
+            tensors.append(x)
+        return tensors
+
+    def options(self):
+        starts_q, starts_k = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            for lengths in (self.lens_q, self.lens_k)
+        )
+        used = None if self.used_k is None else torch.tensor(self.used_k, dtype=torch.int32)
+        return Options(
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            seqused_k=used,
+            max_seqlen_q=max(self.lens_q, default=0),
+            max_seqlen_k=max(self.lens_k, default=0),
+            scale=0.125,
+            window_left=self.window[0],
+            window_right=self.window[1],
+        )
+
+
+RAGGED = [
+    Ragged((130, 0, 200, 1), (70, 20, 260, 0)),
+    Ragged((150, 260), (130, 270), window=CAUSAL),
+    Ragged((150, 60, 90), (200, 40, 130), D=128, window=CAUSAL),
+    Ragged((140, 70), (140, 90), D=128, window=(30, 10)),
+    Ragged((150, 80), (150, 300), (60, 0), H_KV=2, window=CAUSAL, dtype=HALF),
+    Ragged((140, 70), (90, 140), (90, 1), D=256),
+    Ragged((3, 1, 2), (40, 0, 9), H=1, window=CAUSAL),
+    Ragged((), ()),
+]
+
+
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+def test_ragged_sequences(case, hopper):
+    q, k, v = case.tensors()
+    options = case.options()
+    same, same_lse = reference.attention_with(q, k, v, options)
+    exact, exact_lse = reference.attention_with(*(x.double() for x in (q, k, v)), options)
+    with poison_new_allocations():
+        out, lse = hopper.attention.attention(q, k, v, options)
+    assert hopper.counter.item() == 0
+    assert_within_budget(out, same, exact, name="out")
+    assert_within_budget(lse, same_lse, exact_lse, name="lse")
+
+
+def test_programs_without_a_tile(hopper, monkeypatch):
+    monkeypatch.setattr(hopper.problem, "num_sms", lambda device: 7)
+    test_ragged_sequences(Ragged((9, 0), (30, 0), H=1), hopper)
 
 
 @pytest.mark.parametrize(

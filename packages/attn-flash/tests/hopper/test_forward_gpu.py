@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from attn_core import backends
 from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
-from attn_flash import flash_attn_func, reference
+from attn_flash import flash_attn_func, flash_attn_varlen_func, reference
+from attn_flash.options import Options
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -163,6 +165,150 @@ def test_same_bits_every_time(case, device):
         again, lse_again = attend(case, q, k, v)
         assert torch.equal(again, out)
         assert torch.equal(lse_again, lse)
+
+
+class Ragged(NamedTuple):
+    name: str
+    lens_q: tuple[int, ...]
+    lens_k: tuple[int, ...]
+    used_k: tuple[int, ...] | None = None
+    H: int = 4
+    H_KV: int = 2
+    D: int = 64
+    window: tuple[int, int] = OPEN
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self):
+        left, right = self.window
+        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
+        sizes = f"{self.name}-h{self.H}-kv{self.H_KV}-d{self.D}"
+        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
+
+    def tensors(self, device):
+        """q, k and v; what belongs to no sequence is NaN."""
+        tensors = []
+        for name in "qkv":
+            lengths, heads = (self.lens_q, self.H) if name == "q" else (self.lens_k, self.H_KV)
+            shape = (sum(lengths) + 70, heads, self.D)
+            x = random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype, device=device)
+            starts = list(accumulate(lengths, initial=0))
+            x[starts[-1] :] = float("nan")
+            if name != "q" and self.used_k is not None:
+                for b, used in enumerate(self.used_k):
+                    x[starts[b] + used : starts[b + 1]] = float("nan")
+            tensors.append(x)
+        return tensors
+
+    def options(self, device):
+        starts_q, starts_k = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (self.lens_q, self.lens_k)
+        )
+        used = self.used_k
+        if used is not None:
+            used = torch.tensor(used, dtype=torch.int32, device=device)
+        return Options(
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            seqused_k=used,
+            max_seqlen_q=max(self.lens_q),
+            max_seqlen_k=max(self.lens_k),
+            scale=self.D**-0.5,
+            window_left=self.window[0],
+            window_right=self.window[1],
+        )
+
+
+def attend_ragged(case, q, k, v):
+    options = case.options(q.device)
+    out, lse, _ = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        options.cu_seqlens_q,
+        options.cu_seqlens_k,
+        options.max_seqlen_q,
+        options.max_seqlen_k,
+        window_size=case.window,
+        return_attn_probs=True,
+        seqused_k=options.seqused_k,
+        backend="hopper",
+    )
+    return out, lse
+
+
+FEW = ("few", (300, 0, 1, 64, 577), (257, 64, 129, 0, 1000))
+ALIKE = ("alike", (130, 700, 1000, 64), (130, 700, 1000, 64))
+MANY = ("many", (3, 70, 128, 1, 200) * 40, (30, 1, 129, 0, 64) * 40)
+USED = ("used", (100, 300, 20), (200, 300, 64), (130, 0, 64))
+LONG_ONES = ("long", (4500, 100, 129), (4500, 300, 60))
+RAGGED = [
+    *(Ragged(*FEW, D=D, window=window)
+      for D in (40, 64, 96, 128, 256) for window in (OPEN, CAUSAL, (100, 30))),
+    *(Ragged(*ALIKE, D=D, window=CAUSAL, dtype=HALF) for D in (64, 128)),
+    *(Ragged(*MANY, D=D, window=window, H=6) for D in (64, 128) for window in (OPEN, CAUSAL)),
+    *(Ragged(*USED, D=D, window=window)
+      for D in (64, 128, 256) for window in (OPEN, CAUSAL, (50, -1))),
+    *(Ragged(*LONG_ONES, D=D, window=window) for D in (64, 128) for window in (OPEN, CAUSAL)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+def test_ragged_sequences(case, device):
+    q, k, v = case.tensors(device)
+    clean = [x.nan_to_num() for x in (q, k, v)]
+    options = case.options(device)
+    same, same_lse = reference.attention_with(*clean, options)
+    exact, exact_lse = reference.attention_with(*(x.double() for x in clean), options)
+    with poison_new_allocations():
+        out, lse = attend_ragged(case, q, k, v)
+    assert_within_budget(out, same, exact, name="out")
+    assert_within_budget(lse, same_lse, exact_lse, name="lse")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)], ids=str)
+def test_ragged_sequences_of_any_strides(order, device):
+    case = Ragged(*ALIKE, window=CAUSAL)
+    tensors = case.tensors(device)
+    apart = [embedded(x, order=order) for x in tensors]
+    assert torch.equal(attend_ragged(case, *apart)[0], attend_ragged(case, *tensors)[0])
+
+
+def test_ragged_sequences_are_those_of_a_batch(device):
+    case = Case(6, 4, 2, 300, 300, 128, CAUSAL)
+    tensors = case.tensors(device)
+    ragged = Ragged("batch", (300,) * 6, (300,) * 6, D=128, window=CAUSAL)
+    out, lse = attend(case, *tensors)
+    packed, packed_lse = attend_ragged(ragged, *(x.flatten(0, 1) for x in tensors))
+    torch.testing.assert_close(packed, out.flatten(0, 1))
+    torch.testing.assert_close(packed_lse, lse.transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("case", [Ragged(*MANY, D=128, window=CAUSAL, H=6)], ids=str)
+def test_ragged_sequences_have_the_same_bits_every_time(case, device):
+    tensors = case.tensors(device)
+    out, lse = attend_ragged(case, *tensors)
+    for _ in range(REPEATS):
+        again, lse_again = attend_ragged(case, *tensors)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+
+
+def test_gradients_of_ragged_sequences(device):
+    case = Ragged(*FEW, window=CAUSAL)
+    options = case.options(device)
+    grads = {}
+    for dtype in (case.dtype, torch.float64):
+        q, k, v = (x.nan_to_num().to(dtype).requires_grad_() for x in case.tensors(device))
+        if dtype == case.dtype:
+            out, _ = attend_ragged(case, q, k, v)
+        else:
+            out, _ = reference.attention_with(q, k, v, options)
+        weights = random_tensor(out.shape, seed="dout", dtype=torch.float64, device=device)
+        grads[dtype] = torch.autograd.grad(out, (q, k, v), weights.to(dtype))
+    for name, found, exact in zip("qkv", *grads.values(), strict=True):
+        error = (found - exact).abs().max() / exact.abs().max()
+        assert error < 0.02, name
 
 
 @pytest.mark.parametrize("window", [OPEN, CAUSAL], ids=str)

@@ -41,6 +41,11 @@ def test_takes(dtype, head_dim, on_an_h200):
     assert support.refusal(problem) is None
 
 
+def test_takes_ragged_sequences(on_an_h200):
+    features = frozenset({"cu_seqlens_q", "seqused_k"})
+    assert support.refusal(PROBLEM._replace(features=features)) is None
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -48,6 +53,7 @@ def test_takes(dtype, head_dim, on_an_h200):
         ({"head_dim": 63, "head_dim_v": 63}, "multiple of 8, got 63"),
         ({"head_dim_v": 128}, "must be equal, got 64 and 128"),
         ({"features": frozenset({"softcap", "alibi_slopes"})}, "alibi_slopes, softcap"),
+        ({"features": frozenset({"cu_seqlens_q", "block_table"})}, "not take block_table"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

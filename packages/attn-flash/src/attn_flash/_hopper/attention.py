@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_flash._hopper import backward, schedules
+from attn_flash._hopper import backward, problem, schedules
 from attn_flash._hopper.descriptors import addressable
 from attn_flash._hopper.forward import forward
 from attn_flash._hopper.forward_short import forward_short
@@ -18,6 +18,22 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
+    if not options.is_varlen:
+        return _attention(q, k, v, options, None)
+    sequences = problem.Sequences(
+        options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_k, options.max_seqlen_k
+    )
+    out, lse = _attention(q[None], k[None], v[None], options, sequences)
+    return out[0], lse[0]
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    sequences: problem.Sequences | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     B, M, H, D = q.shape
     N = k.shape[1]
     out = q.new_empty((B, M, H, D))
@@ -28,10 +44,13 @@ def attention(
         return out.zero_(), lse.fill_(-float("inf"))
     q, k, v = addressable(q), addressable(k), addressable(v)
     scale, window = options.scale, options.window
-    if schedules.is_short(q, k, window):
+    if sequences is None and schedules.is_short(q, k, window):
         forward_short(q, k, v, out, lse, scale)
-    else:
-        forward(q, k, v, out, lse, scale, window, schedules.schedule(q, k, window))
+        return out, lse
+    len_k = N if sequences is None else sequences.longest_k
+    tiles_differ = sequences is not None or window != (-1, -1)
+    schedule = schedules.schedule(D, len_k, tiles_differ)
+    forward(q, k, v, out, lse, scale, window, schedule, sequences)
     return out, lse
 
 
@@ -48,9 +67,10 @@ def attention_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of q, k, v, given those of out (dout) and, maybe, lse (dlse).
 
-    Wider heads leave the kernel for Hopper no registers; Triton's portable one takes them.
+    Wider heads leave the kernel for Hopper no registers; Triton's portable one takes them, and
+    ragged sequences.
     """
-    if q.shape[3] > _WIDEST_BACKWARD:
+    if q.shape[3] > _WIDEST_BACKWARD or options.is_varlen:
         return portable.attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias, options)
     grads = backward.attention_backward(
         dout, dlse, q, k, v, out, lse, options.scale, options.window, options.deterministic

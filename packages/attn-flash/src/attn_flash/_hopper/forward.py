@@ -11,8 +11,14 @@ before, and does its softmax while another warpgroup's products run. The first S
 starts with the last P V of this one, so nothing drains between tiles. docs/attn-flash-hopper.md
 draws the protocol of the barriers.
 
+Ragged sequences lie one after the other in a batch of one. The copy engine ends each where it ends:
+rows past it arrive as zeros and are not written.
+
 Shah et al., "FlashAttention-3", 2024.
 """
+
+import functools
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -32,10 +38,12 @@ from attn_flash._hopper.primitives import (
     arrive_at,
     arrive_at_stage,
     exp2,
+    load_ragged_rows,
     load_rows,
     meet_at,
     meet_at_stage,
     record,
+    store_ragged_rows,
     store_rows,
 )
 from attn_flash._hopper.schedules import Schedule
@@ -66,7 +74,8 @@ class _Shared:
     k: gl.shared_memory_descriptor  # [K_STAGES, BLOCK_N, BLOCK_D]
     v: gl.shared_memory_descriptor  # [V_STAGES, BLOCK_N, BLOCK_D]
     out: gl.shared_memory_descriptor  # [CONSUMERS, ROWS, BLOCK_D], with STAGES_OUT
-    tile: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, 1]: the number of q's tile
+    rank: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, 1]: that of q's tile
+    sequence: gl.shared_memory_descriptor  # and the number of its sequence
     q_full: gl.shared_memory_descriptor  # of each buffer of q, as q_empty
     q_empty: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
@@ -77,12 +86,16 @@ class _Shared:
 class _Problem:
     """Sizes and window of the call, and the order of its tiles."""
 
-    M: gl.tensor
+    starts_q_ptr: gl.tensor  # [B + 1] of ragged sequences, as starts_k_ptr
+    starts_k_ptr: gl.tensor
+    used_ptr: gl.tensor  # [B], with HAS_USED: how many keys of a sequence count
+    B: gl.tensor  # ragged sequences
+    M: gl.tensor  # queries of a batch entry; of all ragged sequences, as N
     N: gl.tensor
     H: gl.tensor
     group: gl.tensor  # query heads of a key head
-    num_tiles: gl.tensor  # of a head
-    num_heads: gl.tensor  # of all batch entries
+    num_tiles: gl.tensor  # of a head of a batch entry
+    num_heads: gl.tensor  # of all batch entries; of a ragged sequence
     heads_per_group: gl.tensor
     left: gl.tensor
     right: gl.tensor
@@ -90,6 +103,8 @@ class _Problem:
     next_ptr: gl.tensor  # counts the tiles that programs have taken beyond their first
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
+    IS_RAGGED: gl.constexpr
+    HAS_USED: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
     EVEN_N: gl.constexpr
@@ -101,9 +116,22 @@ class _Problem:
 
 
 @record
+class _Sequence:
+    """A ragged sequence. The entries of a batch are alike, and one for all of them."""
+
+    number: gl.tensor
+    start_q: gl.tensor  # where its queries begin
+    start_k: gl.tensor
+    M: gl.tensor
+    N: gl.tensor
+    num_tiles: gl.tensor  # of a head
+
+
+@record
 class _Tile:
     """Queries of one head, and the key blocks [first, last) that they see."""
 
+    sequence: _Sequence
     m: gl.tensor
     b: gl.tensor
     h: gl.tensor
@@ -112,23 +140,61 @@ class _Tile:
 
 
 @gluon.jit
-def _tile(problem, number):
-    """Return tile `number`: with a closed window by groups of heads, the longest first."""
+def _sequence(problem, number):
+    """Return sequence `number`; after the last come the tokens of none, which see no keys."""
+    if problem.IS_RAGGED:
+        following = gl.minimum(number + 1, problem.B)
+        start_q = gl.load(problem.starts_q_ptr + number)
+        start_k = gl.load(problem.starts_k_ptr + number)
+        M = gl.load(problem.starts_q_ptr + following) - start_q
+        N = gl.load(problem.starts_k_ptr + following) - start_k
+        if problem.HAS_USED:
+            N = gl.load(problem.used_ptr + number, mask=number < problem.B, other=0)
+        M = gl.where(number < problem.B, M, problem.M - start_q)
+        return _Sequence(number, start_q, start_k, M, N, gl.cdiv(M, problem.BLOCK_M))
+    else:  # noqa: RET505 - decided while compiling
+        zero = gl.to_tensor(0)
+        return _Sequence(zero, zero, zero, problem.M, problem.N, problem.num_tiles)
+
+
+@gluon.jit
+def _find(problem, sequence, first, number):
+    """Find the sequence of tile `number`, from one whose tiles begin with number `first`.
+
+    Return it, its first tile's number, and that of the tile after its last one.
+    """
+    stop = first + sequence.num_tiles * problem.num_heads
+    if problem.IS_RAGGED:
+        while (number >= stop) & (sequence.number < problem.B):
+            first = stop
+            sequence = _sequence(problem, sequence.number + 1)
+            stop = first + sequence.num_tiles * problem.num_heads
+    return sequence, first, stop
+
+
+@gluon.jit
+def _tile(problem, sequence, rank):
+    """Return the sequence's tile `rank`: with a closed window by groups of heads, longest first."""
+    num_tiles = gl.maximum(sequence.num_tiles, 1)
     if problem.HAS_RIGHT:
-        tiles_per_group = problem.num_tiles * problem.heads_per_group
-        group = number // tiles_per_group
+        tiles_per_group = num_tiles * problem.heads_per_group
+        group = rank // tiles_per_group
         first_head = group * problem.heads_per_group
         heads = gl.maximum(problem.num_heads - first_head, 1)  # past the last tile there are none
         width = gl.minimum(problem.heads_per_group, heads)
-        rank = number - group * tiles_per_group
-        head = first_head + rank % width
-        m = problem.num_tiles - 1 - rank // width
+        place = rank - group * tiles_per_group
+        head = first_head + place % width
+        m = num_tiles - 1 - place // width
     else:
-        head = number // problem.num_tiles
-        m = number - head * problem.num_tiles
-    start = m * problem.BLOCK_M + problem.N - problem.M  # position of the first query
+        head = rank // num_tiles
+        m = rank - head * num_tiles
     first = gl.to_tensor(0)
-    last = gl.cdiv(problem.N, problem.BLOCK_N)
+    last = gl.cdiv(sequence.N, problem.BLOCK_N)
+    if problem.IS_RAGGED:
+        last = gl.maximum(last, 1)  # a block of hidden keys where there are none
+        is_past = rank >= sequence.num_tiles * problem.num_heads
+        m = gl.where(is_past, num_tiles, m)  # a program without a tile computes no rows
+    start = m * problem.BLOCK_M + sequence.N - sequence.M  # position of the first query
     if problem.HAS_RIGHT:
         end_key = gl.maximum(start + problem.BLOCK_M + problem.right, 1)
         last = gl.minimum(last, gl.cdiv(end_key, problem.BLOCK_N))
@@ -136,36 +202,57 @@ def _tile(problem, number):
         first_key = gl.maximum(start - problem.left, 0)
         first = gl.minimum(first_key // problem.BLOCK_N, last - 1)
     b = head // problem.H
-    return _Tile(m, b, head - b * problem.H, first, last)
+    return _Tile(sequence, m, b, head - b * problem.H, first, last)
 
 
 @gluon.jit
 def _next_number(problem, number):
     """Return the number of the program's next tile; past the last one there is none."""
     if problem.DYNAMIC:
-        taken = gl.atomic_add(problem.next_ptr, 1, sem="relaxed")
-        total = problem.num_tiles * problem.num_heads
-        if taken == total - 1:  # the last of all programs leaves the counter as it was
-            gl.store(problem.next_ptr, 0)
-        number = taken
+        number = gl.atomic_add(problem.next_ptr, 1, sem="relaxed")
     return number + gl.num_programs(0)
 
 
 @gluon.jit
-def _load_queries(tensors, shared, problem, tile, number, visit):
+def _reset_counter(problem, number, stop):
+    """Leave the counter as it was, in the last of all programs.
+
+    Each of them takes numbers until there is no tile left, those without a first tile too.
+    """
+    if problem.DYNAMIC:
+        programs = gl.num_programs(0)
+        if number == gl.maximum(stop, programs) + programs - 1:
+            gl.store(problem.next_ptr, 0)
+
+
+@gluon.jit
+def _write(buffer, number):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    buffer.store(gl.full([1], number, gl.int32, LAYOUT))
+
+
+@gluon.jit
+def _load_queries(tensors, shared, problem, tile, rank, visit):
     CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
     STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    sequence = tile.sequence
     for w in gl.static_range(CONSUMERS):
         i = visit % STAGES * CONSUMERS + w
         full = shared.q_full.index(i)
         mbarrier.wait(shared.q_empty.index(i), (visit // STAGES + 1) & 1)
         if problem.DYNAMIC:
-            shared.tile.index(i).store(gl.full([1], number, gl.int32, LAYOUT))
-        if number < problem.num_tiles * problem.num_heads:
+            _write(shared.rank.index(i), rank)
+        if problem.IS_RAGGED:
+            _write(shared.sequence.index(i), sequence.number)
+        if rank >= 0:
             row = tile.m * problem.BLOCK_M + w * ROWS
             mbarrier.expect(full, tensors.q.block_type.nbytes)
-            load_rows(tensors.q, tile.b, tile.h, row, full, shared.q.index(i))
+            if problem.IS_RAGGED:
+                load_ragged_rows(
+                    tensors.q, sequence.start_q, sequence.M, tile.h, row, full, shared.q.index(i)
+                )
+            else:
+                load_rows(tensors.q, tile.b, tile.h, row, full, shared.q.index(i))
         else:
             mbarrier.arrive(full, count=1)
 
@@ -178,11 +265,15 @@ def _load_block(desc, buffers, fulls, EMPTY: gl.constexpr, problem, tile, block,
     i = count % STAGES
     if count >= STAGES:
         meet_at_stage(EMPTY, i, THREADS)
-    mbarrier.expect(fulls.index(i), desc.block_type.nbytes)
-    load_rows(
-        desc, tile.b, tile.h // problem.group, block * problem.BLOCK_N,
-        fulls.index(i), buffers.index(i),
-    )  # fmt: skip
+    full = fulls.index(i)
+    mbarrier.expect(full, desc.block_type.nbytes)
+    h = tile.h // problem.group
+    row = block * problem.BLOCK_N
+    if problem.IS_RAGGED:
+        sequence = tile.sequence
+        load_ragged_rows(desc, sequence.start_k, sequence.N, h, row, full, buffers.index(i))
+    else:
+        load_rows(desc, tile.b, h, row, full, buffers.index(i))
 
 
 @gluon.jit
@@ -197,14 +288,16 @@ def _absorb(buffers, EMPTY: gl.constexpr, problem, count):
 @gluon.jit
 def _load(tensors, shared, problem):
     """Copy queries, keys and values in the order in which the consumers use them."""
-    total = problem.num_tiles * problem.num_heads
     number = gl.program_id(0)
-    tile = _tile(problem, number)
+    zero = gl.to_tensor(0)
+    sequence, first, _ = _find(problem, _sequence(problem, zero), zero, number)
+    rank = number - first
+    tile = _tile(problem, sequence, rank)
     visit = 0
     count = 0  # blocks of values so far
-    _load_queries(tensors, shared, problem, tile, number, visit)
+    _load_queries(tensors, shared, problem, tile, rank, visit)
     _load_block(tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, tile.last - 1, count)
-    while number < total:
+    while rank >= 0:
         for block in range(tile.last - 1, tile.first, -1):
             _load_block(
                 tensors.k, shared.k, shared.k_full, _K_EMPTY, problem, tile, block - 1, count + 1
@@ -212,11 +305,14 @@ def _load(tensors, shared, problem):
             _load_block(tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, block, count)
             count += 1
         number = _next_number(problem, number)
-        following = _tile(problem, number)
+        sequence, first, stop = _find(problem, tile.sequence, first, number)
+        _reset_counter(problem, number, stop)
+        rank = gl.where(number < stop, number - first, -1)
+        following = _tile(problem, sequence, rank)
         visit += 1
-        if problem.DYNAMIC or number < total:
-            _load_queries(tensors, shared, problem, following, number, visit)
-        if number < total:
+        if problem.DYNAMIC or rank >= 0:
+            _load_queries(tensors, shared, problem, following, rank, visit)
+        if rank >= 0:
             _load_block(
                 tensors.k, shared.k, shared.k_full, _K_EMPTY,
                 problem, following, following.last - 1, count + 1,
@@ -229,7 +325,7 @@ def _load(tensors, shared, problem):
 
 
 @gluon.jit
-def _mask(s, problem, row, key):
+def _mask(s, problem, sequence, row, key):
     """Hide what the window and the end of the keys hide of scores that start at (row, key)."""
     LAYOUT: gl.constexpr = s.type.layout
     rows = gl.expand_dims(gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
@@ -238,20 +334,20 @@ def _mask(s, problem, row, key):
     # immediate on this one; otherwise every column's number takes a register through the loop.
     fixed = keys & (s.shape[1] - 7)
     lane = keys & 6
-    ahead = rows - lane + (row + problem.N - problem.M - key)
+    ahead = rows - lane + (row + sequence.N - sequence.M - key)
     if problem.HAS_RIGHT:
         s = gl.where(fixed <= ahead + problem.right, s, float("-inf"))
     if problem.HAS_LEFT:
         s = gl.where(fixed >= ahead - problem.left, s, float("-inf"))
     if not problem.EVEN_N:
-        s = gl.where(fixed < problem.N - key - lane, s, float("-inf"))
+        s = gl.where(fixed < sequence.N - key - lane, s, float("-inf"))
     return s
 
 
 @gluon.jit
-def _crosses_edge(problem, row, key):
+def _crosses_edge(problem, sequence, row, key):
     """Whether the window hides any of BLOCK_N keys from `key` for ROWS queries from `row`."""
-    position = row + problem.N - problem.M
+    position = row + sequence.N - sequence.M
     crosses = key < 0
     if problem.HAS_RIGHT:
         crosses = key + problem.BLOCK_N - 1 > position + problem.right
@@ -273,7 +369,7 @@ def _softmax(s, m_i, problem):
     """Return P, the new running maximum and the factor of sums that used the old one."""
     m_new = gl.maximum(m_i, _row_max(s))
     pivot = m_new * problem.scale_log2
-    if problem.HAS_LEFT or problem.HAS_RIGHT:
+    if problem.HAS_LEFT or problem.HAS_RIGHT or problem.IS_RAGGED:
         pivot = gl.where(m_new == float("-inf"), 0.0, pivot)
     alpha = exp2(m_i * problem.scale_log2 - pivot)
     p = exp2(s * problem.scale_log2 - gl.expand_dims(pivot, 1))
@@ -285,10 +381,12 @@ def _store_registers(tensors, problem, tile, row, out):
     """Write rows of out straight from registers."""
     LAYOUT: gl.constexpr = out.type.layout
     stride_m = problem.H * problem.HEAD_DIM
-    first = (gl.cast(tile.b, gl.int64) * problem.M + row) * stride_m + tile.h * problem.HEAD_DIM
+    token = gl.cast(tile.b, gl.int64) * problem.M + tile.sequence.start_q + row
+    first = token * stride_m + tile.h * problem.HEAD_DIM
     rows = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    mask = gl.expand_dims(row + rows < problem.M, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM, 0)
+    mask_m = row + rows < tile.sequence.M
+    mask = gl.expand_dims(mask_m, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM, 0)
     offs = gl.expand_dims(rows * stride_m, 1) + gl.expand_dims(offs_d, 0)
     gl.store(tensors.out_ptr + first + offs, out, mask=mask)
 
@@ -298,14 +396,20 @@ def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.conste
     """Normalise a tile's output, and write it and lse."""
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
     row = tile.m * problem.BLOCK_M + W * ROWS
-    head = gl.cast(tile.b * problem.H + tile.h, gl.int64) * problem.M
-    store_lse(lse_ptr + head, m_i, l_i, row, problem)
+    sequence = tile.sequence
+    head = gl.cast(tile.b * problem.H + tile.h, gl.int64) * problem.M + sequence.start_q
+    store_lse(lse_ptr + head, m_i, l_i, row, sequence.M, problem.scale_log2)
     out = scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
     if problem.STAGES_OUT:
         tma.store_wait(0)  # the last tile has left the buffer
         shared.out.index(W).store(out)
         fence_async_shared()
-        store_rows(tensors.out, tile.b, tile.h, row, shared.out.index(W))
+        if problem.IS_RAGGED:
+            store_ragged_rows(
+                tensors.out, sequence.start_q, sequence.M, tile.h, row, shared.out.index(W)
+            )
+        else:
+            store_rows(tensors.out, tile.b, tile.h, row, shared.out.index(W))
     else:
         _store_registers(tensors, problem, tile, row, out)
 
@@ -353,12 +457,22 @@ def _release(buffers, EMPTY: gl.constexpr, problem, count):
 
 
 @gluon.jit
+def _read(buffer):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(buffer.load(LAYOUT), axis=0)
+
+
+@gluon.jit
 def _tile_at(shared, problem, number, i):
-    """The tile whose queries are in buffer i."""
+    """Return the rank and the tile of the queries in buffer i; without DYNAMIC, those of number."""
     if problem.DYNAMIC:
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        number = gl.max(shared.tile.index(i).load(LAYOUT), axis=0)
-    return number, _tile(problem, number)
+        rank = _read(shared.rank.index(i))
+    else:
+        rank = gl.where(number < problem.num_tiles * problem.num_heads, number, -1)
+    sequence = gl.to_tensor(0)
+    if problem.IS_RAGGED:
+        sequence = _read(shared.sequence.index(i))
+    return rank, _tile(problem, _sequence(problem, sequence), rank)
 
 
 @gluon.jit
@@ -373,29 +487,28 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=2)
     IS_MASKED: gl.constexpr = problem.HAS_LEFT or problem.HAS_RIGHT or not problem.EVEN_N
     NO_MAX: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
-    total = problem.num_tiles * problem.num_heads
     if problem.TAKES_TURNS and W == CONSUMERS - 1:
         arrive_at(_TURN, 256)
 
     number = gl.program_id(0)
-    tile = _tile(problem, number)
     visit = 0
     count = 0  # blocks of keys so far
     q = shared.q.index(W)
     mbarrier.wait(shared.q_full.index(W), 0)
+    rank, tile = _tile_at(shared, problem, number, W)
     s = _start_scores(shared, problem, q, count, W)
     _pass_turn(problem, W)
     s = _await_scores(problem, s, 0)
     _release(shared.k, _K_EMPTY, problem, count)
     row = tile.m * problem.BLOCK_M + W * ROWS
     if IS_MASKED:
-        s = _mask(s, problem, row, (tile.last - 1) * BLOCK_N)
+        s = _mask(s, problem, tile.sequence, row, (tile.last - 1) * BLOCK_N)
     none = gl.full([ROWS], float("-inf"), gl.float32, NO_MAX)
     p, m_i, _ = _softmax(s, none, problem)
     sums = thread_sums(p)
     p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-    while number < total:
+    while rank >= 0:
         for block in range(tile.last - 2, tile.first - 1, -1):
             s = _start_scores(shared, problem, q, count + 1, W)
             acc = _start_output(shared, p_operand, acc, count)
@@ -403,8 +516,8 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             s = _await_scores(problem, s, 1)
             _release(shared.k, _K_EMPTY, problem, count + 1)
             if problem.HAS_LEFT or problem.HAS_RIGHT:  # noqa: SIM102 - known to the compiler
-                if _crosses_edge(problem, row, block * BLOCK_N):
-                    s = _mask(s, problem, row, block * BLOCK_N)
+                if _crosses_edge(problem, tile.sequence, row, block * BLOCK_N):
+                    s = _mask(s, problem, tile.sequence, row, block * BLOCK_N)
             p, m_i, alpha = _softmax(s, m_i, problem)
             sums = scale_rows(sums, alpha) + thread_sums(p)
             acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -416,13 +529,11 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
         mbarrier.arrive(shared.q_empty.index(visit % Q_STAGES * CONSUMERS + W), count=1)
         visit += 1
         i = visit % Q_STAGES * CONSUMERS + W
+        number += gl.num_programs(0)
         if problem.DYNAMIC:
             mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
-            number, following = _tile_at(shared, problem, number, i)
-        else:
-            number += gl.num_programs(0)
-            following = _tile(problem, number)
-        if number < total:
+        rank, following = _tile_at(shared, problem, number, i)
+        if rank >= 0:
             if not problem.DYNAMIC:
                 mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
             q = shared.q.index(i)
@@ -433,7 +544,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             _release(shared.k, _K_EMPTY, problem, count + 1)
             row = following.m * problem.BLOCK_M + W * ROWS
             if IS_MASKED:
-                s = _mask(s, problem, row, (following.last - 1) * BLOCK_N)
+                s = _mask(s, problem, following.sequence, row, (following.last - 1) * BLOCK_N)
             p, m_new, _ = _softmax(s, none, problem)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(shared.v, _V_EMPTY, problem, count)
@@ -474,9 +585,10 @@ def _attention_forward_kernel(
     q_desc, k_desc, v_desc, out_desc,  # [B, H or H_KV, M or N, D]
     out_ptr,  # [B, M, H, HEAD_DIM], contiguous
     lse_ptr,  # [B, H, M], contiguous
-    next_ptr,
-    M, N, H, group, num_tiles, num_heads, heads_per_group,
+    starts_q_ptr, starts_k_ptr, used_ptr, next_ptr,
+    B, M, N, H, group, num_tiles, num_heads, heads_per_group,
     scale_log2, left, right,
+    IS_RAGGED: gl.constexpr, HAS_USED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
     DYNAMIC: gl.constexpr, TAKES_TURNS: gl.constexpr, STAGES_OUT: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -497,6 +609,7 @@ def _attention_forward_kernel(
             DTYPE, [CONSUMERS if STAGES_OUT else 1, ROWS, BLOCK_D if STAGES_OUT else 64], SWIZZLED
         ),
         gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS, 1], FLAT),
+        gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS, 1], FLAT),
         gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIER),
@@ -511,9 +624,10 @@ def _attention_forward_kernel(
         mbarrier.init(shared.v_full.index(i), count=1)
     tensors = _Tensors(q_desc, k_desc, v_desc, out_desc, out_ptr)
     problem = _Problem(
-        M, N, H, group, num_tiles, num_heads, heads_per_group, left, right, scale_log2, next_ptr,
-        BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, EVEN_N, NEGATE, DYNAMIC, TAKES_TURNS,
-        STAGES_OUT, HEAD_DIM,
+        starts_q_ptr, starts_k_ptr, used_ptr, B, M, N, H, group, num_tiles, num_heads,
+        heads_per_group, left, right, scale_log2, next_ptr,
+        BLOCK_M, BLOCK_N, IS_RAGGED, HAS_USED, HAS_LEFT, HAS_RIGHT, EVEN_N, NEGATE, DYNAMIC,
+        TAKES_TURNS, STAGES_OUT, HEAD_DIM,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -551,33 +665,69 @@ def forward(
     scale: float,
     window: tuple[int, int],
     schedule: Schedule,
+    sequences: problem.Sequences | None = None,
 ) -> None:
-    """Compute out (B, M, H, D) and lse (B, H, M) of q (B, M, H, D) and k, v (B, N, H_KV, D)."""
-    B, M, H, D = q.shape
-    _, N, H_KV, _ = k.shape
-    left, right = window
-    block_m, block_n = ROWS.value * schedule.consumers, schedule.block_n
-    block_d = problem.padded_head_dim(D)
-    num_tiles = -(-M // block_m)
-    num_programs = min(num_tiles * B * H, problem.num_sms(q.device))
+    """Compute out (B, M, H, D) and lse (B, H, M) of q (B, M, H, D) and k, v (B, N, H_KV, D).
+
+    Ragged `sequences` need a dynamic schedule; B is then 1.
+    """
+    is_ragged = sequences is not None
+    count, tensors = (0, (lse, lse, lse)) if sequences is None else sequences.arguments()
+    longest_k = k.shape[1] if sequences is None else sequences.longest_k
+    num_programs, sizes, constants = _plan(
+        q.shape, k.shape, q.device, scale, window, schedule,
+        count, longest_k, is_ragged, is_ragged and sequences.used_k is not None,
+    )  # fmt: skip
+    block_n, block_d = schedule.block_n, constants["BLOCK_D"]
     _launch(
         num_programs,
         rows=(
-            Rows(q, ROWS.value, block_d), Rows(k, block_n, block_d), Rows(v, block_n, block_d),
-            Rows(out, ROWS.value, block_d),
+            Rows(q, ROWS.value, block_d, is_ragged), Rows(k, block_n, block_d, is_ragged),
+            Rows(v, block_n, block_d, is_ragged), Rows(out, ROWS.value, block_d, is_ragged),
         ),
         args=(
-            out, lse, problem.tile_counter(q.device) if schedule.is_dynamic else lse,
-            M, N, H, H // H_KV, num_tiles, B * H, problem.heads_per_group(k),
-            problem.scale_log2(scale), left, right,
+            out, lse, *tensors, problem.tile_counter(q.device) if schedule.is_dynamic else lse,
+            *sizes,
         ),
-        constants={
-            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "EVEN_N": N % block_n == 0,
-            "NEGATE": scale < 0, "DYNAMIC": schedule.is_dynamic,
-            "TAKES_TURNS": schedule.takes_turns, "STAGES_OUT": schedule.stages_out, "HEAD_DIM": D,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
-            "Q_STAGES": schedule.q_stages, "K_STAGES": schedule.k_stages,
-            "V_STAGES": schedule.v_stages,
-        },
+        constants=constants,
         maxnreg=_MAX_REGISTERS[schedule.consumers],
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape_q: tuple[int, ...],
+    shape_k: tuple[int, ...],
+    device: torch.device,
+    scale: float,
+    window: tuple[int, int],
+    schedule: Schedule,
+    count: int,
+    longest_k: int,
+    is_ragged: bool,
+    has_used: bool,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """Return how many programs to start, and the kernel's numbers and constants."""
+    B, M, H, D = shape_q
+    _, N, H_KV, _ = shape_k
+    left, right = window
+    block_m, block_n = ROWS.value * schedule.consumers, schedule.block_n
+    num_tiles = -(-M // block_m)
+    # The last tile of each ragged sequence may be cut short, and that of the tokens of none.
+    most_tiles = num_tiles * B + (count + 1 if is_ragged else 0)
+    num_programs = min(most_tiles * H, problem.num_sms(device))
+    sizes = (
+        count, M, N, H, H // H_KV, num_tiles, B * H, problem.heads_per_group(longest_k, D),
+        problem.scale_log2(scale), left, right,
+    )  # fmt: skip
+    constants = {
+        "IS_RAGGED": is_ragged, "HAS_USED": has_used,
+        "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+        "EVEN_N": not is_ragged and N % block_n == 0, "NEGATE": scale < 0,
+        "DYNAMIC": schedule.is_dynamic, "TAKES_TURNS": schedule.takes_turns,
+        "STAGES_OUT": schedule.stages_out, "HEAD_DIM": D,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": problem.padded_head_dim(D),
+        "Q_STAGES": schedule.q_stages, "K_STAGES": schedule.k_stages,
+        "V_STAGES": schedule.v_stages,
+    }  # fmt: skip
+    return num_programs, sizes, constants

@@ -226,7 +226,8 @@ def _store(tensors, shared, problem, lse_ptr, visit, row, acc, m_i, sums, W: gl.
     """Normalise a tile's output, and write it and lse."""
     b, h = _head(problem, visit)
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
-    store_lse(lse_ptr + gl.cast(b * problem.H + h, gl.int64) * problem.M, m_i, l_i, row, problem)
+    head = gl.cast(b * problem.H + h, gl.int64) * problem.M
+    store_lse(lse_ptr + head, m_i, l_i, row, problem.M, problem.scale_log2)
     tma.store_wait(0)  # the last tile has left the buffer
     shared.out.index(W).store(scale_rows(acc, 1.0 / l_i).to(tensors.q.dtype))
     fence_async_shared()

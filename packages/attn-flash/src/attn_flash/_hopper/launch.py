@@ -21,11 +21,15 @@ _PADDING = 0  # rows past the end arrive as zeros
 
 
 class Rows(NamedTuple):
-    """An argument: (B, S, H, D) in tiles of `rows` tokens of one head and `block_d` columns."""
+    """An argument: (B, S, H, D) in tiles of `rows` tokens of one head and `block_d` columns.
+
+    `is_ragged` says that tiles end with sequences in it; see `descriptors.ragged_descriptor`.
+    """
 
     tensor: torch.Tensor
     rows: int
     block_d: int
+    is_ragged: bool = False
 
 
 class _Compiled(NamedTuple):
@@ -106,8 +110,8 @@ class Launcher:
 
     def _encode(self, argument: Rows, encoding: Mapping[str, Any]) -> list[Any]:
         """Return the tensor as the driver takes it: a tensor map, sizes and strides."""
-        tensor, rows, block_d = argument
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, rows, block_d)
+        tensor, *tile = argument
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, *tile)
         encoded = self._encoded.get(key)
         if encoded is None:
             descriptor = rows_descriptor(*argument)

@@ -7,6 +7,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
+RAGGED_END = gl.constexpr(1 << 30)  # the row, to a ragged descriptor, at which any sequence ends
+
 
 def record(cls):
     """Make a class of annotated fields an aggregate whose constructor takes them in order."""
@@ -96,6 +98,30 @@ def store_rows(desc, b, h, row, tile):
     tma.async_copy_shared_to_global(
         desc, [b, h, row, 0], tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
     )
+
+
+@gluon.jit
+def _ragged(start, length, h, row):
+    """Where `row` of the sequence of tokens [start, start + length) is to a ragged descriptor."""
+    return [RAGGED_END, start + length, h, RAGGED_END - length + row, 0]
+
+
+@gluon.jit
+def load_ragged_rows(desc, start, length, h, row, barrier, tile):
+    """Start to copy rows of a sequence of (T, H, D); rows past its end arrive as zeros."""
+    tma.async_copy_global_to_shared(
+        desc, _ragged(start, length, h, row), barrier,
+        tile._reinterpret(desc.dtype, desc.block_shape, desc.layout),
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_ragged_rows(desc, start, length, h, row, tile):
+    """Start to copy a tile to rows of a sequence of (T, H, D); rows past its end are dropped."""
+    tma.async_copy_shared_to_global(
+        desc, _ragged(start, length, h, row),
+        tile._reinterpret(desc.dtype, desc.block_shape, desc.layout),
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +11,7 @@ from attn_core.device import device_info
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
+    "B",
     "M",
     "N",
     "H",
@@ -22,7 +24,33 @@ NOT_SPECIALIZED = [
 ]
 LOG2_E = 1.4426950408889634
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
+_ELEMENT_SIZE = 2  # bytes
 _SMALLEST_SCALE = 1e-30
+
+
+class Sequences(NamedTuple):
+    """Ragged sequences, one after the other in a batch of one.
+
+    Attributes
+    ----------
+    starts_q, starts_k : Tensor, shape (B + 1,), int32
+        Where they begin.
+    used_k : Tensor, shape (B,), int32, optional
+        How many keys of each count.
+    longest_k : int
+        Keys of the longest one.
+    """
+
+    starts_q: torch.Tensor
+    starts_k: torch.Tensor
+    used_k: torch.Tensor | None
+    longest_k: int
+
+    def arguments(self) -> tuple[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return B and the tensors as kernels read them, with any one for None."""
+        used = self.starts_k if self.used_k is None else self.used_k
+        tensors = self.starts_q.contiguous(), self.starts_k.contiguous(), used.contiguous()
+        return self.starts_q.shape[0] - 1, tensors
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -36,9 +64,9 @@ def num_sms(device: torch.device) -> int:
     return device_info(device).num_sms
 
 
-def heads_per_group(k: torch.Tensor) -> int:
+def heads_per_group(len_k: int, head_dim: int) -> int:
     """How many heads' keys and values fit the share of the L2 cache that programs work in."""
-    head_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+    head_bytes = 2 * len_k * head_dim * _ELEMENT_SIZE
     return max(1, _L2_SHARE // max(head_bytes, 1))
 
 

@@ -5,6 +5,7 @@ Measured on an H200 with Triton 3.6.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -48,15 +49,15 @@ _LONG = 4096  # keys from which 192 queries at a time pay
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
 
 
-def schedule(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> Schedule:
-    """Choose the schedule of q (B, M, H, D) and k (B, N, H_KV, D)."""
-    block_d = problem.padded_head_dim(q.shape[3])
-    is_closed = window != (-1, -1)  # tiles then differ in length
+@functools.lru_cache
+def schedule(head_dim: int, len_k: int, tiles_differ: bool) -> Schedule:
+    """Choose the schedule for heads and keys; `tiles_differ` with a closed window, for instance."""
+    block_d = problem.padded_head_dim(head_dim)
     if block_d == 256:
-        return _WIDE._replace(is_dynamic=is_closed)
-    if block_d == 64 and k.shape[1] >= _LONG:
-        return Schedule(3, is_dynamic=is_closed)
-    return Schedule(is_dynamic=is_closed)
+        return _WIDE._replace(is_dynamic=tiles_differ)
+    if block_d == 64 and len_k >= _LONG:
+        return Schedule(3, is_dynamic=tiles_differ)
+    return Schedule(is_dynamic=tiles_differ)
 
 
 def is_short(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:

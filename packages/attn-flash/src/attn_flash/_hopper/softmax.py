@@ -20,16 +20,16 @@ def scale_rows(x, factor):
 
 
 @gluon.jit
-def store_lse(lse_ptr, m_i, l_i, row, problem):
-    """Write lse of ROWS queries from `row` of a head.
+def store_lse(lse_ptr, m_i, l_i, row, M, scale_log2):
+    """Write lse of ROWS queries from `row` of the M of a head.
 
     A kernel may store tiles at two places. Left to itself the compiler fuses the multiplication and
     the addition at one of them only, and which bits a tile gets is then up to the order of tiles.
     """
     offs_m = row + gl.arange(0, ROWS, layout=m_i.type.layout)
-    lse_log2 = gl.fma(m_i, problem.scale_log2, gl.log2(l_i))
+    lse_log2 = gl.fma(m_i, scale_log2, gl.log2(l_i))
     gl.store(
         lse_ptr + offs_m,
         gl.where(l_i > 0.0, lse_log2 * _LN_2, float("-inf")),
-        mask=offs_m < problem.M,
+        mask=offs_m < M,
     )

@@ -9,6 +9,7 @@ from attn_flash.checks import AttentionProblem
 
 TRITON_VERSIONS = ((3, 6),)
 """Those whose Gluon the kernels compile with: it is experimental and changes between releases."""
+_FEATURES = {"cu_seqlens_q", "seqused_k"}
 _UNIT = 8  # 16-bit numbers of 16 bytes, in which the copy engine counts
 
 
@@ -16,8 +17,9 @@ def refusal(problem: AttentionProblem) -> str | None:
     """Say why the kernels do not take a problem; None where they do."""
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, not {_name(problem.dtype)}"
-    if problem.features:
-        return f"it does not take {', '.join(sorted(problem.features))}"
+    refused = problem.features - _FEATURES
+    if refused:
+        return f"it does not take {', '.join(sorted(refused))}"
     if problem.head_dim != problem.head_dim_v:
         return (
             "the head dimensions of q and v must be equal, got "
