@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,14 @@ x = torch.empty(2, 3)
             "head_dim must be between 1 and 256, got 257",
         ),
         (
+            lambda: checks.require_positive("heads", 1.5),
+            "heads must be a positive integer, got 1.5",
+        ),
+        (lambda: checks.require_positive("heads", 0), "heads must be a positive integer, got 0"),
+        (lambda: checks.flag("causal", "no"), "causal must be True or False, got 'no'"),
+        (lambda: checks.flag("causal", 2), "causal must be True or False, got 2"),
+        (lambda: checks.flag("causal", [1]), "causal must be True or False, got [1]"),
+        (
             lambda: checks.require_finite("scale", float("nan")),
             "scale must be finite, got nan",
         ),
@@ -75,7 +84,25 @@ def test_what_is_allowed_passes():
     checks.require_like("k", x + 1, "q", x)
     checks.require_multiple("heads", 6, "heads_kv", 3)
     checks.require_range("head_dim", 256, 1, 256)
+    checks.require_positive("heads", 1)
     checks.require_finite("scale", 0.5)
+
+
+@pytest.mark.parametrize("value", [0, -1.5, True, float("inf"), np.float32(2), np.int64(3)])
+def test_numbers(value):
+    assert checks.is_number(value)
+
+
+@pytest.mark.parametrize(
+    "value", [None, "1", float("nan"), 1j, [1], np.ones(2), torch.tensor(1.0)], ids=repr
+)
+def test_what_is_no_number(value):
+    assert not checks.is_number(value)
+
+
+@pytest.mark.parametrize("value", [True, 1, np.bool_(True)], ids=repr)
+def test_flags(value):
+    assert checks.flag("causal", value) is True
 
 
 def test_errors_are_caught_as_their_builtin_kin():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,29 @@ def require_range(name: str, value: int, low: int, high: int) -> None:
     """Check ``low <= value <= high``."""
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Check that `value` is an integer above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number, of Python or numpy, and not NaN."""
+    import torch  # numbers are also checked where there is no torch
+
+    try:
+        return not isinstance(value, (str, torch.Tensor)) and bool(float(value) == value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a switch as a bool: True, False, or a number that equals one of them."""
+    if not is_number(value) or value not in (0, 1):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def require_finite(name: str, value: float) -> None:
