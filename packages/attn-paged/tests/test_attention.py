@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from attn_core.testing import assert_within_budget, embedded, random_tensor, seed_from
-from attn_paged import UnsupportedProblemError, _torch, flash_attention_paged, paged_attention
+from attn_paged import (
+    UnsupportedProblemError,
+    _torch,
+    append_to_cache,
+    flash_attention_paged,
+    paged_attention,
+)
 from attn_paged.options import AttentionOptions
 from attn_paged.reference import attention, dense_attention
 
@@ -378,7 +384,7 @@ BAD = {
     ),
     "lens-shape": ({"context_lens": int32([1])}, r"context_lens must have shape \(B,\) = \(5,\)"),
     "bounds": ({"cu_seqlens_q": int32([0, 1])}, r"cu_seqlens_q must have shape \(B \+ 1,\) = \(6,"),
-    "window": ({"window_size": (1,)}, "window_size must have two entries"),
+    "window": ({"window_size": (1,)}, "window_size must be two integers"),
     "softcap": ({"softcap": -1.0}, "softcap must be a finite number, 0 or more, got -1.0"),
     "scale": ({"softmax_scale": float("inf")}, "softmax_scale must be a finite number"),
     "alibi": ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must have shape \(H,\) = \(4,\) or"),
@@ -400,8 +406,84 @@ BAD = {
         "k_scale must be given where the cache is torch.int8, got None",
     ),
     "needless-scale": ({"v_scale": torch.ones(())}, "v_scale must be None where the cache is"),
+    "window-number": ({"window_size": 3}, "window_size must be two integers"),
+    "softcap-text": ({"softcap": "x"}, "softcap must be a finite number, 0 or more, got 'x'"),
+    "scale-text": ({"softmax_scale": "x"}, "softmax_scale must be a finite number or None"),
+    "flag": ({"batch_invariant": "no"}, "batch_invariant must be True or False, got 'no'"),
     "sinks": ({"sinks": torch.zeros(3)}, r"sinks must have shape \(H,\) = \(4,\), got \(3,\)"),
 }
+
+
+# Of values: two sequences of 5 and 2 keys, in blocks of 4, with 3 queries and 1.
+BAD_VALUES = {
+    "too-long": (
+        {"context_lens": int32([5, 9])},
+        r"context_lens\[1\] must be between 0 and 8, got 9",
+    ),
+    "negative": ({"context_lens": int32([-1, 2])}, r"context_lens\[0\] must be between 0 and 8"),
+    "block": (
+        {"block_tables": int32([[1, 6], [2, -1]])},
+        r"an entry of block_tables\[0\] must be between 0 and 5, got 6",
+    ),
+    "block-negative": (
+        {"block_tables": int32([[1, 0], [-1, 0]])},
+        r"an entry of block_tables\[1\] must be between 0 and 5, got -1",
+    ),
+    "start": ({"cu_seqlens_q": int32([1, 3, 4])}, "cu_seqlens_q must grow from 0 to at most the 4"),
+    "order": ({"cu_seqlens_q": int32([0, 3, 2])}, "cu_seqlens_q must grow from 0 to at most the 4"),
+    "end": ({"cu_seqlens_q": int32([0, 3, 5])}, "cu_seqlens_q must grow from 0 to at most the 4"),
+    "tree": (
+        {"tree_mask": torch.ones(9).bool()},
+        r"tree_mask must have shape \(sum of M \* M,\) = \(10,\), got \(9,\)",
+    ),
+}
+
+
+def two_sequences():
+    cache = torch.zeros(6, 4, 2, 16)
+    return {
+        "q": torch.zeros(4, 4, 16),
+        "k_cache": cache,
+        "v_cache": cache,
+        "block_tables": int32([[1, 0], [2, -1]]),
+        "context_lens": int32([5, 2]),
+        "cu_seqlens_q": int32([0, 3, 4]),
+    }
+
+
+@pytest.mark.parametrize("changes, message", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_bad_values_are_named_on_the_cpu(changes, message):
+    paged_attention(**two_sequences())
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**{**two_sequences(), **changes})
+
+
+def test_entries_that_no_query_reads_may_hold_anything():
+    arguments = {**two_sequences(), "cu_seqlens_q": int32([0, 1, 1])}
+    arguments["block_tables"] = int32([[-7, 0], [2**31 - 1, -1]])
+    out = paged_attention(**arguments, window_size=(0, 0))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize(
+    "slots, positions, message",
+    [
+        ([24, 0], [0, 0], "an entry of slot_mapping must be between 0 and 23, got 24"),
+        ([3, 3], [0, 0], r"slot_mapping must hold every slot once, got \[3, 3\]"),
+        ([3, 4], [0, 5], "an entry of positions must be between 0 and 4, got 5"),
+        ([3, 4], [-1, 0], "an entry of positions must be between 0 and 4, got -1"),
+    ],
+    ids=["slot", "twice", "position", "negative"],
+)
+def test_bad_slots_are_named_on_the_cpu(slots, positions, message):
+    cache, rows, table = torch.zeros(6, 4, 2, 16), torch.zeros(2, 2, 16), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match=message):
+        append_to_cache(
+            *(rows, rows, cache, cache, torch.tensor(slots)),
+            rotary_cos=table,
+            rotary_sin=table,
+            positions=torch.tensor(positions),
+        )
 
 
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.checks import require_rank
+from attn_core.checks import flag, require_rank
 from attn_paged import checks, ops
 from attn_paged.options import AppendOptions, AttentionOptions
 
@@ -42,7 +42,8 @@ def paged_attention(
     The i-th of the M queries of a sequence with N keys has position ``p = i + N - M``: queries are
     the last tokens of their sequence, and their keys are in the cache already. Only slots that a
     query of the sequence may see are read, so what unused slots and stale table entries hold does
-    not matter. No value of a tensor is read on the host.
+    not matter. Values of tensors on a GPU are not read on the host, unless the environment variable
+    ATTN_CHECK_VALUES is 1; those on the CPU are checked.
 
     Parameters
     ----------
@@ -143,6 +144,7 @@ def paged_attention(
     >>> out.shape, lse.shape
     (torch.Size([4, 8, 64]), torch.Size([8, 4]))
     """
+    return_lse = flag("return_lse", return_lse)
     window, is_causal = checks.window(causal, window_size)
     require_rank("q", q, "(T, H, D)")
     options = AttentionOptions(
@@ -150,8 +152,8 @@ def paged_attention(
         window,
         checks.softcap(softcap),
         *(cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, is_causal, tree_mask),
-        bool(batch_invariant),
-        bool(shared_prefix),
+        flag("batch_invariant", batch_invariant),
+        flag("shared_prefix", shared_prefix),
     )
     arguments = (q, k_cache, v_cache, block_tables, context_lens)
     problem = checks.attention_problem(*arguments, options)
@@ -215,9 +217,6 @@ def flash_attention_paged(
     require_rank("q", q, "(B, H, 1, D)")
     if q.shape[2] != 1:
         raise ValueError(f"q must have shape (B, H, 1, D), got {tuple(q.shape)}")
-    if window_size == 0:
-        raise ValueError("window_size must be positive, or negative for no window, got 0")
-    left = window_size - 1 if window_size > 0 else -1
     out: torch.Tensor = paged_attention(
         q.squeeze(2),
         k_cache,
@@ -225,7 +224,7 @@ def flash_attention_paged(
         block_tables,
         context_lens,
         softmax_scale=scale,
-        window_size=(left, 0),
+        window_size=(checks.reach(window_size), 0),
         backend=backend,
     )
     return out.unsqueeze(2)
@@ -299,12 +298,13 @@ def append_to_cache(
     >>> k_cache[2, 1].sum().item(), k_cache.sum().item()
     (128.0, 256.0)
     """
+    rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
     rotary = checks.rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
     arguments = (k, v, k_cache, v_cache, slot_mapping)
     problem = checks.append_problem(*arguments, AppendOptions(k_scale, v_scale, rotary))
     name = backends.resolve(ops.APPEND, problem, backend)
     ops.append_to_cache(
         *arguments,
-        *(k_scale, v_scale, rotary_cos, rotary_sin, positions, bool(rotary_interleaved)),
+        *(k_scale, v_scale, rotary_cos, rotary_sin, positions, rotary_interleaved),
         name,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from attn_core import checks
+from attn_core import checks, environment
 from attn_core.errors import UnsupportedProblemError
 from attn_paged.options import QUANTISED_DTYPES, AppendOptions, AttentionOptions, Rotary
 
@@ -102,6 +104,8 @@ def attention_problem(
         k_scale=options.k_scale,
         v_scale=options.v_scale,
     )
+    if _may_read(q.device):
+        _check_lengths(q, k_cache, block_tables, context_lens, options)
     return describe_attention(q, k_cache, v_cache, block_tables, options)
 
 
@@ -172,6 +176,8 @@ def append_problem(
         k_scale=options.k_scale,
         v_scale=options.v_scale,
     )
+    if _may_read(k.device):
+        _check_slots(slot_mapping, k_cache, options.rotary)
     return describe_append(k, v, k_cache)
 
 
@@ -200,7 +206,7 @@ def rotary(
             "rotary_cos, rotary_sin and positions must be given together, got None for "
             f"{' and '.join(missing)}"
         )
-    return Rotary(cos, sin, positions, bool(interleaved))
+    return Rotary(cos, sin, positions, interleaved)
 
 
 def require_no_grad(**tensors: torch.Tensor | None) -> None:
@@ -218,15 +224,15 @@ def require_no_grad(**tensors: torch.Tensor | None) -> None:
 def softmax_scale(value: Any, head_dim: int) -> float:
     """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
     if value is None:
-        return 1.0 / math.sqrt(head_dim)
-    if isinstance(value, torch.Tensor) or not -math.inf < value < math.inf:
+        return 1.0 / math.sqrt(max(head_dim, 1))
+    if not checks.is_number(value) or not math.isfinite(value):
         raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
     return float(value)
 
 
 def softcap(value: Any) -> float:
     """Return the cap of the scores, 0 for none."""
-    if isinstance(value, torch.Tensor) or not 0.0 <= value < math.inf:
+    if not checks.is_number(value) or not 0.0 <= value < math.inf:
         raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
     return float(value)
 
@@ -235,9 +241,12 @@ def window(
     causal: bool | torch.Tensor, window_size: Sequence[int]
 ) -> tuple[tuple[int, int], torch.Tensor | None]:
     """Return (left, right), -1 for an open side, and which sequences close the right one at 0."""
-    if len(window_size) != 2:
-        raise ValueError(f"window_size must have two entries (left, right), got {window_size!r}")
-    left, right = (side if side >= 0 else -1 for side in map(int, window_size))
+    try:
+        left, right = (max(operator.index(side), -1) for side in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size must be two integers (left, right), got {window_size!r}"
+        ) from None
     if isinstance(causal, torch.Tensor):
         return (left, right), causal
     if not isinstance(causal, bool):
@@ -245,6 +254,17 @@ def window(
             f"causal must be True, False or a tensor of them, got {type(causal).__name__}"
         )
     return (left, 0 if causal else right), None
+
+
+def reach(window_size: Any) -> int:
+    """Return how many keys before its own a query sees, from their number with it; -1 for all."""
+    try:
+        number = operator.index(window_size)
+    except TypeError:
+        raise ValueError(f"window_size must be an integer, got {window_size!r}") from None
+    if number == 0:
+        raise ValueError("window_size must be positive, or negative for no window, got 0")
+    return number - 1 if number > 0 else -1
 
 
 def _check_caches(
@@ -372,3 +392,63 @@ def _check_alibi_slopes(
         )
     checks.require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
     checks.require_device("alibi_slopes", alibi_slopes, "q", q)
+
+
+def _may_read(device: torch.device) -> bool:
+    """Whether values may be read: on a GPU that waits for it, so only where the user asks."""
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return False
+    return device.type == "cpu" or environment.checks_values()
+
+
+def _check_lengths(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: AttentionOptions,
+) -> None:
+    """Check what lengths and tables hold, as far as a query may lead there."""
+    num_blocks, block_size = k_cache.shape[:2]
+    lengths = context_lens.tolist()
+    room = block_tables.shape[1] * block_size
+    for b, length in enumerate(lengths):
+        checks.require_range(f"context_lens[{b}]", length, 0, room)
+    queries = _numbers_of_queries(q, lengths, options.cu_seqlens_q)
+    tree = options.tree_mask
+    if tree is not None and tree.ndim == 1:
+        checks.require_shape("tree_mask", tree, "(sum of M * M,)", (sum(m * m for m in queries),))
+    left = options.window[0]
+    for b, (length, count) in enumerate(zip(lengths, queries, strict=True)):
+        first = 0 if left < 0 else max(length - count - left, 0)
+        blocks = range(first // block_size, -(-length // block_size) if count else 0)
+        for block in block_tables[b, blocks.start : blocks.stop].tolist():
+            checks.require_range(f"an entry of block_tables[{b}]", block, 0, num_blocks - 1)
+
+
+def _numbers_of_queries(
+    q: torch.Tensor, lengths: Sequence[int], cu_seqlens_q: torch.Tensor | None
+) -> list[int]:
+    if cu_seqlens_q is None:
+        return [1] * len(lengths)
+    starts = cu_seqlens_q.tolist()
+    counts = [stop - start for start, stop in pairwise(starts)]
+    if starts[0] != 0 or min(counts, default=0) < 0 or starts[-1] > q.shape[0]:
+        raise ValueError(
+            f"cu_seqlens_q must grow from 0 to at most the {q.shape[0]} queries of q, got {starts}"
+        )
+    return counts
+
+
+def _check_slots(slot_mapping: torch.Tensor, k_cache: torch.Tensor, rotary: Rotary | None) -> None:
+    kept = slot_mapping[slot_mapping >= 0]
+    if kept.numel() == 0:
+        return
+    slots = k_cache.shape[0] * k_cache.shape[1]
+    checks.require_range("an entry of slot_mapping", int(kept.max()), 0, slots - 1)
+    if kept.unique().numel() != kept.numel():
+        raise ValueError(f"slot_mapping must hold every slot once, got {slot_mapping.tolist()}")
+    if rotary is not None:
+        smallest, largest = (int(x) for x in rotary.positions[slot_mapping >= 0].aminmax())
+        for position in (smallest, largest):
+            checks.require_range("an entry of positions", position, 0, rotary.cos.shape[0] - 1)
