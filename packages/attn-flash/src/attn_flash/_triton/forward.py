@@ -10,7 +10,7 @@ from attn_core.tiles.dropout import drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.scores import first_state
-from attn_core.tiles.softmax import LN_2, finish_softmax, online_softmax, online_softmax_masked
+from attn_core.tiles.softmax import LN_2, finish_softmax, online_softmax
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.scores import (
@@ -22,6 +22,7 @@ from attn_flash._triton.scores import (
     load_term,
     modify_scores,
     online_softmax_added,
+    online_softmax_shown,
 )
 from attn_flash._triton.sequences import paged_rows, ragged_bounds
 from attn_flash.options import Options
@@ -101,7 +102,7 @@ def _attend(
         if IS_ADDED:
             m_i, l_i, alpha, p = online_softmax_added(m_i, l_i, scores, visible)
         elif MASKED or HAS_BIAS > 0 or HAS_KEY_MASK > 0:
-            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
+            m_i, l_i, alpha, p = online_softmax_shown(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         if HAS_DROPOUT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def bias_run(bias: torch.Tensor | None) -> int:
 
 def log2_scale(options: Options) -> float:
     """Factor of the products in units of log2; kernels divide by it, so it is never quite 0."""
-    return (options.scale or _LEAST_SCALE) * LOG2_E
+    return math.copysign(max(abs(options.scale), _LEAST_SCALE), options.scale) * LOG2_E
 
 
 def tail_block(length: int, block: int, options: Options) -> int:

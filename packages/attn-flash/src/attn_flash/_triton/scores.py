@@ -85,6 +85,17 @@ def is_shown(visible, bias, key_mask, HAS_BIAS: tl.constexpr, HAS_KEY_MASK: tl.c
 
 
 @triton.jit
+def online_softmax_shown(m_i, l_i, scores, factor, visible):
+    """`attn_core.tiles.softmax.online_softmax_masked` with a factor above 0, which saves a step."""
+    scores = tl.where(visible, scores, -float("inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * factor)
+    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.math.exp2(scores * factor - pivot[:, None])
+    alpha = tl.math.exp2(m_i - pivot)
+    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p
+
+
+@triton.jit
 def online_softmax_added(m_i, l_i, scores, visible):
     """`attn_core.tiles.softmax.online_softmax_masked` of scores and m_i in natural units."""
     scores = tl.where(visible, scores, -float("inf"))
