@@ -15,6 +15,8 @@ from benchmarks.providers.base import Call, Expected, Provider, Subject, error_l
 
 _CHECKED_SEQUENCES = 4
 _WORKSPACE_BYTES = 128 << 20
+_VLLM_SEGMENTS = 16  # of a sequence, and the programs below which vLLM cuts one into them
+_VLLM_PROGRAMS = 128
 
 
 class Inputs(NamedTuple):
@@ -213,6 +215,42 @@ def _xqa(case: Case, inputs: Inputs) -> Call:
     )
 
 
+def _vllm(case: Case, inputs: Inputs) -> Call:
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    q, k, v, tables, lens, bounds, k_scale, v_scale = inputs
+    device = q.device
+    if bounds is None:
+        bounds = torch.arange(case["B"] + 1, dtype=torch.int32, device=device)
+    modes = {
+        "": KVQuantMode.NONE,
+        "float8_e4m3fn": KVQuantMode.FP8_PER_TOKEN_HEAD,
+        "int8": KVQuantMode.INT8_PER_TOKEN_HEAD,
+    }
+    most = _VLLM_PROGRAMS // case["H_KV"]  # sequences that it cuts into segments
+    segments = torch.empty((2, most, case["H"], _VLLM_SEGMENTS), device=device)
+    outputs = torch.empty((*segments.shape[1:], case["D"]), device=device)
+    out = torch.empty_like(q)
+
+    def attend() -> torch.Tensor:
+        unified_attention(
+            *(q, k, v, out, bounds, max(query_lengths(case)), lens, case["N"]),
+            *(case["D"] ** -0.5, True, (-1, -1), tables, 0.0, None, None, None),
+            seq_threshold_3D=most,
+            num_par_softmax_segments=_VLLM_SEGMENTS,
+            softmax_segm_output=outputs,
+            softmax_segm_max=segments[0],
+            softmax_segm_expsum=segments[1],
+            kv_quant_mode=modes[case["cache"]],
+            k_scale_cache=k_scale,
+            v_scale_cache=v_scale,
+        )
+        return out
+
+    return Call(attend)
+
+
 def _aule(case: Case, inputs: Inputs) -> Call:
     from aule import flash_attention_paged_amd
 
@@ -239,6 +277,7 @@ SUBJECT = Subject(
         Provider("contiguous", _contiguous, "bound", devices=("cpu", "cuda")),
         _peer("flashinfer", _flashinfer, "flashinfer", "flashinfer-python"),
         _peer("xqa", _xqa, "flashinfer", "flashinfer-python"),
+        _peer("vllm", _vllm, "vllm.v1.attention.ops.triton_unified_attention", "vllm"),
         _peer("aule", _aule, "aule", "aule-attention", graph=False),
     ),
     make_inputs=make_inputs,

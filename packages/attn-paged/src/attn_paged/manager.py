@@ -81,8 +81,8 @@ class BlockManager:
             ("block_size", block_size, 1),
             ("num_host_blocks", num_host_blocks, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
@@ -465,11 +465,15 @@ class BlockManager:
 
 def _count(tokens: Sequence[int] | int) -> tuple[int, list[int] | None]:
     """Number of tokens and their ids, None where only the number is given."""
-    if not isinstance(tokens, int):
-        return len(tokens), [int(token) for token in tokens]
-    if tokens < 0:
-        raise ValueError(f"tokens must be ids or a number of at least 0, got {tokens}")
-    return tokens, None
+    if isinstance(tokens, int) and tokens >= 0:
+        return tokens, None
+    try:
+        ids = [operator.index(token) for token in tokens]  # type: ignore[union-attr]
+    except TypeError:
+        raise ValueError(
+            f"tokens must be integer ids or a number of at least 0, got {tokens!r}"
+        ) from None
+    return len(ids), ids
 
 
 def _check_pool(pool: Pool, uses: Counter[int]) -> None:

@@ -38,6 +38,7 @@ class Case(NamedTuple):
     has_all: bool = False
     cache_dtype: torch.dtype | None = None
     max_blocks: int = 1000
+    values_in_keys: bool = False
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
@@ -45,6 +46,7 @@ class Case(NamedTuple):
         words = [f"{sizes}-block{self.block_size}-{dtype}"]
         words += [str(self.cache_dtype).removeprefix("torch.")] if self.cache_dtype else []
         words += [f"blocks{self.max_blocks}"] if self.max_blocks != 1000 else []
+        words += ["in-keys"] if self.values_in_keys else []
         return "-".join([*words, "all"] if self.has_all else words)
 
 
@@ -70,6 +72,8 @@ HOPPER = [
     Case(cache_dtype=torch.int8, tokens=300),
     Case(max_blocks=64),
     LATENT,
+    LATENT._replace(values_in_keys=True),
+    LATENT._replace(values_in_keys=True, heads=16),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
@@ -116,10 +120,12 @@ def attend(case):
             is_causal=empty(4, dtype=torch.bool),
             tree_mask=empty(tokens, 99, dtype=torch.bool),
         )
+    k_cache = empty(*slots, case.D, dtype=cache_dtype)
+    v_cache = empty(*slots, case.D_v, dtype=cache_dtype)
     attention.attention(
         empty(tokens, case.heads, case.D, dtype=case.dtype),
-        empty(*slots, case.D, dtype=cache_dtype),
-        empty(*slots, case.D_v, dtype=cache_dtype),
+        k_cache,
+        k_cache[..., : case.D_v] if case.values_in_keys else v_cache,
         empty(4, case.max_blocks, dtype=int32),
         empty(4, dtype=int32),
         options,
@@ -292,6 +298,8 @@ def test_short_launches_are_cut_and_long_ones_shared(sequences, blocks, schedule
         Case(max_blocks=9999, cache_dtype=torch.float8_e4m3fn),
         Case(tokens=300),
         Case(D=64, D_v=64, tokens=300),
+        LATENT._replace(values_in_keys=True),
+        LATENT._replace(values_in_keys=True, heads=16),
     ],
     ids=str,
 )
@@ -308,7 +316,8 @@ def test_as_many_programs_fit_as_are_counted_on(case, use_target, monkeypatch):
         recorder.constexprs["BLOCK_M"], recorder.constexprs["BLOCK_N"], *recorder.options.values()
     )
     choice = configs.Choice(torch.device("meta"), case.D, size)
-    per_sm = choice.slots(config, 2 * case.D * size) // 132
+    entries = case.D if case.values_in_keys else case.D + case.D_v
+    per_sm = choice.slots(config, entries * size) // 132
     assert per_sm * 32 * config.num_warps * compiled.registers <= 1 << 16
     assert per_sm * (compiled.shared + 1024) <= 228 << 10
 

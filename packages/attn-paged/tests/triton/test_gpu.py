@@ -168,6 +168,13 @@ def test_sizes(sizes, device):
     check(make(sizes, device))
 
 
+@pytest.mark.parametrize("heads", [16, 128])
+@BOTH
+def test_values_in_keys(sizes, heads, device):
+    inputs = make(sizes._replace(H=heads, H_KV=1, D=576, D_v=512), device)
+    check({**inputs, "v_cache": inputs["k_cache"][..., :512]})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, FLOAT], ids=str)
 @BOTH
 def test_dtypes(sizes, dtype, device):

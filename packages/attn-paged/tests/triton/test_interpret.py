@@ -402,6 +402,18 @@ def test_causal_by_sequence(schedule, window, monkeypatch):
 
 
 @BOTH
+@pytest.mark.parametrize(
+    "D, D_v, is_one_tile", [(40, 32, True), (24, 20, True), (24, 16, False)], ids=str
+)
+def test_values_in_keys(D, D_v, is_one_tile, sizes):
+    inputs = make(sizes._replace(D=D, D_v=D_v))
+    inputs = inputs._replace(v_cache=inputs.k_cache[..., :D_v])
+    assert problem.are_values_in_keys(inputs.k_cache, inputs.v_cache) == is_one_tile
+    assert not problem.are_values_in_keys(inputs.k_cache, inputs.k_cache[..., 1 : D_v + 1])
+    check(inputs)
+
+
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("shape", ["slots", "heads", "one"])
 def test_quantised_caches(shape, dtype, sizes):

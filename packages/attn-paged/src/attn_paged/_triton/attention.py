@@ -135,7 +135,8 @@ def _attend(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
-    SAME_SLOTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SAME_SLOTS: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -163,7 +164,9 @@ def _attend(
         k_ptrs = k_rows + offs_d[None, :] * stride_kd
         v_ptrs = v_rows + offs_dv[None, :] * stride_vd
         k = load_tile(k_ptrs, mask_n, mask_d, MASKED, HEAD_DIM < BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, HEAD_DIM_V < BLOCK_DV)  # [.., BLOCK_DV]
+        v = k
+        if not VALUES_IN_KEYS:
+            v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, HEAD_DIM_V < BLOCK_DV)  # [.., BLOCK_DV]
         k = _dequantised(k, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if TAIL_D > 0:
@@ -258,7 +261,7 @@ def _paged_attention_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr, SAME_SLOTS: tl.constexpr,
-    NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES_IN_KEYS: tl.constexpr, NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -280,9 +283,10 @@ def _paged_attention_kernel(
     unit = group
     stop = group + 1
     if IS_SHARED:
-        share = share_of_work(ends_ptr, num_tiles, num_splits)
+        total = tl.load(ends_ptr + num_tiles - 1)
+        share = share_of_work(total, num_splits)
         unit = group * share
-        stop = tl.minimum(unit + share, tl.load(ends_ptr + num_tiles - 1))
+        stop = tl.minimum(unit + share, total)
     start = unit
     while unit < stop:
         # The last queries of a sequence see the most keys, so equal parts of theirs go first.
@@ -390,7 +394,7 @@ def _paged_attention_kernel(
                     table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
                     lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right_b,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                    HAS_TREE, IS_QUANTISED, SAME_SLOTS, True, PRECISION,
+                    HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, True, PRECISION,
                     BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
                 )  # fmt: skip
             acc, acc_odd, m_i, l_i, blocks = _attend(
@@ -401,7 +405,7 @@ def _paged_attention_kernel(
                 table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
                 full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                HAS_TREE, IS_QUANTISED, SAME_SLOTS, False, PRECISION,
+                HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, False, PRECISION,
                 BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
             )  # fmt: skip
             lo = full_hi
@@ -413,7 +417,7 @@ def _paged_attention_kernel(
             table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
             lo, hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
             HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-            HAS_TREE, IS_QUANTISED, SAME_SLOTS, True, PRECISION,
+            HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, True, PRECISION,
             BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
         )  # fmt: skip
 
@@ -585,6 +589,7 @@ def _attend_by(
             "HAS_SINKS": sinks is not None, "HAS_TREE": tree is not None,
             "IS_QUANTISED": k_scale is not None,
             "SAME_SLOTS": (k_strides[:2], ks_strides) == (v_cache.stride()[:2], vs_strides),
+            "VALUES_IN_KEYS": problem.are_values_in_keys(k_cache, v_cache),
             "NEGATE_Q": options.scale < 0, "PRECISION": tiling.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
             "BLOCK_DV": tiling.padded_head_dim(D_v),

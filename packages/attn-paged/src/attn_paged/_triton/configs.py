@@ -1,9 +1,10 @@
 """Tiles of the attention kernel, and how its work is cut into programs.
 
 A row's key is (width, bytes of an element of the cache, word): the width is the larger of the
-padded head dimensions. Words: a sequence has "few" rows up to 16 (queries times heads that share a
-key head, so decoding), "some" up to 64, else "many". Where the work is not shared, "few-whole" is
-for programs that have a sequence each, "few-parts" for those that have a part of one.
+padded head dimensions, or LATENT. Words: a sequence has "few" rows up to 16 (queries times heads
+that share a key head, so decoding), "some" up to 64, else "many". Where the work is not shared,
+"few-whole" is for programs that have a sequence each, "few-parts" for those that have a part of
+one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
+from attn_paged._triton import problem
 from attn_paged.options import AttentionOptions
 
 FEW, SOME = 16, 64  # rows
+LATENT = 576  # width of keys of more than 512 entries that hold their values
 _ANY = 2**30  # more queries than any sequence has
 _MAX_SPLITS = 256
 _SHORT_BYTES = 1 << 20  # of keys for one program; with fewer, counting the work costs too much
@@ -48,7 +51,7 @@ ATTENTION = Table(
     rows={
         **{
             ("*", width, size, word): _portable(width, size, word)
-            for width in (16, 32, 64, 128, 256, 512, 1024)
+            for width in (16, 32, 64, 128, 256, 512, LATENT, 1024)
             for size in (1, 2, 4)
             for word in _WORDS
         },
@@ -69,6 +72,9 @@ ATTENTION = Table(
         ),
         **_decoding("sm_90", 256, 2, *[TileConfig(16, 32, 4, 4)] * 3),
         **_decoding("sm_90", 1024, 2, *[TileConfig(16, 32, 4, 3)] * 3),
+        **_decoding("sm_90", LATENT, 2, *[TileConfig(16, 32, 4, 3)] * 3),
+        ("sm_90", LATENT, 2, "some"): TileConfig(64, 64, 8, 2),
+        ("sm_90", LATENT, 2, "many"): TileConfig(64, 64, 8, 2),
         ("sm_90", 64, 2, "some"): TileConfig(64, 64, 4, 3),
         ("sm_90", 64, 2, "many"): TileConfig(128, 64, 8, 3),
         ("sm_90", 128, 2, "some"): TileConfig(64, 64, 4, 3),
@@ -169,7 +175,9 @@ def plans(
     else:
         runs = [(tiling.ceil_div(tokens, max(sequences, 1)) * group, 0, _ANY)]
     choice = Choice.of(q, k_cache, v_cache)
-    key_bytes = (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
+    key_bytes = k_cache.shape[3] * k_cache.element_size()
+    if not problem.are_values_in_keys(k_cache, v_cache):
+        key_bytes += v_cache.shape[3] * v_cache.element_size()
     result = []
     for rows, least_m, most_m in runs:
         config = choice.tiles("few" if rows <= FEW else "some" if rows <= SOME else "many")
@@ -206,7 +214,10 @@ class Choice(NamedTuple):
     def of(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Choice:
         """Describe a problem; a quantised cache is of size 1 unless q is float32."""
         size = q.element_size() if q.element_size() > 2 else k_cache.element_size()
-        return Choice(q.device, padded_head_dim(max(q.shape[2], v_cache.shape[3])), size)
+        width = padded_head_dim(max(q.shape[2], v_cache.shape[3]))
+        if width > LATENT and problem.are_values_in_keys(k_cache, v_cache):
+            width = LATENT
+        return Choice(q.device, width, size)
 
     def tiles(self, word: str) -> TileConfig:
         """Choose the tiles of a row's word."""

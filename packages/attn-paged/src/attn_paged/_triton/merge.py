@@ -10,7 +10,7 @@ from attn_core.tiles.merge import merge_states
 from attn_core.tiles.softmax import finish_softmax
 from attn_core.tuning import TileConfig
 from attn_paged._triton import problem
-from attn_paged._triton.queries import queries_of_tile
+from attn_paged._triton.queries import queries_of_tile, tile_of_unit
 
 _TILE = 4096  # elements of parts that a program holds
 _ROWS = 16  # of a tile whose work is shared: few parts, so that all rows are merged at once
@@ -33,9 +33,9 @@ def rows_of_tile(
 
 
 @triton.jit
-def share_of_work(ends_ptr, num_tiles, num_shares):
+def share_of_work(total, num_shares):
     """Units of work that each of `num_shares` programs takes."""
-    return tl.maximum(tl.cdiv(tl.load(ends_ptr + num_tiles - 1), num_shares), 1)
+    return tl.maximum(tl.cdiv(total, num_shares), 1)
 
 
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
@@ -47,13 +47,17 @@ def _merge_parts_kernel(
     ends_ptr,
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
-    T, B, num_tiles, num_splits, least_m, most_m, steps,
+    T, B, num_tiles, num_splits, least_m, most_m, steps, num_halvings,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Merge rows of a tile: a part is a key whose score is its lse and whose value its output."""
+    """Merge rows of a tile: a part is a key whose score is its lse and whose value its output.
+
+    Where the work is shared, each program but the first that began in the midst of a tile stands
+    for it, so that their number does not grow with that of the tiles.
+    """
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
     RUNS: tl.constexpr = (TILE_GROUP * BLOCK_Q + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
@@ -65,16 +69,22 @@ def _merge_parts_kernel(
     step = num_tiles
     shift = 0
     if IS_SHARED:
-        share = share_of_work(ends_ptr, num_tiles, num_splits)
+        total = tl.load(ends_ptr + num_tiles - 1)
+        share = share_of_work(total, num_splits)
+        unit = (tile + 1) * share
+        if unit >= total:
+            return
+        tile = tile_of_unit(unit, ends_ptr, num_tiles, num_halvings)
         begin = tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
         end = tl.load(ends_ptr + tile)
         program = begin // share
-        count = tl.where(end > begin, (end - 1) // share - program + 1, 0)
+        # It began with the tile, or another one stands for it.
+        if (begin == unit) | ((program + 1) * share < unit):
+            return
+        count = (end - 1) // share - program + 1
         first = 2 * program
         step = 2
         shift = tl.where(begin == program * share, 0, 1)
-        if count <= 1:  # one program had it all
-            return
     b, first_token, start_m, M = queries_of_tile(
         tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
         IS_RAGGED, ONE_TILE_EACH, BLOCK_Q,
@@ -94,19 +104,19 @@ def _merge_parts_kernel(
         offs_s = start_s + tl.arange(0, BLOCK_S)
         slots = first + offs_s * step + tl.where(offs_s == 0, shift, 0)
         slots = (slots * HEAD_TILES + head_tile).to(tl.int64)
-        rows = slots[:, None] * BLOCK_M + offs_m[None, :]  # [BLOCK_S, BLOCK_R]
-        mask = (offs_s < count)[:, None] & mask_m[None, :]
+        rows = offs_m[:, None] + slots[None, :] * BLOCK_M  # [BLOCK_R, BLOCK_S]
+        mask = mask_m[:, None] & (offs_s < count)[None, :]
         lse = tl.load(parts_lse_ptr + rows, mask=mask, other=-float("inf"))
         parts_ptrs = parts_ptr + rows[:, :, None] * HEAD_DIM_V + offs_d[None, None, :]
         parts = tl.load(parts_ptrs, mask=mask[:, :, None] & mask_d[None, None, :], other=0.0)
         # A part without keys holds anything. Both loads start at once, so it is dropped here.
         parts = tl.where((lse > -float("inf"))[:, :, None], parts, 0.0)
-        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        m_new = tl.maximum(m_i, tl.max(lse, 1))
         pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
         alpha = tl.math.exp2(m_i - pivot)
-        p = tl.math.exp2(lse - pivot[None, :])
-        l_i = l_i * alpha + tl.sum(p, 0)
-        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * parts, 0)
+        p = tl.math.exp2(lse - pivot[:, None])
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * parts, 1)
         m_i = m_new
 
     out, lse = finish_softmax(m_i, l_i, acc)
@@ -144,8 +154,11 @@ def merge_parts(
     block_r = 1 if ends is None else min(_ROWS, triton.next_power_of_2(num_rows))
     block_s = max(1, _TILE // block_dv // block_r)
     strides = problem.strides_of(cu_seqlens_q, 1)
+    groups = sizes["num_tiles"] if ends is None else sizes["num_splits"] - 1
+    if groups == 0:
+        return
     _launch(
-        sizes["num_tiles"] * head_tiles * tiling.ceil_div(num_rows, block_r),
+        groups * head_tiles * tiling.ceil_div(num_rows, block_r),
         strides=(strides, out.dtype, rows is None),
         args=(
             parts,
@@ -155,7 +168,7 @@ def merge_parts(
             ends,
             out,
             lse,
-            *sizes.values(),
+            *sizes.values(), sizes["num_tiles"].bit_length(),
         ),
         constexprs={
             **constexprs, "BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_DV": block_dv,

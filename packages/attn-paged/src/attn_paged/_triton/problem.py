@@ -36,3 +36,17 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 def strides_of(tensor: torch.Tensor | None, ndim: int) -> tuple[int, ...]:
     """Strides of a tensor of `ndim` dimensions that may be absent."""
     return (0,) * ndim if tensor is None else tensor.stride()
+
+
+def are_values_in_keys(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether values are the first entries of keys, as in DeepSeek's latent attention.
+
+    Then the tile of keys is that of values too. Quantised, they would have scales of their own.
+    """
+    return (
+        k_cache.itemsize > 1
+        and k_cache.shape[3] > v_cache.shape[3]
+        and k_cache.data_ptr() == v_cache.data_ptr()
+        and k_cache.stride() == v_cache.stride()
+        and split_head_dim(k_cache.shape[3])[0] == padded_head_dim(v_cache.shape[3])
+    )
