@@ -149,7 +149,7 @@ def record_backward(
         (plans[1], problem.len_k, problem.heads_kv),
     ):
         pipeline = context.pipelines.get(plan.shader, plan.constants)
-        groups = -(-length // plan.rows), heads, problem.batches
+        groups = -(-length // plan.rows) * heads, 1, problem.batches
         commands.dispatch(pipeline, bytes(block), groups, barrier=plan is plans[0])
     return plans
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,7 @@ from attn_vulkan.device import Device
 from attn_vulkan.parameters import Tensors, View
 from attn_vulkan.problem import ITEM_BYTES, Problem
 from attn_vulkan.runtime.context import Context, open_context
+from attn_vulkan.runtime.memory import Buffer
 
 _DTYPES = ("float32", "float16")
 _TOLERANCES = {"float32": 2e-5, "float16": 5e-3}
@@ -23,6 +28,8 @@ _TIMED_LENGTH = {"cpu": 256}
 _LONG = 4096
 _TIMED_DIMS = (128, 64)
 _REPEATS = 8
+# An idle GPU has lowered its clocks, to a fifth on an H200.
+_WARMING_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -88,27 +95,55 @@ _PASSES: dict[str, Any] = {
 
 
 def time_pass(context: Context, problem: Problem, record: Callable[..., Any]) -> float:
-    """Seconds of one pass by the device's own clock, on memory as it is found."""
-    itemsize = ITEM_BYTES[problem.dtype]
+    """Seconds of one pass by the device's own clock, once it runs at its full speed."""
     heads, dim = problem.heads, problem.head_dim
-    size = problem.batches * max(problem.len_q, problem.len_k) * heads * dim * itemsize
+    count = problem.batches * max(problem.len_q, problem.len_k) * heads * dim
     strides = (problem.len_q * heads * dim, heads * dim, dim, 1)
+    contents = _normal(problem.dtype, count)
+    with ExitStack() as stack, context.in_use():
+        fields: dict[str, Any] = {}
+        for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse"):
+            buffer = context.memory.allocate(len(contents))
+            stack.callback(context.memory.release, buffer)
+            _fill(context, buffer, contents)
+            fields[name] = View(buffer.address, strides)
+        lse_strides = (heads * problem.len_q, 1, problem.len_q, 0)
+        fields["lse"] = View(fields["lse"].address, lse_strides)
+        start = time.monotonic()
+        while True:
+            seconds = _median_seconds(context, problem, Tensors(**fields), record)
+            if time.monotonic() - start > _WARMING_SECONDS:
+                return seconds
+
+
+def _median_seconds(
+    context: Context, problem: Problem, tensors: Tensors, record: Callable[..., Any]
+) -> float:
     times: list[float] = []
     with context.commands() as commands:
-        names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-        fields: dict[str, Any] = {
-            name: View(commands.keep(context.memory.allocate(size)).address, strides)
-            for name in names
-        }
-        lse = commands.keep(context.memory.allocate(size))
-        fields["lse"] = View(lse.address, (heads * problem.len_q, 1, problem.len_q, 0))
         commands.timestamp()
         for _ in range(_REPEATS):
-            record(context, commands, problem, Tensors(**fields), dim**-0.5)
+            record(context, commands, problem, tensors, problem.head_dim**-0.5)
             commands.timestamp()
         commands.then(lambda: times.extend(commands.seconds()))
-    steps = [end - start for start, end in itertools.pairwise(times)]
-    return sorted(steps[1:])[len(steps) // 2]
+    return statistics.median(end - start for start, end in itertools.pairwise(times))
+
+
+def _normal(dtype: str, count: int) -> bytes:
+    """Normal numbers: those of memory as it is found may cost a GPU less power, or be NaN."""
+    import numpy as np
+
+    numbers = np.random.default_rng(0).standard_normal(count, np.float32)
+    if dtype == "bfloat16":
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return numbers.astype(dtype).tobytes()
+
+
+def _fill(context: Context, buffer: Buffer, contents: bytes) -> None:
+    with context.commands() as commands:
+        staging = commands.keep(context.memory.allocate(len(contents), "staging"))
+        ctypes.memmove(staging.pointer, contents, len(contents))
+        commands.copy(staging, 0, buffer, 0, len(contents))
 
 
 def _reference(q: Any, k: Any, v: Any, dout: Any, *, causal: bool) -> tuple[Any, ...]:

@@ -191,6 +191,21 @@ void store4(uint64_t row, int64_t stride, uint d, uint size, bool aligned, vec4 
             write_element(row + (d + i) * stride * T_BYTES, x[i]);
 }
 
+// Head and tile of rows of a workgroup. A few heads together go through their tiles, so that of
+// causal problems the longest tiles start first, and the heads at work at a time fit a cache.
+uvec2 head_and_tile(uint heads) {
+    const uint together = 16;
+    uint tiles = gl_NumWorkGroups.x / heads;
+    uint first = gl_WorkGroupID.x / (tiles * together) * together;
+    uint count = min(heads - first, together), rest = gl_WorkGroupID.x - first * tiles;
+    return uvec2(first + rest % count, rest / count);
+}
+
+uvec2 head_and_reversed_tile(uint heads) {
+    uvec2 at = head_and_tile(heads);
+    return uvec2(at.x, gl_NumWorkGroups.x / heads - 1 - at.y);
+}
+
 // Keys that queries i_first to i_last see, as a half-open range.
 uvec2 visible_keys(Sequence s, uint i_first, uint i_last) {
     int shift = int(s.len_k) - int(s.len_q);
@@ -226,6 +241,20 @@ float capped(float x) {
     if (y < 0.0625)
         return x * (1.0 - y * (1.0 / 3.0 - y * (2.0 / 15.0 - y * (17.0 / 315.0 - y * 62.0 / 2835.0))));
     return 1.0 - 2.0 / (exp2(min(x, 20.0) * (2.0 * LOG2_E)) + 1.0);
+}
+
+// The natural logarithm of a normal number to a rounding or two. A driver's may err by three, and by
+// as much as its error in lse every weight of the backward pass is off.
+float logarithm(float x) {
+    int exponent;
+    float m = frexp(x, exponent);
+    if (m < 0.70710678) {
+        m *= 2.0;
+        exponent -= 1;
+    }
+    float y = (m - 1.0) / (m + 1.0), z = y * y;
+    float series = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z / 9.0)));
+    return fma(float(exponent), LN_2, 2.0 * y * series);
 }
 
 // What is added to a score: ALiBi and the bias.

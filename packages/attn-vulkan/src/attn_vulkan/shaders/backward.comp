@@ -43,10 +43,11 @@ shared vec4 s_tile[BC * STRIDE];
 void main() {
     uint t = THREAD, rg = t / CG, cg = t % CG;
     Sequence s = sequence(gl_WorkGroupID.z);
-    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;
+    uvec2 at = head_and_reversed_tile(p.heads);
+    uint row0 = at.y * BR;
     if (row0 >= s.len_q)
         return;
-    uint head = gl_WorkGroupID.y, head_kv = head / p.group;
+    uint head = at.x, head_kv = head / p.group;
     float slope = slope_of(s, head, HAS_SLOPES);
     LOAD(s_first, BR, STRIDE, D, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
     LOAD(s_second, BR, STRIDE, D, query_address(p.dout, s, head, row0 + row), p.dout, p.head_dim_v, row0 + row < s.len_q)
@@ -85,10 +86,11 @@ void main() {
 void main() {
     uint t = THREAD, rg = t / CG, cg = t % CG;
     Sequence s = sequence(gl_WorkGroupID.z);
-    uint row0 = gl_WorkGroupID.x * BR;  // causal: the first keys are seen by the most queries
+    uvec2 at = head_and_tile(p.heads / p.group);  // causal: the first keys are seen by the most queries
+    uint row0 = at.y * BR;
     if (row0 >= s.len_k)
         return;
-    uint head_kv = gl_WorkGroupID.y;
+    uint head_kv = at.x;
     LOAD(s_first, BR, STRIDE, D, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
     LOAD(s_second, BR, STRIDE, D, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
     vec4 dk[TR][DT], dv[TR][DT];

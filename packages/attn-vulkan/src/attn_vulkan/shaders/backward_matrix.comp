@@ -15,6 +15,7 @@ layout(constant_id = 3) const bool ALIGNED = false;
 layout(constant_id = 4) const bool HAS_CAP = false;
 layout(constant_id = 5) const bool HAS_BIAS = false;
 layout(constant_id = 6) const bool HAS_SLOPES = false;
+const bool PAGED = false;
 
 const bool PLAIN = !(HAS_CAP || HAS_BIAS || HAS_SLOPES);
 const uint BR = WG / 32 * 16;
@@ -33,11 +34,12 @@ shared vec2 s_statistics[BC];  // lse and delta of each query
 #ifdef DQ
 void main() {
     Sequence s = sequence(gl_WorkGroupID.z);
-    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;
+    uvec2 at = head_and_reversed_tile(p.heads);
+    uint row0 = at.y * BR;
     if (row0 >= s.len_q)
         return;
     uint my_row0 = row0 + gl_SubgroupID * 16;
-    uint head = gl_WorkGroupID.y, head_kv = head / p.group;
+    uint head = at.x, head_kv = head / p.group;
     float slope = slope_of(s, head, HAS_SLOPES);
     MATRIX_A q[D / 16], dout[D / 16];
     LOAD_ROWS(q, BR, D, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
@@ -55,16 +57,17 @@ void main() {
     uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[FETCH], v_next[FETCH];
-    FETCH_TILE(k_next, BC, D, key_address(p.k, s, head_kv, j_first + row, false), p.k, p.head_dim, j_first + row < s.len_k)
-    FETCH_TILE(v_next, BC, D, key_address(p.v, s, head_kv, j_first + row, false), p.v, p.head_dim_v, j_first + row < s.len_k)
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k, D);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k, D);
+    FETCH_TILE(k_next, BC, D, k_rows, j_first, key_address(p.k, s, head_kv, row, false))
+    FETCH_TILE(v_next, BC, D, v_rows, j_first, key_address(p.v, s, head_kv, row, false))
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
         barrier();
         STORE_TILE(k_next, BC, D, 0)
         STORE_TILE(v_next, BC, D, TILE)
         barrier();
-        uint j1 = j0 + BC;
-        FETCH_TILE(k_next, BC, D, key_address(p.k, s, head_kv, j1 + row, false), p.k, p.head_dim, j1 + row < s.len_k)
-        FETCH_TILE(v_next, BC, D, key_address(p.v, s, head_kv, j1 + row, false), p.v, p.head_dim_v, j1 + row < s.len_k)
+        FETCH_TILE(k_next, BC, D, k_rows, j0 + BC, key_address(p.k, s, head_kv, row, false))
+        FETCH_TILE(v_next, BC, D, v_rows, j0 + BC, key_address(p.v, s, head_kv, row, false))
         bool masked = !all_visible(s, my_row0, my_row0 + 15, j0, j0 + BC - 1);
         [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
             ACCUMULATOR scores, grads;
@@ -87,11 +90,12 @@ void main() {
 #else
 void main() {
     Sequence s = sequence(gl_WorkGroupID.z);
-    uint row0 = gl_WorkGroupID.x * BR;  // causal: the first keys are seen by the most queries
+    uvec2 at = head_and_tile(p.heads / p.group);  // causal: the first keys are seen by the most queries
+    uint row0 = at.y * BR;
     if (row0 >= s.len_k)
         return;
     uint my_row0 = row0 + gl_SubgroupID * 16;
-    uint head_kv = gl_WorkGroupID.y;
+    uint head_kv = at.x;
     MATRIX_A k[D / 16], v[D / 16];
     LOAD_ROWS(k, BR, D, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
     LOAD_ROWS(v, BR, D, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
@@ -104,8 +108,10 @@ void main() {
     for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
         float slope = slope_of(s, head, HAS_SLOPES);
         uvec4 q_next[FETCH], dout_next[FETCH];
-        FETCH_TILE(q_next, BC, D, query_address(p.q, s, head, i_first + row), p.q, p.head_dim, i_first + row < s.len_q)
-        FETCH_TILE(dout_next, BC, D, query_address(p.dout, s, head, i_first + row), p.dout, p.head_dim_v, i_first + row < s.len_q)
+        Rows q_rows = rows_of(p.q, query_address(p.q, s, head, 0), p.head_dim, s.len_q, D);
+        Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q, D);
+        FETCH_TILE(q_next, BC, D, q_rows, i_first, query_address(p.q, s, head, row))
+        FETCH_TILE(dout_next, BC, D, dout_rows, i_first, query_address(p.dout, s, head, row))
         for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
             barrier();
             STORE_TILE(q_next, BC, D, 0)
@@ -118,9 +124,8 @@ void main() {
                 );
             }
             barrier();
-            uint i1 = i0 + BC;
-            FETCH_TILE(q_next, BC, D, query_address(p.q, s, head, i1 + row), p.q, p.head_dim, i1 + row < s.len_q)
-            FETCH_TILE(dout_next, BC, D, query_address(p.dout, s, head, i1 + row), p.dout, p.head_dim_v, i1 + row < s.len_q)
+            FETCH_TILE(q_next, BC, D, q_rows, i0 + BC, query_address(p.q, s, head, row))
+            FETCH_TILE(dout_next, BC, D, dout_rows, i0 + BC, query_address(p.dout, s, head, row))
             bool masked = !all_visible(s, i0, i0 + BC - 1, my_row0, my_row0 + 15);
             [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
                 ACCUMULATOR weights, grads;

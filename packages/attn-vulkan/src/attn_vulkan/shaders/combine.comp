@@ -24,7 +24,7 @@ void main() {
     float norm = total > 0.0 ? 1.0 / total : 0.0;
     if (gl_LocalInvocationIndex == 0)
         write_float(
-            statistic_address(p.lse, s, head, i), total > 0.0 ? top + log(total) : MINUS_INFINITY
+            statistic_address(p.lse, s, head, i), total > 0.0 ? top + logarithm(total) : MINUS_INFINITY
         );
     uint64_t out_row = query_address(p.out_, s, head, i);
     for (uint d = gl_LocalInvocationIndex; d < p.head_dim_v; d += WG) {

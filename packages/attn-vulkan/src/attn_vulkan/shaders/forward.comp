@@ -79,10 +79,10 @@ void main() {
     uint split = gl_WorkGroupID.z / p.batches;
     Sequence s = sequence(gl_WorkGroupID.z % p.batches);
     uint rows = s.len_q * PACK;
-    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;  // the longest causal rows first
+    uvec2 at = head_and_reversed_tile(p.heads / PACK);
+    uint head0 = at.x * PACK, row0 = at.y * BR;
     if (row0 >= rows)
         return;
-    uint head0 = gl_WorkGroupID.y * PACK;
     uint head_kv = head0 / p.group;
 
     LOAD(s_q, BR, Q_STRIDE, D, query_address(p.q, s, head0 + (row0 + row) % PACK, (row0 + row) / PACK), p.q, p.head_dim, row0 + row < rows)
@@ -159,7 +159,7 @@ void main() {
             m[r] = top;
         }
         float norm = l[r] > 0.0 ? keep / l[r] : 0.0;
-        float lse = l[r] > 0.0 ? m[r] + log(l[r]) : MINUS_INFINITY;
+        float lse = l[r] > 0.0 ? m[r] + logarithm(l[r]) : MINUS_INFINITY;
         if (SPLIT) {
             uint64_t part = part_row(s, split, head, i);
             if (cg == 0)

@@ -1,7 +1,8 @@
 // Attention, forward, on matrix units through VK_KHR_cooperative_matrix.
 //
-// Each subgroup owns 16 rows of queries in registers, FlashAttention-2's division of labour.
+// Each subgroup owns BLOCKS x 16 rows of queries in registers, FlashAttention-2's division of labour.
 // Keys and values go through shared memory; the next tile is fetched while this one is multiplied.
+// Every matrix read from there serves all blocks, where registers hold more than one.
 #version 460
 #include "attention.glsl"
 #include "matrix.glsl"
@@ -19,8 +20,11 @@ layout(constant_id = 8) const bool PAGED = false;
 layout(constant_id = 9) const bool SPLIT = false;
 layout(constant_id = 10) const uint PACK = 1;
 layout(constant_id = 11) const bool SCALE_FIRST = false;  // where the scale is not positive
+layout(constant_id = 12) const uint BLOCKS = 1;
 
-const uint BR = WG / 32 * 16;
+const uint MY_ROWS = BLOCKS * 16;
+const uint BR = WG / 32 * MY_ROWS;
+const uint KD = D / 16, VD = DV / 16, NC = BC / 16;  // matrices of a row of Q, of V and of scores
 const bool PLAIN = !(HAS_CAP || HAS_BIAS || HAS_SLOPES || SCALE_FIRST);
 const uint K_STRIDE = D / 8 + 1;
 const uint V_STRIDE = DV / 8 + 1;
@@ -36,97 +40,131 @@ void main() {
     uint split = gl_WorkGroupID.z / p.batches;
     Sequence s = sequence(gl_WorkGroupID.z % p.batches);
     uint rows = s.len_q * PACK;
-    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;  // the longest causal rows first
+    uvec2 at = head_and_reversed_tile(p.heads / PACK);
+    uint head0 = at.x * PACK, row0 = at.y * BR;
     if (row0 >= rows)
         return;
-    uint head0 = gl_WorkGroupID.y * PACK;
     uint head_kv = head0 / p.group;
-    uint my_row0 = row0 + gl_SubgroupID * 16;
-    bool busy = my_row0 < rows;
+    uint my_row0 = row0 + gl_SubgroupID * MY_ROWS;
+    bool busy = !(SPLIT || PACK > 1) || my_row0 < rows;  // where rows are few, subgroups only fetch
 
-    MATRIX_A q[D / 16];
-    LOAD_ROWS(q, BR, D, query_address(p.q, s, head0 + (row0 + row) % PACK, (row0 + row) / PACK), p.q, p.head_dim, row0 + row < rows)
+    MATRIX_A q[BLOCKS * KD];
+    for (uint e = thread(); e < BR * (D / 8); e += WG) {
+        uint row = row0 + e / (D / 8);
+        uvec4 x = uvec4(0);
+        if (row < rows)
+            x = load8(query_address(p.q, s, head0 + row % PACK, row / PACK), p.q.element, e % (D / 8) * 8, p.head_dim, ALIGNED);
+        s_tiles[e / (D / 8) * K_STRIDE + e % (D / 8)] = x;
+    }
+    barrier();
+    [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+        [[unroll]] for (uint d = 0; d < KD; ++d)
+            coopMatLoad(q[b * KD + d], s_tiles, (gl_SubgroupID * MY_ROWS + b * 16) * K_STRIDE + d * 2, K_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
+    barrier();
 
-    ACCUMULATOR acc[DV / 16];
-    float m[ROW_HALVES], l[ROW_HALVES], slope[ROW_HALVES];
-    [[unroll]] for (uint d = 0; d < DV / 16; ++d)
+    ACCUMULATOR acc[BLOCKS * VD];
+    float m[BLOCKS * ROW_HALVES], l[BLOCKS * ROW_HALVES], slope[BLOCKS * ROW_HALVES];
+    [[unroll]] for (uint d = 0; d < BLOCKS * VD; ++d)
         acc[d] = ACCUMULATOR(0.0);
-    [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) {
+    [[unroll]] for (uint h = 0; h < BLOCKS * ROW_HALVES; ++h) {
         m[h] = LOWEST;
         l[h] = 0.0;
-        slope[h] = slope_of(s, head0 + (my_row0 + lane_row(h * 4)) % PACK, HAS_SLOPES);
+        slope[h] = slope_of(s, head0 + (my_row0 + half_row(h)) % PACK, HAS_SLOPES);
     }
     float to_base_2 = PLAIN ? p.scale : 1.0;
 
     uint i_first = row0 / PACK, i_last = min((row0 + BR - 1) / PACK, s.len_q - 1);
-    uint my_first = my_row0 / PACK, my_last = (my_row0 + 15) / PACK;
+    uint my_first = my_row0 / PACK, my_last = (my_row0 + MY_ROWS - 1) / PACK;
     uvec2 keys = visible_keys(s, i_first, i_last);
     if (SPLIT) {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
         keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
     }
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k, D);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k, DV);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[K_FETCH], v_next[V_FETCH];
-    FETCH_TILE(k_next, BC, D, key_address(p.k, s, head_kv, j_first + row, PAGED), p.k, p.head_dim, j_first + row < s.len_k)
+    FETCH_TILE(k_next, BC, D, k_rows, j_first, key_address(p.k, s, head_kv, row, PAGED))
     STORE_TILE(k_next, BC, D, 0)
     barrier();
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
-        FETCH_TILE(v_next, BC, DV, key_address(p.v, s, head_kv, j0 + row, PAGED), p.v, p.head_dim_v, j0 + row < s.len_k)
-        ACCUMULATOR scores[BC / 16];
+        FETCH_TILE(v_next, BC, DV, v_rows, j0, key_address(p.v, s, head_kv, row, PAGED))
+        ACCUMULATOR scores[BLOCKS * NC];
         if (busy)
-            [[unroll]] for (uint c = 0; c < BC / 16; ++c)
-                MULTIPLY(scores[c], q, D, 0, c)
+            [[unroll]] for (uint c = 0; c < NC; ++c) {
+                [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                    scores[b * NC + c] = ACCUMULATOR(0.0);
+                [[unroll]] for (uint d = 0; d < KD; ++d) {
+                    MATRIX_B k;
+                    coopMatLoad(k, s_tiles, c * 16 * K_STRIDE + d * 2, K_STRIDE, gl_CooperativeMatrixLayoutColumnMajor);
+                    [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                        scores[b * NC + c] = coopMatMulAdd(q[b * KD + d], k, scores[b * NC + c]);
+                }
+            }
         STORE_TILE(v_next, BC, DV, K_SIZE)
         barrier();
-        uint j1 = j0 + BC;
-        FETCH_TILE(k_next, BC, D, key_address(p.k, s, head_kv, j1 + row, PAGED), p.k, p.head_dim, j1 + row < s.len_k)
+        FETCH_TILE(k_next, BC, D, k_rows, j0 + BC, key_address(p.k, s, head_kv, row, PAGED))
         if (busy) {
-            bool masked = !all_visible(s, my_first, my_last, j0, j0 + BC - 1);
-            if (!PLAIN || masked) {
-                [[unroll]] for (uint c = 0; c < BC / 16; ++c)
+            if (!PLAIN || !all_visible(s, my_first, my_last, j0, j0 + BC - 1)) {
+                [[unroll]] for (uint c = 0; c < BLOCKS * NC; ++c)
                     [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
-                        uint row = my_row0 + lane_row(e), i = row / PACK;
-                        uint j = j0 + c * 16 + lane_column(e);
+                        uint h = c / NC * ROW_HALVES + e / 4;
+                        uint row = my_row0 + half_row(h), i = row / PACK;
+                        uint j = j0 + c % NC * 16 + lane_column(e);
                         float x = scores[c][e];
                         if (!PLAIN)
                             x *= p.scale;
                         if (HAS_CAP)
                             x = p.cap * capped(x);
                         if (HAS_BIAS || HAS_SLOPES)
-                            x += added(s, head0 + row % PACK, i, j, slope[e / 4], HAS_SLOPES, HAS_BIAS) * LOG2_E;
+                            x += added(s, head0 + row % PACK, i, j, slope[h], HAS_SLOPES, HAS_BIAS) * LOG2_E;
                         scores[c][e] = is_visible(s, i, j) ? x : LOWEST;
                     }
             }
-            float factor[ROW_HALVES], shift[ROW_HALVES];
-            [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) {
-                float top = m[h];
-                [[unroll]] for (uint c = 0; c < BC / 16; ++c)
-                    [[unroll]] for (uint e = 0; e < 4; ++e)
-                        top = max(top, scores[c][h * 4 + e]);
-                top = row_max(top);
-                factor[h] = exp2((m[h] - top) * to_base_2);
-                shift[h] = top > LOWEST ? top * to_base_2 : 0.0;
-                m[h] = top;
-                l[h] *= factor[h];
-            }
-            [[unroll]] for (uint c = 0; c < BC / 16; ++c)
-                [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
-                    scores[c][e] = exp2(fma(scores[c][e], to_base_2, -shift[e / 4]));
-                    l[e / 4] += scores[c][e];
+            [[unroll]] for (uint b = 0; b < BLOCKS; ++b) {
+                float factor[ROW_HALVES], shift[ROW_HALVES];
+                [[unroll]] for (uint side = 0; side < ROW_HALVES; ++side) {
+                    uint h = b * ROW_HALVES + side;
+                    float top = m[h];
+                    [[unroll]] for (uint c = 0; c < NC; ++c)
+                        [[unroll]] for (uint e = 0; e < 4; ++e)
+                            top = max(top, scores[b * NC + c][side * 4 + e]);
+                    top = row_max(top);
+                    factor[side] = exp2((m[h] - top) * to_base_2);
+                    shift[side] = top > LOWEST ? top * to_base_2 : 0.0;
+                    m[h] = top;
+                    l[h] *= factor[side];
                 }
-            [[unroll]] for (uint d = 0; d < DV / 16; ++d)
-                [[unroll]] for (uint e = 0; e < LENGTH; ++e)
-                    acc[d][e] *= factor[e / 4];
-            [[unroll]] for (uint c = 0; c < BC / 16; ++c)
-                ACCUMULATE(acc, scores[c], DV, K_SIZE, c)
+                [[unroll]] for (uint c = 0; c < NC; ++c)
+                    [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                        float x = exp2(fma(scores[b * NC + c][e], to_base_2, -shift[e / 4]));
+                        scores[b * NC + c][e] = x;
+                        l[b * ROW_HALVES + e / 4] += x;
+                    }
+                [[unroll]] for (uint d = 0; d < VD; ++d)
+                    [[unroll]] for (uint e = 0; e < LENGTH; ++e)
+                        acc[b * VD + d][e] *= factor[e / 4];
+            }
+            [[unroll]] for (uint c = 0; c < NC; ++c) {
+                MATRIX_A weights[BLOCKS];
+                [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                    [[unroll]] for (uint e = 0; e < LENGTH; ++e)
+                        weights[b][e] = HALF(scores[b * NC + c][e]);
+                [[unroll]] for (uint d = 0; d < VD; ++d) {
+                    MATRIX_B v;
+                    coopMatLoad(v, s_tiles, K_SIZE + c * 16 * V_STRIDE + d * 2, V_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
+                    [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                        acc[b * VD + d] = coopMatMulAdd(weights[b], v, acc[b * VD + d]);
+                }
+            }
         }
         STORE_TILE(k_next, BC, D, 0)
         barrier();
     }
 
-    float norm[ROW_HALVES];
-    [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) {
-        uint row = my_row0 + lane_row(h * 4), i = row / PACK, head = head0 + row % PACK;
+    float norm[BLOCKS * ROW_HALVES];
+    [[unroll]] for (uint h = 0; h < BLOCKS * ROW_HALVES; ++h) {
+        uint row = my_row0 + half_row(h), i = row / PACK, head = head0 + row % PACK;
         float sum = row_sum(l[h]), top = m[h] > LOWEST ? m[h] * to_base_2 : LOWEST, keep = 1.0;
         if (!SPLIT && p.sinks != 0 && row < rows) {
             float sink = float_or(p.sinks, head, LOWEST) * LOG2_E;
@@ -138,14 +176,15 @@ void main() {
         norm[h] = sum > 0.0 ? keep / sum : 0.0;
         uint64_t lse = SPLIT ? p.part_lse + part_row(s, split, head, i) * 4 : statistic_address(p.lse, s, head, i);
         if (row < rows && gl_SubgroupInvocationID % 4 == 0)
-            write_float(lse, sum > 0.0 ? top * LN_2 + log(sum) : MINUS_INFINITY);
+            write_float(lse, sum > 0.0 ? top * LN_2 + logarithm(sum) : MINUS_INFINITY);
     }
     // Indices that unrolling makes constant, or the accumulators would live in memory.
-    [[unroll]] for (uint d = 0; d < DV / 16; ++d)
+    [[unroll]] for (uint d = 0; d < BLOCKS * VD; ++d)
         [[unroll]] for (uint e = 0; e < LENGTH; e += 2) {
-            uint row = my_row0 + lane_row(e), i = row / PACK, head = head0 + row % PACK;
-            uint column = d * 16 + lane_column(e);
-            vec2 x = vec2(acc[d][e], acc[d][e + 1]) * norm[e / 4];
+            uint h = d / VD * ROW_HALVES + e / 4;
+            uint row = my_row0 + half_row(h), i = row / PACK, head = head0 + row % PACK;
+            uint column = d % VD * 16 + lane_column(e);
+            vec2 x = vec2(acc[d][e], acc[d][e + 1]) * norm[h];
             if (row < rows && SPLIT)
                 write_part(s, split, head, i, column, x);
             else if (row < rows)

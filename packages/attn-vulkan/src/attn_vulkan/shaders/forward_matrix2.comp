@@ -81,16 +81,16 @@ float finish(const in uint r, const in uint c, const in float total, const in fl
         l = 0.0;
     }
     if (c == 0 && row0 + r < s.len_q)
-        write_float(statistic_address(p.lse, s, head, row0 + r), l > 0.0 ? x * LN_2 + log(l) : MINUS_INFINITY);
+        write_float(statistic_address(p.lse, s, head, row0 + r), l > 0.0 ? x * LN_2 + logarithm(l) : MINUS_INFINITY);
     return l > 0.0 ? keep / l : 0.0;
 }
 
 void main() {
     Sequence s = sequence(gl_WorkGroupID.z);
-    uint row0 = (gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * BR;  // the longest causal rows first
+    uvec2 at = head_and_reversed_tile(p.heads);
+    uint head = at.x, head_kv = head / p.group, row0 = at.y * BR;
     if (row0 >= s.len_q)
         return;
-    uint head = gl_WorkGroupID.y, head_kv = head / p.group;
     Halves q_data = Halves(query_address(p.q, s, head, 0));
     Halves k_data = Halves(key_address(p.k, s, head_kv, 0, false));
     Halves v_data = Halves(key_address(p.v, s, head_kv, 0, false));

@@ -24,6 +24,11 @@ uint lane_row(uint i) {
     return gl_SubgroupInvocationID / 4 + 8 * (i / 4);
 }
 
+// Row of the half h of a matrix, or of several below one another.
+uint half_row(uint h) {
+    return gl_SubgroupInvocationID / 4 + 8 * h;
+}
+
 uint lane_column(uint i) {
     return gl_SubgroupInvocationID % 4 * 2 + i % 2 + 8 * (i / 2 % 2);
 }
@@ -79,15 +84,40 @@ uint thread() {
 
 // Tiles of `count` rows of `dim` halves pass through s_tiles, a row every dim / 8 + 1 vectors, which
 // keeps the rows of a matrix in different banks. Arguments named `address` and `in_range` use `row`.
+// Shaders say whether rows are ALIGNED and PAGED.
 
-// x = this invocation's vectors of a tile
-#define FETCH_TILE(x, count, dim, address, view, size, in_range) \
-    [[unroll]] for (uint n = 0; n < ((count) * (dim / 8) + WG - 1) / WG; ++n) { \
-        uint e = thread() + n * WG, row = e / (dim / 8); \
-        x[n] = uvec4(0); \
-        if (e < (count) * (dim / 8) && (in_range)) \
-            x[n] = load8(address, view.element, e % (dim / 8) * 8, size, ALIGNED); \
-    }
+// Rows of one head that tiles are fetched from. `lane` is this invocation's vector of row 0 where
+// every invocation keeps to one column of vectors, which makes an address a sum.
+struct Rows {
+    uint64_t lane;
+    int64_t step;
+    int64_t element;
+    uint size;
+    uint count;
+};
+
+Rows rows_of(View t, uint64_t first, uint size, uint count, uint dim) {
+    uint vectors = dim / 8;
+    int64_t step = t.row * T_BYTES;
+    uint64_t lane = first + int64_t(thread() / vectors) * step + thread() % vectors * 16;
+    return Rows(lane, step, t.element, size, count);
+}
+
+// x = this invocation's vectors of the tile of `tall` rows from row `first` on
+#define FETCH_TILE(x, tall, dim, rows, first, address) { \
+    const bool keeps_column = ALIGNED && !PAGED && WG % (dim / 8) == 0 && (tall) * (dim / 8) % WG == 0; \
+    if (keeps_column && rows.size == dim && (first) + (tall) <= rows.count) { \
+        uint64_t lane = rows.lane + int64_t(first) * rows.step; \
+        [[unroll]] for (uint n = 0; n < (tall) * (dim / 8) / WG; ++n) \
+            x[n] = Element8(lane + int64_t(n * (WG / (dim / 8))) * rows.step).value; \
+    } else { \
+        [[unroll]] for (uint n = 0; n < ((tall) * (dim / 8) + WG - 1) / WG; ++n) { \
+            uint e = thread() + n * WG, row = (first) + e / (dim / 8); \
+            x[n] = uvec4(0); \
+            if (e < (tall) * (dim / 8) && row < rows.count) \
+                x[n] = load8(address, rows.element, e % (dim / 8) * 8, rows.size, ALIGNED); \
+        } \
+    } }
 
 #define STORE_TILE(x, count, dim, base) \
     [[unroll]] for (uint n = 0; n < ((count) * (dim / 8) + WG - 1) / WG; ++n) { \
