@@ -26,6 +26,7 @@ BAD_VALUES = {
     "no-features": (V[..., :0], "v must have a head dimension of at least 1, got shape"),
 }
 BAD_ARGUMENTS = {
+    "causal": ({"causal": "no"}, "causal must be True or False, got 'no'"),
     "accum": ({"accum_dtype": torch.bfloat16}, "accum_dtype must be None, float32 or float64, got"),
     "block": ({"block_m": 0}, "block_m must be a positive integer or None, got 0"),
     "warps": ({"num_warps": "4"}, "num_warps must be a positive integer or None, got '4'"),
@@ -69,6 +70,12 @@ def test_arguments_that_do_not_fit(arguments, message):
 def test_float64_values_need_float64_sums():
     with pytest.raises(ValueError, match="accum_dtype must be float64 for v in float64, got"):
         evo_attention(V.double(), accum_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["exclusive", "reverse"])
+def test_a_switch_of_prefix_sum_that_is_none(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got \\[1\\]"):
+        prefix_sum(V, **{name: [1]})
 
 
 @pytest.mark.parametrize("function", [evo_attention, prefix_sum])

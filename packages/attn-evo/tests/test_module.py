@@ -113,6 +113,8 @@ def test_accum_dtype_and_mask_reach_the_function():
 def test_errors():
     with pytest.raises(ValueError, match=r"embed_dim must be a multiple of num_heads, got .* 10 "):
         EvoAttention(10, 3)
+    with pytest.raises(ValueError, match="num_heads must be a positive integer, got 1.5"):
+        EvoAttention(24, 1.5)
     with pytest.raises(ValueError, match=r"x must have shape \(B, L, 24\), got \(2, 3, 25\)"):
         EvoAttention(24, 3)(torch.zeros(2, 3, 25))
     with pytest.raises(ValueError, match=r"x must have 3 dimensions \(B, L, E\), got"):

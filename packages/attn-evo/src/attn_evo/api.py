@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
+from attn_core.checks import flag
 from attn_evo import checks, ops
 from attn_evo.environment import requested_backend
 from attn_evo.state import EvoState
@@ -179,6 +180,7 @@ def prefix_sum(
     >>> prefix_sum(torch.tensor([1.0, 2.0, 3.0]), dim=0, exclusive=True)
     tensor([0., 1., 3.])
     """
+    exclusive, reverse = flag("exclusive", exclusive), flag("reverse", reverse)
     problem = checks.prefix_sum_problem(x, dim, exclusive, reverse)
     name = backends.resolve(ops.PREFIX_SUM, problem, requested_backend(backend))
     return ops.prefix_sum(x, problem.dim, exclusive, reverse, name)  # type: ignore[no-any-return]
@@ -220,6 +222,7 @@ def attend(
     `checks.AttentionProblem`, the rest as in `evo_attention`.
     """
     checks.require_values(v)
+    causal = flag("causal", causal)
     weights = checks.weights_for(v, weights)
     v, mask = checks.masked_values(v, attention_mask)
     checks.require_state(state, v)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attn_core import backends
-from attn_core.checks import require_multiple, require_rank
+from attn_core.checks import require_multiple, require_positive, require_rank
 from attn_evo.api import evo_attention, evo_attention_step
 from attn_evo.reference import NORM_EPSILON
 from attn_evo.state import EvoState
@@ -72,6 +72,8 @@ class EvoAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_positive("embed_dim", embed_dim)
+        require_positive("num_heads", num_heads)
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         if bias and not out_proj:
             raise ValueError("bias must be False without out_proj, whose bias it is, got True")
