@@ -249,10 +249,11 @@ def test_defragment_moves_used_blocks_to_the_front():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((0, 4), "num_blocks must be at least 1, got 0"),
-        ((4, 0), "block_size must be at least 1, got 0"),
+        ((0, 4), "num_blocks must be an integer of at least 1, got 0"),
+        ((4.0, 4), "num_blocks must be an integer of at least 1, got 4.0"),
+        ((4, 0), "block_size must be an integer of at least 1, got 0"),
     ],
-    ids=["num_blocks", "block_size"],
+    ids=["num_blocks", "fraction", "block_size"],
 )
 def test_bad_sizes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -262,7 +263,9 @@ def test_bad_sizes_are_named(arguments, message):
 def test_bad_numbers_are_named():
     manager = BlockManager(4, 2, num_host_blocks=0)
     sequence = manager.allocate(3)
-    with pytest.raises(ValueError, match="tokens must be ids or a number of at least 0, got -1"):
+    with pytest.raises(
+        ValueError, match="tokens must be integer ids or a number of at least 0, got -1"
+    ):
         manager.append(sequence, -1)
     with pytest.raises(ValueError, match=r"length must be at most the 3 tokens .*, got 4"):
         manager.commit(sequence, 4)
