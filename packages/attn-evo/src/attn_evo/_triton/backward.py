@@ -901,6 +901,7 @@ def _backward_totals(work: _Work) -> None:
 def _backward_norm(work: _Work, dout: torch.Tensor) -> None:
     call = work.call
     config = _tiles("norm" if work.causal else "norm_full", call)
+    numerics = call.numerics_of_one_weight if work.causal else call.numerics
     _launch_norm(
         call.num_programs,
         strides=(call.strides, dout.stride()),
@@ -910,7 +911,7 @@ def _backward_norm(work: _Work, dout: torch.Tensor) -> None:
             *call.sizes_in(config.block_m),
         ),
         constexprs={
-            "IS_CAUSAL": work.causal, **call.flags, **call.numerics,
+            "IS_CAUSAL": work.causal, **call.flags, **numerics,
             **call.blocks, "BLOCK_M": config.block_m,
         },
         config=config,
@@ -939,17 +940,19 @@ def _backward_gate(work: _Work) -> None:
 
 def _backward_products(work: _Work) -> None:
     call = work.call
+    config = _tiles("products", call)
     _launch_products(
         call.num_programs,
         strides=call.strides,
         args=(
-            *call.v, *call.mask, work.half_ratio, work.dlocal, *work.partials, *call.sizes
+            *call.v, *call.mask, work.half_ratio, work.dlocal, *work.partials,
+            *call.sizes_in(config.block_m),
         ),
         constexprs={
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
-            "PRECISION": call.numerics["PRECISION"], **call.blocks,
+            "PRECISION": call.numerics["PRECISION"], **call.blocks, "BLOCK_M": config.block_m,
         },
-        config=_tiles("products", call),
+        config=config,
     )  # fmt: skip
 
 
@@ -965,7 +968,7 @@ def _backward_stat(work: _Work) -> None:
         ),
         constexprs={
             "HAS_DSUMS": work.dsums_after is not None,
-            **call.flags, **call.numerics, **call.blocks,
+            **call.flags, **call.numerics_of_one_weight, **call.blocks,
         },
         config=_tiles("stat", call),
     )  # fmt: skip
@@ -995,19 +998,20 @@ def _backward_total(work: _Work) -> torch.Tensor:
 
 def _backward_context(work: _Work, drows: torch.Tensor) -> None:
     call, dsums_after = work.call, work.dsums_after_args
+    config = _tiles("context", call)
     _launch_context(
         call.num_programs,
         strides=(call.mask[1:], dsums_after[1:]),
         args=(
             work.dcontext, *call.mask, work.scratch.chunk_sums, *dsums_after,
-            drows, work.dv, work.dsums, *call.sizes,
+            drows, work.dv, work.dsums, *call.sizes_in(config.block_m),
         ),
         constexprs={
             "IS_CAUSAL": work.causal, "HAS_DSUMS": work.dsums_after is not None,
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
-            "PRECISION": call.numerics["PRECISION"], **call.blocks,
+            "PRECISION": call.numerics["PRECISION"], **call.blocks, "BLOCK_M": config.block_m,
         },
-        config=_tiles("context", call),
+        config=config,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
 from attn_evo import environment
+from attn_evo._triton import problem
 from attn_evo._triton.problem import SMALL_SHARED_MEMORY
 
 Launch = Callable[[TileConfig], object]
@@ -54,7 +55,7 @@ FORWARD = Table(
         **_small(TileConfig(16, 2048, 8, 1)),
         **_rows(16, 4, TileConfig(32, 2048, 4, 1), TileConfig(32, 2048, 4, 1)),
         **_rows(32, 4, TileConfig(32, 2048, 4, 1), TileConfig(32, 2048, 4, 1)),
-        **_rows(64, 4, TileConfig(16, 2048, 8, 2), TileConfig(16, 2048, 8, 1)),
+        **_rows(64, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 8, 1)),
         **_rows(64, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
     },
     default=TileConfig(64, 2048, 4, 2),
@@ -91,7 +92,17 @@ BACKWARD_MOST_BLOCK_M = {"gate": 32, "gate_full": 32, "norm_full": 32}
 BACKWARD_MOST_BLOCK_M_WIDE = {**BACKWARD_MOST_BLOCK_M, "norm_full": 16}
 BACKWARD_STAGES = {"products": 3, "context": 3}
 BACKWARD_MOST_STAGES = {"norm_full": 2}
-BACKWARD_WARPS = {(name, 64, 4): 8 for name in ("norm", "norm_full", "gate_full", "stat")}
+BACKWARD_WARPS = {(name, 64, 4): 8 for name in ("norm_full", "gate_full")}
+# What single launches of either pass take otherwise on Hopper, where each was measured alone.
+HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
+    ("gated", 128, 2): {"num_warps": 4, "num_stages": 3},
+    ("ratio", 128, 2): {"num_stages": 3},
+    ("gate", 128, 2): {"num_stages": 3},
+    ("stat", 128, 2): {"num_stages": 3},
+    ("context", 128, 2): {"block_m": 64, "num_warps": 4, "num_stages": 2},
+    ("products", 64, 4): {"block_m": 32, "num_stages": 2},
+    ("context", 64, 4): {"block_m": 32, "num_stages": 2},
+}
 PREFIX_SUM = TileConfig(32, 64, 4, 2)
 PREFIX_SUM_RUNS = TileConfig(32, 64, 4, 4)
 
@@ -120,9 +131,9 @@ def backward_tiles(v: torch.Tensor, causal: bool, launch: Launch) -> TileConfig:
     return _pick(BACKWARD, v, causal, launch)
 
 
-def stat_tiles(config: TileConfig) -> TileConfig:
-    """Warps and stages of the kernel that gates v, which is small enough for a longer pipeline."""
-    return config._replace(num_stages=config.num_stages + 1)
+def gated_kernel(v: torch.Tensor, config: TileConfig) -> TileConfig:
+    """Tiles of the launch that gates v, which is small enough for a longer pipeline."""
+    return _on_hopper("gated", v, config._replace(num_stages=config.num_stages + 1))
 
 
 def backward_kernel(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:
@@ -131,12 +142,19 @@ def backward_kernel(name: str, v: torch.Tensor, config: TileConfig) -> TileConfi
     fewest_warps = BACKWARD_WARPS.get((name, block_d, v.element_size()), 1)
     most_block_m = BACKWARD_MOST_BLOCK_M_WIDE if block_d == 128 else BACKWARD_MOST_BLOCK_M
     most_stages = BACKWARD_MOST_STAGES.get(name, config.num_stages)
-    return TileConfig(
+    config = TileConfig(
         min(config.block_m, most_block_m.get(name, config.block_m)),
         config.block_n,
         max(fewest_warps, config.num_warps),
         BACKWARD_STAGES.get(name, min(most_stages, config.num_stages)),
     )
+    return _on_hopper(name, v, config)
+
+
+def _on_hopper(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:
+    if problem.device_info(v.device).arch != "sm_90":
+        return config
+    return config._replace(**HOPPER.get((name, v.shape[-1], v.element_size()), {}))
 
 
 def prefix_sum_tiles(num_columns: int | None) -> TileConfig:

@@ -266,7 +266,8 @@ def _attention_output_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     BIASES_STAY: tl.constexpr = WEIGHTS_STAY and BLOCK_D <= MOST_STAYING_BIASES
-    w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
+    # In float32 one weight that stays is what it takes to fit into the registers.
+    w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY or dtype == tl.float32, BLOCK_D)
     b_q = bias_rows(biases_ptr, W_Q, BIASES_STAY, BLOCK_D)
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     b_l = bias_rows(biases_ptr, W_L, BIASES_STAY, BLOCK_D)
@@ -403,7 +404,7 @@ def running_sums(
             call.num_programs,
             strides=call.strides,
             args=(*call.inputs, *scratch, sums_after, *call.sizes),
-            constexprs={**call.flags, **call.numerics, **call.blocks},
-            config=configs.stat_tiles(call.config),
+            constexprs={**call.flags, **call.numerics_of_one_weight, **call.blocks},
+            config=configs.gated_kernel(call.v[0], call.config),
         )
     return scratch

@@ -28,6 +28,7 @@ NOT_SPECIALIZED = [
 MOST_CHUNKS = 256  # of a sequence: every program adds up the sums of those before its own
 SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program, others 163 or more
 _BIAS_ROWS = 16
+_CHUNK_MULTIPLE = 64  # tokens: a tile of any launch ends where the chunk does
 
 
 class Chunks(NamedTuple):
@@ -50,14 +51,19 @@ def chunks(
     block: int,
     chunk: int,
     programs_per_sm: int = 2,
+    multiple: int = 1,
 ) -> Chunks:
-    """Cut sequences into tiles of `block` and chunks of `chunk`, shorter ones while SMs idle."""
+    """Cut sequences into tiles of `block` and chunks of `chunk`, shorter ones while SMs idle.
+
+    Chunks hold a multiple of `multiple` tiles.
+    """
     num_tiles = ceil_div(length, block)
     wanted = programs_per_sm * max(1, device_info(device).num_sms)
     tiles_per_chunk = max(
         min(ceil_div(num_tiles * num_sequences, wanted), chunk // block),
         ceil_div(num_tiles, MOST_CHUNKS),
     )
+    tiles_per_chunk = ceil_div(tiles_per_chunk, multiple) * multiple
     return Chunks(num_tiles, ceil_div(num_tiles, tiles_per_chunk), tiles_per_chunk)
 
 
@@ -85,11 +91,17 @@ class Call(NamedTuple):
         """All strides of the inputs."""
         return *self.v[1:], *self.mask[1:], *self.sums[1:]
 
+    @property
+    def numerics_of_one_weight(self) -> dict[str, Any]:
+        """`numerics` of kernels with one weight, which stays in shared memory in float32 too."""
+        stays = self.numerics["IS_NVIDIA"] and self.v[0].element_size() == 4
+        return {**self.numerics, "WEIGHTS_STAY": stays or self.numerics["WEIGHTS_STAY"]}
+
     def sizes_in(self, block_m: int) -> tuple[int, ...]:
-        """`sizes` with the same chunks cut into tiles of `block_m`, which divides the call's."""
+        """`sizes` with the same chunks cut into tiles of `block_m`, of which they are multiples."""
         *sizes, num_chunks, tiles_per_chunk = self.sizes
         L, H, num_heads, _ = sizes
-        tiles_per_chunk *= self.blocks["BLOCK_M"] // block_m
+        tiles_per_chunk = tiles_per_chunk * self.blocks["BLOCK_M"] // block_m
         return L, H, num_heads, ceil_div(L, block_m), num_chunks, tiles_per_chunk
 
 
@@ -113,7 +125,8 @@ def call(
 ) -> Call:
     """Describe a call to the kernels; v stands in for tensors that are not there."""
     B, H, L, D = v.shape
-    cut = chunks(v.device, L, B * H, config.block_m, config.block_n)
+    multiple = ceil_div(_CHUNK_MULTIPLE, config.block_m)
+    cut = chunks(v.device, L, B * H, config.block_m, config.block_n, multiple=multiple)
     return Call(
         v=(v, *v.stride()),
         mask=(v, 0, 0) if mask is None else (mask.view(torch.uint8), *mask.stride()),
