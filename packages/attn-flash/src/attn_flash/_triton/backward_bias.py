@@ -11,11 +11,11 @@ import triton.language as tl
 from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import drop, keep_tile
-from attn_core.tiles.masks import is_visible
+from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_flash._triton import configs, problem
 from attn_flash._triton.scores import (
-    is_shown,
+    BOOLEAN,
     load_slope,
     load_state,
     load_term,
@@ -77,14 +77,32 @@ def _attention_backward_bias_kernel(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
+    HAS_WINDOW: tl.constexpr = HAS_LEFT or HAS_RIGHT
+    # Keys past the end need no mask where they gather nothing that is stored, queries never do:
+    # their lse reads as +inf.
+    MASKED: tl.constexpr = HAS_WINDOW or IS_VARLEN or SUM_N
     total = M
     len_q = M
     len_k = N
     first_q = tl.cast(0, tl.int64)
     first_k = tl.cast(0, tl.int64)
     seed, offset = load_state(rng_ptr, HAS_DROPOUT)
+    # One tile for all steps: where the bias broadcasts, its stride is 0. What lies past the end
+    # reads the last element, which is cheaper than a mask.
+    own_m = tl.minimum(tile_m * BLOCK_M + offs_m, bias_m - 1).to(tl.int64)
+    own_n = tl.minimum(tile_n * BLOCK_N + offs_n, bias_n - 1).to(tl.int64)
+    bias_ptr += tile_b.to(tl.int64) * stride_bb + tile_h.to(tl.int64) * stride_bh
+    bias_offs = own_m[:, None] * stride_bm + own_n[None, :] * stride_bn
+    bias = load_term(bias_ptr + bias_offs, None, False)
+    num_steps = sum_b * sum_h * sum_m * sum_n
+    if HAS_WINDOW and not (IS_VARLEN or SUM_M or SUM_N):  # the tile may be out of the window
+        lo, _, _, hi = key_blocks(
+            tile_m * BLOCK_M, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+        )
+        is_within = (tile_n * BLOCK_N >= lo) & (tile_n * BLOCK_N < hi)
+        num_steps = tl.where(is_within, num_steps, 0)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(sum_b * sum_h * sum_m * sum_n):
+    for step in range(num_steps):
         start_n = (tile_n + step % sum_n) * BLOCK_N
         start_m = (tile_m + step // sum_n % sum_m) * BLOCK_M
         h = (tile_h + step // sum_n // sum_m % sum_h).to(tl.int64)
@@ -116,9 +134,6 @@ def _attention_backward_bias_kernel(
         lse_log2 = tl.load(row_ptrs, mask=mask_m, other=float("inf"))
         delta = tl.load(row_ptrs + 1, mask=mask_m, other=0.0)
         slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
-        bias_head = bias_ptr + b * stride_bb + h * stride_bh
-        bias_offs = rows.to(tl.int64)[:, None] * stride_bm + cols.to(tl.int64)[None, :] * stride_bn
-        bias = load_term(bias_head + bias_offs, mask_m[:, None] & mask_n[None, :], True)
         key_mask = 0.0
         if HAS_KEY_MASK > 0:
             key_mask = load_term(key_mask_ptr + b * stride_mb + cols * stride_mn, mask_n, True)
@@ -133,12 +148,16 @@ def _attention_backward_bias_kernel(
         if HAS_DROPOUT:
             keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
             dp = keep_scale * drop(dp, keep, threshold)
-        visible = is_visible(
-            rows[:, None] + (len_k - len_q), cols[None, :], len_k, left, right, HAS_LEFT, HAS_RIGHT
-        )
-        visible = is_shown(visible & mask_m[:, None], bias, key_mask, HAS_BIAS, HAS_KEY_MASK)
         p = tl.math.exp2(scores * factor - lse_log2[:, None])
-        dbias += tl.where(visible, p * (dp - delta[:, None]), 0.0)
+        if MASKED:
+            position = rows[:, None] + (len_k - len_q)
+            visible = is_visible(
+                position, cols[None, :], len_k, left, right, HAS_LEFT, HAS_RIGHT
+            )
+            p = tl.where(visible, p, 0.0)
+        if HAS_KEY_MASK == BOOLEAN:
+            p = tl.where(key_mask, p, 0.0)
+        dbias += p * (dp - delta[:, None])
 
     rows = tile_m * BLOCK_M + offs_m
     cols = tile_n * BLOCK_N + offs_n
