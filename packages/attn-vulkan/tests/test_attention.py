@@ -145,7 +145,7 @@ def use(monkeypatch, variant, dtype):
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_variants(monkeypatch, variant, options, dim):
     use(monkeypatch, variant, "float16")
-    check("variants", (1, 70, 150, 4, 2, dim, dim), "float16", **options)
+    check("variants", (1, 140, 270, 4, 2, dim, dim), "float16", **options)
 
 
 @pytest.mark.parametrize("variant", ["matrix", "subgroup", "scalar"])
