@@ -41,9 +41,18 @@ def test_bias_and_out_proj_are_honoured(bias):
     assert len(list(EvoAttention(24, 3, out_proj=False).parameters())) == 10
 
 
-def test_a_bias_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="bias must be False without out_proj"):
-        EvoAttention(24, 3, bias=True, out_proj=False)
+def test_a_bias_without_projection_is_one_vector():
+    layer, plain = (
+        EvoAttention(24, 3, bias=True, out_proj=False),
+        EvoAttention(24, 3, out_proj=False),
+    )
+    assert layer.out_proj.bias.shape == (24,)
+    x = random_tensor((1, 6, 24), seed="x")
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    assert torch.equal(layer(x), plain(x))
+    with torch.no_grad():
+        layer.out_proj.bias += 2
+    assert torch.equal(layer(x), plain(x) + 2)
 
 
 def test_an_optimiser_made_before_the_first_call_trains_everything():
@@ -61,12 +70,13 @@ def test_evaluation_is_training():
     assert torch.equal(layer(x), layer.eval()(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("out_proj", [True, False])
 @pytest.mark.parametrize("with_copy", [True, False])
-def test_state_of_the_peer(out_proj, with_copy):
+def test_state_of_the_peer(bias, out_proj, with_copy):
     state = peer_state(8, with_copy=with_copy)
     names = set(state)
-    layer = EvoAttention(24, 3, out_proj=out_proj)
+    layer = EvoAttention(24, 3, bias=bias, out_proj=out_proj)
     layer.load_state_dict(state)
     assert set(state) == names
     x = random_tensor((1, 6, 24), seed="x")

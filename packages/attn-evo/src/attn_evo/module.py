@@ -31,8 +31,9 @@ class EvoAttention(nn.Module):
     num_heads : int
         H.
     bias : bool, default False
-        Give the output projection a bias. The four projections inside the heads, which belong to
-        the formula, always have theirs.
+        Add a learned vector (E,) to the output: the bias of the output projection, or without one
+        a vector that starts at zero. The four projections inside the heads, which belong to the
+        formula, always have theirs.
     out_proj : bool, default True
         Mix the heads by a linear layer (E, E) at the end.
     backend : str, default "auto"
@@ -48,8 +49,8 @@ class EvoAttention(nn.Module):
         (W_q, b_q), (W_l, b_l), (W_g, b_g) and (W_f, b_f), from D to D, shared by all heads.
     norm : torch.nn.LayerNorm
         Over the D features of a head.
-    out_proj : torch.nn.Linear or torch.nn.Identity
-        Output projection.
+    out_proj : torch.nn.Module
+        Output projection, the bias alone, or the identity.
 
     Examples
     --------
@@ -75,8 +76,6 @@ class EvoAttention(nn.Module):
         require_positive("embed_dim", embed_dim)
         require_positive("num_heads", num_heads)
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        if bias and not out_proj:
-            raise ValueError("bias must be False without out_proj, whose bias it is, got True")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -90,7 +89,12 @@ class EvoAttention(nn.Module):
         self.global_stat_gate_proj = linear(self.head_dim)
         self.final_gate_proj = linear(self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim, NORM_EPSILON, device=device, dtype=dtype)
-        self.out_proj = linear(embed_dim, bias) if out_proj else nn.Identity()
+        if out_proj:
+            self.out_proj: nn.Module = linear(embed_dim, bias)
+        elif bias:
+            self.out_proj = _Bias(embed_dim, device=device, dtype=dtype)
+        else:
+            self.out_proj = nn.Identity()
         self.register_load_state_dict_pre_hook(_accept_peer_names)  # type: ignore[no-untyped-call]
 
     @property
@@ -178,6 +182,19 @@ class EvoAttention(nn.Module):
         return merged
 
 
+class _Bias(nn.Module):
+    """Adds a learned vector, zero at the start."""
+
+    def __init__(
+        self, size: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.bias
+
+
 def _accept_peer_names(
     module: EvoAttention, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any
 ) -> None:
@@ -189,8 +206,8 @@ def _accept_peer_names(
         state_dict[prefix + name[len(prefix + _PEER_CORE) :]] = state_dict.pop(name)
     for name in [name for name in state_dict if name.startswith(prefix + _PEER_COPY)]:
         del state_dict[name]
-    if isinstance(module.out_proj, nn.Linear):
-        weight, bias = module.out_proj.weight, module.out_proj.bias
-        state_dict[prefix + "out_proj.weight"] = torch.eye(module.embed_dim).to(weight)
-        if bias is not None:
-            state_dict[prefix + "out_proj.bias"] = torch.zeros_like(bias)
+    for name, parameter in module.out_proj.named_parameters():
+        neutral = torch.zeros_like(parameter, requires_grad=False)
+        if name == "weight":
+            neutral.fill_diagonal_(1)
+        state_dict[f"{prefix}out_proj.{name}"] = neutral
