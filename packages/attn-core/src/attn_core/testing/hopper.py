@@ -391,8 +391,13 @@ class Pointer:
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Any:
     _dawdle()
-    is_read = mask is None or bool(_array(mask))
-    return int(pointer.flat[int(pointer.offset)]) if is_read else other
+    if np.ndim(pointer.offset) == 0:
+        is_read = mask is None or bool(_array(mask))
+        return int(pointer.flat[int(pointer.offset)]) if is_read else other
+    is_read = np.broadcast_to(True if mask is None else _array(mask), pointer.offset.shape)
+    values = np.full(pointer.offset.shape, other, np.float32)
+    values[is_read] = pointer.flat[torch.from_numpy(pointer.offset[is_read])].float().numpy()
+    return _Tensor(values)
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
@@ -424,7 +429,7 @@ def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> 
         number = _array(args[0]) if barrier == "$1" else barrier
         return _at_named_barrier(instruction[0] == "bar.sync", int(number), int(threads))
     if instruction[0] == "mov.u32":
-        return None
+        return 0
     raise NotImplementedError(code)
 
 
