@@ -96,7 +96,7 @@ def _attention_backward_bias_kernel(
     bias = load_term(bias_ptr + bias_offs, None, False)
     num_steps = sum_b * sum_h * sum_m * sum_n
     if HAS_WINDOW and not (IS_VARLEN or SUM_M or SUM_N):  # the tile may be out of the window
-        lo, _, _, hi = key_blocks(
+        lo, full_lo, full_hi, hi = key_blocks(
             tile_m * BLOCK_M, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
         )
         is_within = (tile_n * BLOCK_N >= lo) & (tile_n * BLOCK_N < hi)
