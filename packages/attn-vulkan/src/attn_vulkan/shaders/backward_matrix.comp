@@ -31,6 +31,12 @@ shared vec2 s_statistics[BC];  // lse and delta of each query
 
 #include "gradient.glsl"
 
+// lse and delta of query i, or of the last one.
+vec2 statistics(Sequence s, uint head, uint i) {
+    i = min(i, s.len_q - 1);
+    return vec2(read_float(statistic_address(p.lse, s, head, i)), read_float(statistic_address(p.delta, s, head, i)));
+}
+
 #ifdef DQ
 void main() {
     Sequence s = sequence(gl_WorkGroupID.z);
@@ -49,11 +55,12 @@ void main() {
         dq[d] = ACCUMULATOR(0.0);
     float lse[ROW_HALVES], delta[ROW_HALVES];
     [[unroll]] for (uint h = 0; h < ROW_HALVES; ++h) {
-        uint i = min(my_row0 + lane_row(h * 4), s.len_q - 1);
-        lse[h] = read_float(statistic_address(p.lse, s, head, i));
-        delta[h] = read_float(statistic_address(p.delta, s, head, i));
+        vec2 known = statistics(s, head, my_row0 + half_row(h));
+        lse[h] = known.x;
+        delta[h] = known.y;
     }
 
+    float scale = p.scale, softmax_scale = p.softmax_scale;
     uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[FETCH], v_next[FETCH];
@@ -73,14 +80,16 @@ void main() {
             ACCUMULATOR scores, grads;
             MULTIPLY(scores, q, D, 0, c)
             MULTIPLY(grads, dout, D, TILE, c)
-            [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
-                uint h = e / 4;
-                vec2 w;
-                if (PLAIN && !masked)
-                    w = vec2(exp2(fma(scores[e], p.scale, -lse[h] * LOG2_E)), p.softmax_scale);
-                else
-                    w = weight(s, head, my_row0 + lane_row(e), j0 + c * 16 + lane_column(e), scores[e], lse[h], slope);
-                grads[e] = w.x * (grads[e] - delta[h]) * w.y;
+            if (PLAIN && !masked) {
+                [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                    float w = exp2(fma(scores[e], scale, -lse[e / 4] * LOG2_E));
+                    grads[e] = w * (grads[e] - delta[e / 4]) * softmax_scale;
+                }
+            } else {
+                [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                    vec2 w = weight(s, head, my_row0 + lane_row(e), j0 + c * 16 + lane_column(e), scores[e], lse[e / 4], slope);
+                    grads[e] = w.x * (grads[e] - delta[e / 4]) * w.y;
+                }
             }
             ACCUMULATE(dq, grads, D, 0, c)
         }
@@ -103,6 +112,7 @@ void main() {
     [[unroll]] for (uint d = 0; d < D / 16; ++d)
         dk[d] = dv[d] = ACCUMULATOR(0.0);
 
+    float scale = p.scale, softmax_scale = p.softmax_scale;
     uvec2 queries = seeing_queries(s, row0, min(row0 + BR, s.len_k) - 1);
     uint i_first = queries.x / BC * BC;
     for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
@@ -112,18 +122,15 @@ void main() {
         Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q, D);
         FETCH_TILE(q_next, BC, D, q_rows, i_first, query_address(p.q, s, head, row))
         FETCH_TILE(dout_next, BC, D, dout_rows, i_first, query_address(p.dout, s, head, row))
+        vec2 statistics_next = statistics(s, head, i_first + thread());
         for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
             barrier();
             STORE_TILE(q_next, BC, D, 0)
             STORE_TILE(dout_next, BC, D, TILE)
-            for (uint x = thread(); x < BC; x += WG) {
-                uint i = min(i0 + x, s.len_q - 1);
-                s_statistics[x] = vec2(
-                    read_float(statistic_address(p.lse, s, head, i)),
-                    read_float(statistic_address(p.delta, s, head, i))
-                );
-            }
+            if (thread() < BC)
+                s_statistics[thread()] = statistics_next;
             barrier();
+            statistics_next = statistics(s, head, i0 + BC + thread());
             FETCH_TILE(q_next, BC, D, q_rows, i0 + BC, query_address(p.q, s, head, row))
             FETCH_TILE(dout_next, BC, D, dout_rows, i0 + BC, query_address(p.dout, s, head, row))
             bool masked = !all_visible(s, i0, i0 + BC - 1, my_row0, my_row0 + 15);
@@ -131,15 +138,20 @@ void main() {
                 ACCUMULATOR weights, grads;
                 MULTIPLY(weights, k, D, 0, c)
                 MULTIPLY(grads, v, D, TILE, c)
-                [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
-                    uint x = c * 16 + lane_column(e);
-                    vec2 w, statistics = s_statistics[x];
-                    if (PLAIN && !masked)
-                        w = vec2(exp2(fma(weights[e], p.scale, -statistics.x * LOG2_E)), p.softmax_scale);
-                    else
-                        w = weight(s, head, i0 + x, my_row0 + lane_row(e), weights[e], statistics.x, slope);
-                    weights[e] = w.x;
-                    grads[e] = w.x * (grads[e] - statistics.y) * w.y;
+                if (PLAIN && !masked) {
+                    [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                        vec2 known = s_statistics[c * 16 + lane_column(e)];
+                        weights[e] = exp2(fma(weights[e], scale, -known.x * LOG2_E));
+                        grads[e] = weights[e] * (grads[e] - known.y) * softmax_scale;
+                    }
+                } else {
+                    [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
+                        uint x = c * 16 + lane_column(e);
+                        vec2 known = s_statistics[x];
+                        vec2 w = weight(s, head, i0 + x, my_row0 + lane_row(e), weights[e], known.x, slope);
+                        weights[e] = w.x;
+                        grads[e] = w.x * (grads[e] - known.y) * w.y;
+                    }
                 }
                 ACCUMULATE(dv, weights, D, TILE, c)
                 ACCUMULATE(dk, grads, D, 0, c)
