@@ -57,6 +57,10 @@ x = torch.empty(2, 3)
             "head_dim must be between 1 and 256, got 257",
         ),
         (
+            lambda: checks.require_writable("k_cache", x[:1].expand(2, 3)),
+            "k_cache must not be broadcast, it is written to, got strides (0, 1)",
+        ),
+        (
             lambda: checks.require_positive("heads", 1.5),
             "heads must be a positive integer, got 1.5",
         ),
@@ -85,6 +89,7 @@ def test_what_is_allowed_passes():
     checks.require_multiple("heads", 6, "heads_kv", 3)
     checks.require_range("head_dim", 256, 1, 256)
     checks.require_positive("heads", 1)
+    checks.require_writable("x", x[:1].expand(1, 3))
     checks.require_finite("scale", 0.5)
 
 

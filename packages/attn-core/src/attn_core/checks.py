@@ -83,6 +83,13 @@ def require_range(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
 
+def require_writable(name: str, tensor: torch.Tensor) -> None:
+    """Check that no two elements of a tensor that is written to are one by broadcasting."""
+    sizes, strides = tensor.shape, tensor.stride()
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        raise ValueError(f"{name} must not be broadcast, it is written to, got strides {strides}")
+
+
 def require_positive(name: str, value: object) -> None:
     """Check that `value` is an integer above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -91,6 +98,8 @@ def require_positive(name: str, value: object) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number, of Python or numpy, and not NaN."""
+    if isinstance(value, (int, float)):
+        return value == value  # noqa: PLR0124  (False for NaN)
     import torch  # numbers are also checked where there is no torch
 
     try:
@@ -101,6 +110,8 @@ def is_number(value: Any) -> bool:
 
 def flag(name: str, value: Any) -> bool:
     """Return a switch as a bool: True, False, or a number that equals one of them."""
+    if value is True or value is False:
+        return value
     if not is_number(value) or value not in (0, 1):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
