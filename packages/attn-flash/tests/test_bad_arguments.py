@@ -11,7 +11,15 @@ import inspect
 import pytest
 import torch
 
-from attn_flash import flash_attention_rope, flash_attn_with_kvcache, merge_attention_states
+from attn_flash import (
+    dropout_mask,
+    flash_attention,
+    flash_attention_rope,
+    flash_attn_func,
+    flash_attn_with_kvcache,
+    merge_attention_states,
+    sdpa_triton_fa,
+)
 from attn_flash.bert_padding import (
     index_first_axis,
     index_first_axis_residual,
@@ -231,3 +239,57 @@ def refusal(function, arguments):
     except ValueError as error:
         return str(error)
     return None
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        ("kvcache", "causal"),
+        ("kvcache", "return_softmax_lse"),
+        ("rotary", "inplace"),
+        ("func", "deterministic"),
+        ("func", "return_attn_probs"),
+        ("sdpa", "is_causal"),
+        ("sdpa", "enable_gqa"),
+        ("heads_first", "return_lse"),
+    ],
+)
+@pytest.mark.parametrize("value", ["no", 2, [True], torch.ones(3)], ids=repr)
+def test_a_switch_that_is_neither_on_nor_off(name, argument, value):
+    q = torch.randn(1, 4, 4, 8)
+    dense = {"q": q, "k": q, "v": q}
+    calls = CALLS | {
+        "func": (flash_attn_func, lambda: dense),
+        "sdpa": (sdpa_triton_fa, lambda: dense),
+        "heads_first": (flash_attention, lambda: dense),
+    }
+    function, make = calls[name]
+    with pytest.raises(ValueError, match=f"{argument} must be True or False, got"):
+        function(**make() | {argument: value})
+
+
+def test_what_is_written_to_must_not_be_broadcast():
+    function, make = CALLS["kvcache"]
+    arguments = make()
+    arguments["v_cache"] = arguments["v_cache"][:1].expand(6, -1, -1, -1)
+    with pytest.raises(ValueError, match="v_cache must not be broadcast, it is written to"):
+        function(**arguments)
+    x = torch.randn(1, 5, 3, 16).expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="x must not be broadcast, it is written to"):
+        apply_rotary_emb(x, **tables(), inplace=True)
+    qkv = torch.randn(2, 5, 1, 3, 16).expand(-1, -1, 3, -1, -1)
+    with pytest.raises(ValueError, match="qkv must not be broadcast, it is written to"):
+        apply_rotary_emb_qkv_(qkv, **tables())
+
+
+@pytest.mark.parametrize(
+    "shape, rng_state, message",
+    [
+        (None, torch.tensor([1, 2]), r"shape must be \(B, H, M, N\), got None"),
+        ((1, 1, 2, 2), None, "rng_state must be a tensor, got NoneType"),
+    ],
+    ids=["shape", "state"],
+)
+def test_bad_arguments_of_dropout_mask(shape, rng_state, message):
+    with pytest.raises(ValueError, match=message):
+        dropout_mask(shape, 0.5, rng_state)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.checks import require_rank, require_tensor
+from attn_core.checks import flag, require_rank, require_tensor
 from attn_core.dropout import keep_mask
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
@@ -545,6 +545,7 @@ def flash_attention(
     torch.Size([1, 4, 100, 32])
     """
     _require_heads_first(q, k, v)
+    return_lse = flag("return_lse", return_lse)
     reach = checks.reach(window_size)
     if rot_cos is not None or rot_sin is not None:
         backend = extras.get("backend", backends.AUTO)
@@ -606,7 +607,8 @@ def sdpa_triton_fa(
     True
     """
     _require_heads_first(q, k, v)
-    if not enable_gqa and q.shape[1] != k.shape[1]:
+    is_causal = flag("is_causal", is_causal)
+    if not flag("enable_gqa", enable_gqa) and q.shape[1] != k.shape[1]:
         raise ValueError(
             f"q and k must have the same number of heads without enable_gqa, got {q.shape[1]} "
             f"and {k.shape[1]}"
@@ -674,9 +676,10 @@ def dropout_mask(
               [0, 1, 0, 1, 0, 1]]]])
     """
     dropout_p = checks.dropout_p(dropout_p)
-    if len(shape) != 4:
+    if not isinstance(shape, Sequence) or len(shape) != 4:
         raise ValueError(f"shape must be (B, H, M, N), got {shape}")
-    device = rng_state.device if isinstance(rng_state, torch.Tensor) else torch.device("cpu")
+    require_tensor("rng_state", rng_state)
+    device = rng_state.device
     checks.rng_state(rng_state, dropout_p, device)
     seed, offset = rng_state.unbind()
     return keep_mask(shape, dropout_p, seed, offset, device)
@@ -732,7 +735,7 @@ def _options(
         window_right=right,
         softcap=checks.softcap(softcap),
         dropout_p=dropout_p,
-        deterministic=bool(deterministic),
+        deterministic=flag("deterministic", deterministic),
         **ragged,
     )
 
@@ -745,6 +748,7 @@ def _attend(
     return_attn_probs: bool,
     backend: str,
 ) -> Any:
+    return_attn_probs = flag("return_attn_probs", return_attn_probs)
     problem = checks.attention_problem(q, k, v, options)
     if problem.needs_grad and options.block_table is not None:
         k, v, options = gathered(k, v, options)

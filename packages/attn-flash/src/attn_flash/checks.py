@@ -90,21 +90,21 @@ def softmax_scale(value: float | None, head_dim: int) -> float:
     if value is None:
         default: float = float(max(head_dim, 1)) ** -0.5
         return default
-    if not _is_number(value) or not math.isfinite(value):
+    if not checks.is_number(value) or not math.isfinite(value):
         raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
     return float(value)
 
 
 def softcap(value: Any) -> float:
     """Return the cap of the scores, 0 for none."""
-    if not _is_number(value) or not 0.0 <= value < math.inf:
+    if not checks.is_number(value) or not 0.0 <= value < math.inf:
         raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
     return float(value)
 
 
 def dropout_p(value: Any) -> float:
     """Return the probability that a weight is dropped."""
-    if not _is_number(value) or not 0.0 <= value < 1.0:
+    if not checks.is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(f"dropout_p must be a number from 0 to below 1, got {value!r}")
     return float(value)
 
@@ -117,7 +117,7 @@ def window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
         raise ValueError(
             f"window_size must be two integers (left, right), got {window_size!r}"
         ) from None
-    if flag("causal", causal):
+    if checks.flag("causal", causal):
         right = 0
     return (left if left >= 0 else -1), (right if right >= 0 else -1)
 
@@ -131,14 +131,6 @@ def reach(window_size: int) -> int:
     if number == 0:
         raise ValueError("window_size must be positive, or negative for no window, got 0")
     return number - 1 if number > 0 else -1
-
-
-def flag(name: str, value: Any) -> bool:
-    """Return a switch as a bool."""
-    try:
-        return bool(value)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{name} must be True or False, got {value!r}") from None
 
 
 def length(name: str, value: Any) -> int:
@@ -178,13 +170,6 @@ def four_dimensional(attn_bias: torch.Tensor | None) -> torch.Tensor | None:
             f"{tuple(attn_bias.shape)}"
         )
     return attn_bias[(None,) * (4 - attn_bias.dim())] if attn_bias.dim() < 4 else attn_bias
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return not isinstance(value, (torch.Tensor, str)) and float(value) == value
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def _check_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:

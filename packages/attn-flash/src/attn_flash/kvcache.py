@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
+from attn_core.checks import flag
 from attn_flash import checks, kvcache_checks, kvcache_ops
 
 
@@ -124,7 +125,7 @@ def flash_attn_with_kvcache(
     >>> bool((k_cache[2, 300] == k[2, 0]).all())
     True
     """
-    return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
+    return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     splits = kvcache_checks.num_splits(num_splits)
     capacity = kvcache_checks.capacity(k_cache, block_table)
     window = checks.window(causal, window_size)
@@ -146,7 +147,7 @@ def flash_attn_with_kvcache(
         softcap,
     )
     scale = checks.softmax_scale(softmax_scale, problem.head_dim)
-    rotary = (rotary_cos, rotary_sin, checks.flag("rotary_interleaved", rotary_interleaved))
+    rotary = (rotary_cos, rotary_sin, flag("rotary_interleaved", rotary_interleaved))
     name = backends.resolve(kvcache_ops.ATTENTION, problem, backend)
     if k is not None:
         kvcache_ops.append(k, v, k_cache, v_cache, *rotary, *cache, name)

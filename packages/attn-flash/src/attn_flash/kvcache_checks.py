@@ -225,6 +225,8 @@ def _check_new_tokens(
     checks.require_rank("k", k, "(B, S_new, H_KV, D)")
     checks.require_like("k", k, "q", q)
     checks.require_like("v", v, "q", q)
+    checks.require_writable("k_cache", k_cache)
+    checks.require_writable("v_cache", v_cache)
     batch, new = q.shape[0], k.shape[1]
     checks.require_shape("k", k, "(B, S_new, H_KV, D)", (batch, new, *k_cache.shape[2:]))
     checks.require_shape("v", v, "(B, S_new, H_KV, D_v)", (batch, new, *v_cache.shape[2:]))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from attn_core import backends
-from attn_core.checks import require_rank, require_tensor
+from attn_core.checks import flag, require_rank, require_tensor, require_writable
 from attn_flash import rotary_checks, rotary_ops, rotary_reference
-from attn_flash.checks import flag, length
+from attn_flash.checks import length
 
 __all__ = [
     "RotaryEmbedding",
@@ -93,6 +93,7 @@ def apply_rotary_emb(
     longest = x.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
     static = (longest, problem.interleaved, False, name)
     if flag("inplace", inplace):
+        require_writable("x", x)
         return rotary_ops.rotate_inplace(
             x, (None,), (offset, *static), offsets, cu_seqlens, cos, sin
         )
@@ -450,6 +451,7 @@ def _rotate_parts(
     seqlen_offsets: int | torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
+    require_writable(name, packed)
     offsets, offset = rotary_checks.offsets(seqlen_offsets)
     seqlen = packed.shape[1]
     interleaved = flag("interleaved", interleaved)
