@@ -157,6 +157,8 @@ def append_problem(
     checks.require_dtype("k", k, DTYPES)
     _check_caches(k_cache, v_cache, options.k_scale, options.v_scale, "k", k)
     checks.require_like("v", v, "k", k)
+    checks.require_writable("k_cache", k_cache)
+    checks.require_writable("v_cache", v_cache)
     tokens = k.shape[0]
     checks.require_shape("k", k, "(T, H_KV, D)", (tokens, *k_cache.shape[2:]))
     checks.require_shape("v", v, "(T, H_KV, D_v)", (tokens, *v_cache.shape[2:]))
