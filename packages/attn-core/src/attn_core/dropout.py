@@ -116,7 +116,8 @@ def keep_mask(
     words = torch.stack(_philox(seed, (number, i[:, None], call, head)), dim=-1)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [..., calls, words, 2]
     halves = halves.unflatten(-3, (num_blocks, 4)).transpose(-3, -2).flatten(-4)
-    return halves[..., :len_k] >= limit
+    kept: torch.Tensor = halves[..., :len_k] >= limit
+    return kept
 
 
 def _philox(

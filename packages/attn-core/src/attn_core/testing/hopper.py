@@ -392,8 +392,9 @@ class Pointer:
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Any:
     _dawdle()
     if np.ndim(pointer.offset) == 0:
-        is_read = mask is None or bool(_array(mask))
-        return int(pointer.flat[int(pointer.offset)]) if is_read else other
+        if mask is not None and not _array(mask):
+            return other
+        return int(pointer.flat[int(pointer.offset)])
     is_read = np.broadcast_to(True if mask is None else _array(mask), pointer.offset.shape)
     values = np.full(pointer.offset.shape, other, np.float32)
     values[is_read] = pointer.flat[torch.from_numpy(pointer.offset[is_read])].float().numpy()
