@@ -144,6 +144,10 @@ def test_what_is_missing_is_refused(name, extra):
 def test_shapes_are_named():
     with pytest.raises(ValueError, match=r"lse_partial must have shape \(S, B, M, H\)"):
         flash_attn_3.flash_attn_combine(torch.ones(2, 1, 3, 4, 8), torch.ones(2, 1, 4, 3))
+    with pytest.raises(ValueError, match="lse_partial must have dtype float16"):
+        flash_attn_3.flash_attn_combine(torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4).bool())
+    with pytest.raises(ValueError, match="out_dtype must be a floating dtype or None, got 3"):
+        flash_attn_3.flash_attn_combine(torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4), out_dtype=3)
     with pytest.raises(ValueError, match="qkv must have num_heads_q"):
         flash_attn_3.flash_attn_qkvpacked_func(torch.ones(1, 3, 7, 8), num_heads_q=4)
     with pytest.raises(ValueError, match=r"qkv must have shape \(B, S, 3, H, D\)"):

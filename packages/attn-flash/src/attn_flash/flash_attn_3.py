@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 
-from attn_core.checks import require_rank, require_shape
+from attn_core.checks import (
+    flag,
+    is_number,
+    require_dtype,
+    require_rank,
+    require_shape,
+    require_writable,
+)
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import api, kvcache
-from attn_flash.checks import length
+from attn_flash.checks import DTYPES, length
 
 __all__ = [
     "flash_attn_combine",
@@ -100,7 +107,7 @@ def flash_attn_func(
         deterministic=deterministic,
         return_attn_probs=True,
     )
-    return (out, lse) if return_attn_probs else out
+    return (out, lse) if flag("return_attn_probs", return_attn_probs) else out
 
 
 def flash_attn_qkvpacked_func(
@@ -249,7 +256,7 @@ def flash_attn_varlen_func(
         return_attn_probs=True,
         seqused_k=seqused_k,
     )
-    return (out, lse) if return_attn_probs else out
+    return (out, lse) if flag("return_attn_probs", return_attn_probs) else out
 
 
 def flash_attn_with_kvcache(
@@ -328,6 +335,7 @@ def flash_attn_with_kvcache(
     torch.Size([3, 1, 16, 64])
     """
     del max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin
+    return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _refuse(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new)
     _refuse(rotary_seqlens=rotary_seqlens)
@@ -396,13 +404,18 @@ def flash_attn_combine(
     """
     symbols = "(S, T, H, D)" if getattr(out_partial, "ndim", 0) == 4 else "(S, B, M, H, D)"
     require_rank("out_partial", out_partial, symbols)
+    require_dtype("out_partial", out_partial, DTYPES)
     require_shape("lse_partial", lse_partial, symbols[:-4] + ")", out_partial.shape[:-1])
+    require_dtype("lse_partial", lse_partial, DTYPES)
+    if out_dtype not in (None, *DTYPES):
+        raise ValueError(f"out_dtype must be a floating dtype or None, got {out_dtype!r}")
     lse = torch.logsumexp(lse_partial, 0)
     weights = torch.exp(lse_partial - lse.masked_fill(lse == -torch.inf, 0.0))
     merged = (weights[..., None] * out_partial).sum(0).to(out_dtype or out_partial.dtype)
     if out is None:
         return merged, lse
     require_shape("out", out, "(B, M, H, D)", merged.shape)
+    require_writable("out", out)
     return out.copy_(merged), lse
 
 
@@ -429,8 +442,8 @@ def _refuse(**arguments: object) -> None:
 
 
 def _refuse_chunks(attention_chunk: int) -> None:
-    if attention_chunk != 0:
-        raise UnsupportedProblemError(f"attention_chunk must be 0, got {attention_chunk}")
+    if not is_number(attention_chunk) or attention_chunk != 0:
+        raise UnsupportedProblemError(f"attention_chunk must be 0, got {attention_chunk!r}")
 
 
 def _unpacked(qkv: torch.Tensor, num_heads_q: int | None) -> Sequence[torch.Tensor]:
