@@ -100,10 +100,10 @@ def is_number(value: Any) -> bool:
     """Whether `value` is a real number, of Python or numpy, and not NaN."""
     if isinstance(value, (int, float)):
         return value == value  # noqa: PLR0124  (False for NaN)
-    import torch  # numbers are also checked where there is no torch
-
+    if hasattr(value, "__len__"):  # strings, arrays, and tensors, which would have to be read
+        return False
     try:
-        return not isinstance(value, (str, torch.Tensor)) and bool(float(value) == value)
+        return bool(float(value) == value)
     except (TypeError, ValueError, OverflowError):
         return False
 
