@@ -202,7 +202,11 @@ def test_a_query_without_keys():
         ({"v": (9, 2, 32)}, r"v must be an array of 4 dimensions"),
         ({"softcap": -1.0}, "softcap must be a finite number, 0 or more, got -1.0"),
         ({"softmax_scale": np.inf}, "softmax_scale must be a finite number or None, got inf"),
-        ({"window_size": (1,)}, "window_size must have two entries"),
+        ({"window_size": (1,)}, "window_size must be two integers"),
+        ({"window_size": 3}, "window_size must be two integers"),
+        ({"softcap": "x"}, "softcap must be a finite number, 0 or more, got 'x'"),
+        ({"causal": "no"}, "causal must be True or False, got 'no'"),
+        ({"bias": 1.0}, "bias must be an array, got float"),
         ({"sinks": np.zeros(3, np.float32)}, r"sinks must have a shape that broadcasts to \(4,\)"),
         ({"bias": np.zeros((1, 1))}, "bias must have dtype float32, got float64"),
     ],
@@ -215,6 +219,17 @@ def test_errors(change, message):
     arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         attn_vulkan.attention(**arrays, **options)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_numbers_that_the_device_would_misread(name):
+    arrays = {n: np.zeros((1, 4, 2, 8), np.float32) for n in "qkv"}
+    packed = np.zeros((1, 4, 2, 8), [("x", "f4"), ("tag", "u1")])
+    for misread in (arrays[name].astype(">f4"), packed["x"]):
+        with pytest.raises(ValueError, match=f"{name} must be aligned and of the machine's byte"):
+            attn_vulkan.attention(**arrays | {name: misread})
+    with pytest.raises(ValueError, match=f"{name} must be an array of 4 dim.*, got NoneType"):
+        attn_vulkan.attention(**arrays | {name: None})
 
 
 def test_an_unknown_variant(monkeypatch):

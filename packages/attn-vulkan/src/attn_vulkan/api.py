@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +98,11 @@ def attention(
     """
     import numpy as np
 
+    return_lse = checks.flag("return_lse", return_lse)
     window = _window(causal, window_size)
-    scale = _softmax_scale(softmax_scale, q)
     optional = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays, problem = _described(q, k, v, window, softcap, optional)
+    scale = _softmax_scale(softmax_scale, problem.head_dim)
     batch, len_q, heads, _ = q.shape
     out = np.empty((batch, len_q, heads, v.shape[3]), q.dtype)
     lse = np.empty((batch, heads, len_q), np.float32)
@@ -164,9 +166,9 @@ def attention_backward(
     import numpy as np
 
     window = _window(causal, window_size)
-    scale = _softmax_scale(softmax_scale, q)
     optional = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": None}
     arrays, problem = _described(q, k, v, window, softcap, optional)
+    scale = _softmax_scale(softmax_scale, problem.head_dim)
     batch, len_q, heads, _ = q.shape
     _require_shape("dout", dout, "(B, M, H, D)", (batch, len_q, heads, v.shape[3]))
     _require_shape("out", out, "(B, M, H, D)", dout.shape)
@@ -188,7 +190,8 @@ def _described(
 
     for name, array in (("q", q), ("k", k), ("v", v)):
         if not isinstance(array, np.ndarray) or array.ndim != 4:
-            raise ValueError(f"{name} must be an array of 4 dimensions (B, S, H, D), got {array!r}")
+            got = array.shape if isinstance(array, np.ndarray) else type(array).__name__
+            raise ValueError(f"{name} must be an array of 4 dimensions (B, S, H, D), got {got}")
         _require_dtype(name, array, q.dtype.name if q.dtype.name in ITEM_BYTES else "")
     batch, len_q, heads, head_dim = q.shape
     _, len_k, heads_kv, _ = k.shape
@@ -197,7 +200,7 @@ def _described(
     checks.require_multiple("the number of heads of q", heads, "that of k and v", heads_kv)
     checks.require_range("the head dimension of q", head_dim, 1, MAX_HEAD_DIM)
     checks.require_range("the head dimension of v", v.shape[3], 1, MAX_HEAD_DIM)
-    if not 0.0 <= softcap < math.inf:
+    if not checks.is_number(softcap) or not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap must be a finite number, 0 or more, got {softcap!r}")
     arrays = {"q": _array(q), "k": _array(k), "v": _array(v)}
     shapes = {"bias": (batch, heads, len_q, len_k), "slopes": (batch, heads), "sinks": (heads,)}
@@ -256,28 +259,45 @@ def _array(array: Any) -> Array:
 
 
 def _window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
-    if len(window_size) != 2:
-        raise ValueError(f"window_size must have two entries (left, right), got {window_size!r}")
-    left, right = int(window_size[0]), 0 if causal else int(window_size[1])
-    return (left if left >= 0 else -1), (right if right >= 0 else -1)
+    try:
+        left, right = (max(operator.index(side), -1) for side in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size must be two integers (left, right), got {window_size!r}"
+        ) from None
+    return left, 0 if checks.flag("causal", causal) else right
 
 
-def _softmax_scale(value: float | None, q: Any) -> float:
+def _softmax_scale(value: float | None, head_dim: int) -> float:
     if value is None:
-        return 1.0 / math.sqrt(q.shape[-1])
-    if not math.isfinite(value):
+        return 1.0 / math.sqrt(head_dim)
+    if not checks.is_number(value) or not math.isfinite(value):
         raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
     return float(value)
 
 
 def _require_shape(name: str, array: Any, symbols: str, expected: tuple[int, ...]) -> None:
+    _require_array(name, array)
     if tuple(array.shape) != tuple(expected):
         raise ValueError(
             f"{name} must have shape {symbols} = {tuple(expected)}, got {tuple(array.shape)}"
         )
 
 
+def _require_array(name: str, array: Any) -> None:
+    import numpy as np
+
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} must be an array, got {type(array).__name__}")
+    if not (array.dtype.isnative and array.flags.aligned):
+        raise ValueError(
+            f"{name} must be aligned and of the machine's byte order, got dtype {array.dtype.str} "
+            f"and strides {array.strides}: copy the array"
+        )
+
+
 def _require_dtype(name: str, array: Any, expected: str) -> None:
+    _require_array(name, array)
     if array.dtype.name != expected:
         allowed = expected or ", ".join(ITEM_BYTES)
         raise ValueError(f"{name} must have dtype {allowed}, got {array.dtype.name}")
