@@ -87,7 +87,7 @@ def use_target(monkeypatch, tmp_path):
     def use(target):
         kind = "hip" if target.startswith("gfx") else "cuda"
         info = DeviceInfo(kind, target, target, num_sms=132)
-        for module in (tuning, configs):
+        for module in (tuning, configs, attention):
             monkeypatch.setattr(module, "device_info", lambda device: info)
         tuning.forget()
 
@@ -183,6 +183,7 @@ def test_pairs_of_values_are_transposed_by_hardware(
 ):
     """Values that do not lie in pairs are gathered byte by byte."""
     use_target("sm_90")
+    monkeypatch.setattr(configs, "pick", lambda *args: TileConfig(16, 64, 4, 3))
     recorder = record_launches(attention._launch, monkeypatch)
     for launcher in (worklist._launch, merge._launch):
         record_launches(launcher, monkeypatch)
@@ -296,6 +297,7 @@ def test_short_launches_are_cut_and_long_ones_shared(sequences, blocks, schedule
         Case(max_blocks=9999),
         Case(max_blocks=64),
         Case(max_blocks=9999, cache_dtype=torch.float8_e4m3fn),
+        Case(max_blocks=9999, cache_dtype=torch.int8),
         Case(tokens=300),
         Case(D=64, D_v=64, tokens=300),
         LATENT._replace(values_in_keys=True),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from attn_core import tiling
+from attn_core.device import device_info
 from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile
@@ -78,9 +79,29 @@ def _dequantised(x, dtype: tl.constexpr):
     return x.to(tl.float32).to(dtype)
 
 
+# Of two pairs in one register, the even numbers and the odd ones, each as two float16.
+_FLOAT8_PAIRS = tl.constexpr("""{
+    .reg .b32 even, odd;
+    .reg .b16 evens, odds, none;
+    prmt.b32 even, $2, 0, 0x4420;
+    prmt.b32 odd, $2, 0, 0x4431;
+    mov.b32 {evens, none}, even;
+    mov.b32 {odds, none}, odd;
+    cvt.rn.f16x2.e4m3x2 $0, evens;
+    cvt.rn.f16x2.e4m3x2 $1, odds;
+}""")
+
+
 @triton.jit
-def _dequantised_pairs(pairs, code: tl.constexpr, dtype: tl.constexpr):
-    """Even and odd columns of a tile whose elements are two numbers of type `code`."""
+def _dequantised_pairs(pairs, code: tl.constexpr, dtype: tl.constexpr, HAS_PTX: tl.constexpr):
+    """Even and odd columns of a tile whose elements are two numbers of type `code`.
+
+    Triton takes float8 apart byte by byte, for twice as many instructions.
+    """
+    if HAS_PTX and code.is_fp8() and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            _FLOAT8_PAIRS, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
+        )
     even = pairs.to(tl.int8).to(code, bitcast=True)
     odd = (pairs >> 8).to(tl.int8).to(code, bitcast=True)
     return _dequantised(even, dtype), _dequantised(odd, dtype)
@@ -135,7 +156,7 @@ def _attend(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
-    SAME_SLOTS: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
+    SAME_SLOTS: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, HAS_PTX: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -210,7 +231,7 @@ def _attend(
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         p = p.to(q.dtype)
         if PAIR == 2:
-            v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype)
+            v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype, HAS_PTX)
         else:
             v = _dequantised(v, q.dtype)
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
@@ -261,7 +282,8 @@ def _paged_attention_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr, SAME_SLOTS: tl.constexpr,
-    VALUES_IN_KEYS: tl.constexpr, NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES_IN_KEYS: tl.constexpr, HAS_PTX: tl.constexpr,
+    NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -394,7 +416,7 @@ def _paged_attention_kernel(
                     table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
                     lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right_b,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                    HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, True, PRECISION,
+                    HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, True, PRECISION,
                     BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
                 )  # fmt: skip
             acc, acc_odd, m_i, l_i, blocks = _attend(
@@ -405,7 +427,7 @@ def _paged_attention_kernel(
                 table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
                 full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, False, PRECISION,
+                HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, False, PRECISION,
                 BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
             )  # fmt: skip
             lo = full_hi
@@ -417,7 +439,7 @@ def _paged_attention_kernel(
             table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
             lo, hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
             HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-            HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, True, PRECISION,
+            HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, True, PRECISION,
             BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
         )  # fmt: skip
 
@@ -590,6 +612,7 @@ def _attend_by(
             "IS_QUANTISED": k_scale is not None,
             "SAME_SLOTS": (k_strides[:2], ks_strides) == (v_cache.stride()[:2], vs_strides),
             "VALUES_IN_KEYS": problem.are_values_in_keys(k_cache, v_cache),
+            "HAS_PTX": device_info(q.device).capability >= 89,  # converts float8
             "NEGATE_Q": options.scale < 0, "PRECISION": tiling.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
             "BLOCK_DV": tiling.padded_head_dim(D_v),
@@ -608,18 +631,12 @@ def _in_pairs(v_cache: torch.Tensor) -> torch.Tensor:
 
     Tensor cores take the values of a column key by key, and GPUs transpose only 16 bits at a time.
     """
-    is_even = all(
-        number % 2 == 0
-        for number in (
-            v_cache.shape[3],
-            *v_cache.stride()[:3],
-            v_cache.storage_offset(),
-            v_cache.data_ptr(),
-        )
-    )
-    is_packed = v_cache.itemsize == 1 and v_cache.stride(3) == 1
     is_wide = tiling.padded_head_dim(v_cache.shape[3]) >= 2 * tiling.MIN_DOT
-    return v_cache.view(torch.int16) if is_packed and is_even and is_wide else v_cache
+    if v_cache.itemsize != 1 or v_cache.stride(3) != 1 or not is_wide:
+        return v_cache
+    places = (*v_cache.stride()[:3], v_cache.storage_offset(), v_cache.data_ptr())
+    is_even = all(number % 2 == 0 for number in (v_cache.shape[3], *places))
+    return v_cache.view(torch.int16) if is_even else v_cache
 
 
 def _tree_layout(

@@ -68,11 +68,11 @@ ATTENTION = Table(
         ),
         **_decoding(
             *("sm_90", 128, 1),
-            *(TileConfig(16, 64, 4, 3), TileConfig(16, 64, 4, 3), TileConfig(16, 64, 4, 4)),
+            *(TileConfig(16, 64, 2, 3), TileConfig(16, 64, 2, 3), TileConfig(16, 64, 2, 3)),
         ),
         **_decoding("sm_90", 256, 2, *[TileConfig(16, 32, 4, 4)] * 3),
         **_decoding("sm_90", 1024, 2, *[TileConfig(16, 32, 4, 3)] * 3),
-        **_decoding("sm_90", LATENT, 2, *[TileConfig(16, 32, 4, 3)] * 3),
+        **_decoding("sm_90", LATENT, 2, *[TileConfig(16, 64, 4, 2)] * 3),
         ("sm_90", LATENT, 2, "some"): TileConfig(64, 64, 8, 2),
         ("sm_90", LATENT, 2, "many"): TileConfig(64, 64, 8, 2),
         ("sm_90", 64, 2, "some"): TileConfig(64, 64, 4, 3),
@@ -226,8 +226,8 @@ class Choice(NamedTuple):
     def slots(self, config: TileConfig, key_bytes: int) -> int:
         """How many programs the device holds at once, going by shared memory and registers."""
         by_memory = _SHARED_BYTES // max(1, (config.num_stages - 1) * config.block_n * key_bytes)
-        # Registers: tiles of many rows keep more of the output, dequantising takes some.
-        warps = 8 if config.block_m > 32 else 12 if self.size == 1 else 16
+        # Registers: tiles of many rows keep more of the output, dequantising takes as many.
+        warps = 8 if config.block_m > 32 or self.size == 1 else 16
         per_sm = max(1, min(by_memory, warps // config.num_warps))
         return per_sm * max(1, device_info(self.device).num_sms)
 
