@@ -30,6 +30,7 @@ LAUNCHERS = {
 PLAIN = ("forward", "dq", "dk_dv")
 TABLES = {
     "forward": configs.FORWARD,
+    "forward_terms": configs.FORWARD_TERMS,
     "dq": configs.BACKWARD_DQ,
     "dk_dv": configs.BACKWARD_DK_DV,
     "dk_dv_terms": configs.BACKWARD_DK_DV_TERMS,

@@ -31,6 +31,7 @@ from attn_flash._triton.scores import (
     load_state,
     load_term,
     modify_scores,
+    order_heads,
 )
 from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
@@ -144,6 +145,7 @@ def _attention_backward_dq_kernel(
     pid_m, pid_bh = tile_of_head(
         tl.program_id(0), num_tiles, num_heads, heads_per_group, "growing" if HAS_RIGHT else "even"
     )
+    pid_bh = order_heads(pid_bh, num_heads, H, stride_bb, HAS_BIAS)
     b = (pid_bh // H).to(tl.int64)
     h = (pid_bh % H).to(tl.int64)
     h_kv = h // GROUP
@@ -367,6 +369,7 @@ def _attention_backward_dk_dv_kernel(
         heads_per_group,
         "shrinking" if HAS_RIGHT else "even",
     )
+    pid_bh = order_heads(pid_bh, num_heads, H_KV, stride_bb, HAS_BIAS)
     b = (pid_bh // H_KV).to(tl.int64)
     h_kv = (pid_bh % H_KV).to(tl.int64)
     start_n = pid_n * BLOCK_N
@@ -552,10 +555,9 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
 def _dk_dv_table(options):
     if options.attn_bias is not None:
         return configs.BACKWARD_DK_DV_BIAS
-    modifies = {"alibi_slopes", "key_mask", "softcap", "dropout_p"}
-    if modifies.isdisjoint(options.features()):
-        return configs.BACKWARD_DK_DV
-    return configs.BACKWARD_DK_DV_TERMS
+    if configs.modifies_scores(options):
+        return configs.BACKWARD_DK_DV_TERMS
+    return configs.BACKWARD_DK_DV
 
 
 def _dk_dv(dout, q, k, v, rows, size, terms, options):

@@ -11,6 +11,7 @@ import torch
 from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
 from attn_flash._triton.problem import Size
+from attn_flash.options import Options
 
 SHORT = 1024  # tokens
 _SHAPES = ("short", "causal", "full")
@@ -67,6 +68,15 @@ FORWARD = Table(
     ],
     sources=("attn_flash._triton.forward",),
 )
+# Score terms and dropout need the registers that smaller tiles leave to a second program, whose
+# arithmetic then overlaps the products of the first.
+FORWARD_TERMS = Table(
+    "attn_flash.forward_terms",
+    rows={**FORWARD.rows, **_rows("sm_90", (64, "any", TileConfig(64, 64, 4, 3)))},
+    default=FORWARD.default,
+    candidates=FORWARD.candidates,
+    sources=FORWARD.sources,
+)
 BACKWARD_DQ = Table(
     "attn_flash.backward_dq",
     rows={
@@ -108,8 +118,6 @@ BACKWARD_DK_DV = Table(
     ],
     sources=("attn_flash._triton.backward",),
 )
-# Score terms and dropout need the registers that smaller tiles leave; a bias most of all, whose
-# next tile waits in them. Chosen by what ptxas spills, and the instructions of the loop.
 BACKWARD_DK_DV_TERMS = Table(
     "attn_flash.backward_dk_dv_terms",
     rows={
@@ -119,7 +127,7 @@ BACKWARD_DK_DV_TERMS = Table(
             (16, "any", TileConfig(64, 64, 4, 3)),
             (32, "any", TileConfig(64, 64, 4, 3)),
             (64, "any", TileConfig(64, 64, 4, 3)),
-            (128, "any", TileConfig(32, 128, 8, 2)),
+            (128, "any", TileConfig(32, 64, 4, 2)),
             (256, "any", TileConfig(64, 64, 8, 2)),
         ),
     },
@@ -131,7 +139,11 @@ BACKWARD_DK_DV_BIAS = Table(
     "attn_flash.backward_dk_dv_bias",
     rows={
         **BACKWARD_DK_DV_TERMS.rows,
-        **_rows("sm_90", (64, "any", TileConfig(64, 128, 8, 2))),
+        **_rows(
+            "sm_90",
+            (64, "any", TileConfig(64, 128, 8, 2)),
+            (128, "any", TileConfig(32, 128, 8, 2)),
+        ),
     },
     default=BACKWARD_DK_DV.default,
     candidates=BACKWARD_DK_DV.candidates,
@@ -160,6 +172,12 @@ BACKWARD_BIAS = Table(
     ],
     sources=("attn_flash._triton.backward_bias",),
 )
+
+
+def modifies_scores(options: Options) -> bool:
+    """Whether kernels do more to scores than scaling and softmax: tables of terms are for these."""
+    modifiers = {"alibi_slopes", "attn_bias", "key_mask", "softcap", "dropout_p"}
+    return not modifiers.isdisjoint(options.features())
 
 
 def tiles(table: Table, q: torch.Tensor, size: Size, window: tuple[int, int]) -> TileConfig:

@@ -23,6 +23,7 @@ from attn_flash._triton.scores import (
     modify_scores,
     online_softmax_added,
     online_softmax_shown,
+    order_heads,
 )
 from attn_flash._triton.sequences import paged_rows, ragged_bounds
 from attn_flash.options import Options
@@ -240,6 +241,7 @@ def _attention_forward_kernel(
     pid_m, pid_bh = tile_of_head(
         tl.program_id(0), num_tiles, num_heads, heads_per_group, "growing" if HAS_RIGHT else "even"
     )
+    pid_bh = order_heads(pid_bh, num_heads, H, stride_bb, HAS_BIAS)
     b = (pid_bh // H).to(tl.int64)
     h = (pid_bh % H).to(tl.int64)
     h_kv = h // GROUP
@@ -308,7 +310,7 @@ def attention(
     if size.B * size.M * size.H == 0:
         return out, lse
     left, right = options.window
-    config = configs.tiles(configs.FORWARD, q, size, options.window)
+    config = configs.tiles(_tiles_table(options), q, size, options.window)
     num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out))
     if options.block_table is not None:
@@ -351,3 +353,7 @@ def attention(
         config=config,
     )  # fmt: skip
     return out, lse
+
+
+def _tiles_table(options):
+    return configs.FORWARD_TERMS if configs.modifies_scores(options) else configs.FORWARD

@@ -117,6 +117,16 @@ def finish_softmax_added(m_i, l_i, acc):
 
 
 @triton.jit
+def order_heads(pid_bh, num_heads, H, stride_bb, HAS_BIAS: tl.constexpr):
+    """Let the batch run fastest where all of it shares a bias, which is then read but once."""
+    if HAS_BIAS > 0:
+        num_b = num_heads // H
+        batch_first = pid_bh % num_b * H + pid_bh // num_b
+        pid_bh = tl.where(stride_bb == 0, batch_first, pid_bh)
+    return pid_bh
+
+
+@triton.jit
 def load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI: tl.constexpr):
     """Return the slope of one head, in units of log2."""
     slope_log2 = 0.0
