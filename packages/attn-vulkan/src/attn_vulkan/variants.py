@@ -83,8 +83,8 @@ _MATRIX_TILES = {
     256: (MatrixTile(128, 32),),
 }
 _BACKWARD_MATRIX_TILES = {
-    64: (MatrixTile(128, 64), MatrixTile(128, 64)),
-    128: (MatrixTile(128, 32), MatrixTile(128, 32)),
+    64: (MatrixTile(256, 32), MatrixTile(128, 64)),
+    128: (MatrixTile(128, 32), MatrixTile(256, 16)),
 }
 _MATRIX2_TILES = {64: Matrix2Tile(256, 128, 64), 128: Matrix2Tile(256, 128, 32)}
 

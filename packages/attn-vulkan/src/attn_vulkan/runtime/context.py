@@ -374,7 +374,7 @@ def open_context(index: int | None = None) -> Context:
                 raise VulkanError(NO_DEVICE)
             try:
                 _contexts[device.index] = Context(instance, device)
-            except BaseException:
+            except Exception:  # an interrupt may leave a device, and that needs its instance
                 instance.destroy()
                 raise
         return _contexts[device.index]

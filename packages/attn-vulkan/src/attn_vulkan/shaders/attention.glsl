@@ -152,6 +152,23 @@ uint64_t key_address(View t, Sequence s, uint head, uint j, bool paged) {
     return t.address + element * T_BYTES;
 }
 
+// Rows of one head, for loops: what an address takes is read once, where p would be read each time.
+struct Rows {
+    uint64_t first;
+    int64_t step;  // bytes
+    int64_t element;
+    uint size;
+    uint count;
+};
+
+Rows rows_of(View t, uint64_t first, uint size, uint count) {
+    return Rows(first, t.row * T_BYTES, t.element, size, count);
+}
+
+uint64_t row_at(Rows rows, uint row) {
+    return rows.first + rows.step * int64_t(row);
+}
+
 uint64_t statistic_address(View t, Sequence s, uint head, uint i) {
     return t.address + (t.batch * s.batch + t.row * (s.row_q + i) + t.head * head) * 4;
 }

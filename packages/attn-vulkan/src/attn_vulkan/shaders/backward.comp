@@ -49,8 +49,12 @@ void main() {
         return;
     uint head = at.x, head_kv = head / p.group;
     float slope = slope_of(s, head, HAS_SLOPES);
-    LOAD(s_first, BR, STRIDE, D, query_address(p.q, s, head, row0 + row), p.q, p.head_dim, row0 + row < s.len_q)
-    LOAD(s_second, BR, STRIDE, D, query_address(p.dout, s, head, row0 + row), p.dout, p.head_dim_v, row0 + row < s.len_q)
+    Rows q_rows = rows_of(p.q, query_address(p.q, s, head, 0), p.head_dim, s.len_q);
+    Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q);
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    LOAD(s_first, BR, STRIDE, D, q_rows, row0, row_at(q_rows, row))
+    LOAD(s_second, BR, STRIDE, D, dout_rows, row0, row_at(dout_rows, row))
     float lse[TR], delta[TR];
     vec4 dq[TR][DT];
     [[unroll]] for (uint r = 0; r < TR; ++r) {
@@ -64,11 +68,11 @@ void main() {
     for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
         float products[TR][TC], grads[TR][TC];
         barrier();
-        LOAD(s_tile, BC, STRIDE, D, key_address(p.v, s, head_kv, j0 + row, false), p.v, p.head_dim_v, j0 + row < s.len_k)
+        LOAD(s_tile, BC, STRIDE, D, v_rows, j0, row_at(v_rows, row))
         barrier();
         MULTIPLY(grads, s_second, STRIDE, D)
         barrier();
-        LOAD(s_tile, BC, STRIDE, D, key_address(p.k, s, head_kv, j0 + row, false), p.k, p.head_dim, j0 + row < s.len_k)
+        LOAD(s_tile, BC, STRIDE, D, k_rows, j0, row_at(k_rows, row))
         barrier();
         MULTIPLY(products, s_first, STRIDE, D)
         [[unroll]] for (uint r = 0; r < TR; ++r)
@@ -91,8 +95,10 @@ void main() {
     if (row0 >= s.len_k)
         return;
     uint head_kv = at.x;
-    LOAD(s_first, BR, STRIDE, D, key_address(p.k, s, head_kv, row0 + row, false), p.k, p.head_dim, row0 + row < s.len_k)
-    LOAD(s_second, BR, STRIDE, D, key_address(p.v, s, head_kv, row0 + row, false), p.v, p.head_dim_v, row0 + row < s.len_k)
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    LOAD(s_first, BR, STRIDE, D, k_rows, row0, row_at(k_rows, row))
+    LOAD(s_second, BR, STRIDE, D, v_rows, row0, row_at(v_rows, row))
     vec4 dk[TR][DT], dv[TR][DT];
     [[unroll]] for (uint r = 0; r < TR; ++r)
         [[unroll]] for (uint d = 0; d < DT; ++d)
@@ -100,10 +106,12 @@ void main() {
     uvec2 queries = seeing_queries(s, row0, min(row0 + BR, s.len_k) - 1);
     for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
         float slope = slope_of(s, head, HAS_SLOPES);
+        Rows q_rows = rows_of(p.q, query_address(p.q, s, head, 0), p.head_dim, s.len_q);
+        Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q);
         for (uint i0 = queries.x / BC * BC; i0 < queries.y; i0 += BC) {
             float weights[TR][TC], grads[TR][TC], derivatives[TR][TC], delta[TC];
             barrier();
-            LOAD(s_tile, BC, STRIDE, D, query_address(p.q, s, head, i0 + row), p.q, p.head_dim, i0 + row < s.len_q)
+            LOAD(s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
             barrier();
             MULTIPLY(weights, s_first, STRIDE, D)
             [[unroll]] for (uint c = 0; c < TC; ++c) {
@@ -122,7 +130,7 @@ void main() {
             }
             SHARE(weights)
             barrier();
-            LOAD(s_tile, BC, STRIDE, D, query_address(p.dout, s, head, i0 + row), p.dout, p.head_dim_v, i0 + row < s.len_q)
+            LOAD(s_tile, BC, STRIDE, D, dout_rows, i0, row_at(dout_rows, row))
             barrier();
             MULTIPLY(grads, s_second, STRIDE, D)
             ACCUMULATE(dv, STRIDE)
@@ -131,7 +139,7 @@ void main() {
                     grads[r][c] = weights[r][c] * (grads[r][c] - delta[c]) * derivatives[r][c];
             barrier();
             SHARE(grads)
-            LOAD(s_tile, BC, STRIDE, D, query_address(p.q, s, head, i0 + row), p.q, p.head_dim, i0 + row < s.len_q)
+            LOAD(s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
             barrier();
             ACCUMULATE(dk, STRIDE)
         }

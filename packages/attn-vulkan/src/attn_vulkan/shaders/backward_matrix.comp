@@ -64,17 +64,18 @@ void main() {
     uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[FETCH], v_next[FETCH];
-    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k, D);
-    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k, D);
-    FETCH_TILE(k_next, BC, D, k_rows, j_first, key_address(p.k, s, head_kv, row, false))
-    FETCH_TILE(v_next, BC, D, v_rows, j_first, key_address(p.v, s, head_kv, row, false))
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    uint64_t k_lane = lane_of(k_rows, D), v_lane = lane_of(v_rows, D);
+    FETCH_TILE(k_next, BC, D, k_rows, k_lane, j_first, row_at(k_rows, row))
+    FETCH_TILE(v_next, BC, D, v_rows, v_lane, j_first, row_at(v_rows, row))
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
         barrier();
         STORE_TILE(k_next, BC, D, 0)
         STORE_TILE(v_next, BC, D, TILE)
         barrier();
-        FETCH_TILE(k_next, BC, D, k_rows, j0 + BC, key_address(p.k, s, head_kv, row, false))
-        FETCH_TILE(v_next, BC, D, v_rows, j0 + BC, key_address(p.v, s, head_kv, row, false))
+        FETCH_TILE(k_next, BC, D, k_rows, k_lane, j0 + BC, row_at(k_rows, row))
+        FETCH_TILE(v_next, BC, D, v_rows, v_lane, j0 + BC, row_at(v_rows, row))
         bool masked = !all_visible(s, my_row0, my_row0 + 15, j0, j0 + BC - 1);
         [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
             ACCUMULATOR scores, grads;
@@ -118,10 +119,11 @@ void main() {
     for (uint head = head_kv * p.group; head < (head_kv + 1) * p.group; ++head) {
         float slope = slope_of(s, head, HAS_SLOPES);
         uvec4 q_next[FETCH], dout_next[FETCH];
-        Rows q_rows = rows_of(p.q, query_address(p.q, s, head, 0), p.head_dim, s.len_q, D);
-        Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q, D);
-        FETCH_TILE(q_next, BC, D, q_rows, i_first, query_address(p.q, s, head, row))
-        FETCH_TILE(dout_next, BC, D, dout_rows, i_first, query_address(p.dout, s, head, row))
+        Rows q_rows = rows_of(p.q, query_address(p.q, s, head, 0), p.head_dim, s.len_q);
+        Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q);
+        uint64_t q_lane = lane_of(q_rows, D), dout_lane = lane_of(dout_rows, D);
+        FETCH_TILE(q_next, BC, D, q_rows, q_lane, i_first, row_at(q_rows, row))
+        FETCH_TILE(dout_next, BC, D, dout_rows, dout_lane, i_first, row_at(dout_rows, row))
         vec2 statistics_next = statistics(s, head, i_first + thread());
         for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
             barrier();
@@ -131,8 +133,8 @@ void main() {
                 s_statistics[thread()] = statistics_next;
             barrier();
             statistics_next = statistics(s, head, i0 + BC + thread());
-            FETCH_TILE(q_next, BC, D, q_rows, i0 + BC, query_address(p.q, s, head, row))
-            FETCH_TILE(dout_next, BC, D, dout_rows, i0 + BC, query_address(p.dout, s, head, row))
+            FETCH_TILE(q_next, BC, D, q_rows, q_lane, i0 + BC, row_at(q_rows, row))
+            FETCH_TILE(dout_next, BC, D, dout_rows, dout_lane, i0 + BC, row_at(dout_rows, row))
             bool masked = !all_visible(s, i0, i0 + BC - 1, my_row0, my_row0 + 15);
             [[unroll]] for (uint c = 0; c < BC / 16; ++c) {
                 ACCUMULATOR weights, grads;

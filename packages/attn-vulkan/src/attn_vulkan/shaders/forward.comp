@@ -85,7 +85,8 @@ void main() {
         return;
     uint head_kv = head0 / p.group;
 
-    LOAD(s_q, BR, Q_STRIDE, D, query_address(p.q, s, head0 + (row0 + row) % PACK, (row0 + row) / PACK), p.q, p.head_dim, row0 + row < rows)
+    Rows q_rows = rows_of(p.q, 0, p.head_dim, rows);
+    LOAD(s_q, BR, Q_STRIDE, D, q_rows, row0, query_address(p.q, s, head0 + row % PACK, row / PACK))
 
     float m[TR], l[TR], slope[TR];
     vec4 acc[TR][DT];
@@ -103,9 +104,12 @@ void main() {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
         keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
     }
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    float softmax_scale = p.softmax_scale;
     for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
         barrier();
-        LOAD(s_tile, BC, Q_STRIDE, D, key_address(p.k, s, head_kv, j0 + row, PAGED), p.k, p.head_dim, j0 + row < s.len_k)
+        LOAD(s_tile, BC, Q_STRIDE, D, k_rows, j0, PAGED ? key_address(p.k, s, head_kv, row, true) : row_at(k_rows, row))
         barrier();
         float scores[TR][TC];
         MULTIPLY(scores, s_q, Q_STRIDE, D)
@@ -118,7 +122,7 @@ void main() {
             [[unroll]] for (uint c = 0; c < TC; ++c) {
                 uint j = j0 + cg + c * CG;
                 // To base e, with the factors of the backward pass: lse is then rounded once.
-                scores[r][c] = HAS_CAP ? p.cap * LN_2 * capped(scores[r][c] * p.scale) : scores[r][c] * p.softmax_scale;
+                scores[r][c] = HAS_CAP ? p.cap * LN_2 * capped(scores[r][c] * p.scale) : scores[r][c] * softmax_scale;
                 if (HAS_BIAS || HAS_SLOPES)
                     scores[r][c] += added(s, head0 + row % PACK, i, j, slope[r], HAS_SLOPES, HAS_BIAS);
                 if (masked && !is_visible(s, i, j))
@@ -140,7 +144,7 @@ void main() {
         }
         SHARE(scores)
         barrier();
-        LOAD(s_tile, BC, V_STRIDE, DV, key_address(p.v, s, head_kv, j0 + row, PAGED), p.v, p.head_dim_v, j0 + row < s.len_k)
+        LOAD(s_tile, BC, V_STRIDE, DV, v_rows, j0, PAGED ? key_address(p.v, s, head_kv, row, true) : row_at(v_rows, row))
         barrier();
         ACCUMULATE(acc, V_STRIDE)
     }

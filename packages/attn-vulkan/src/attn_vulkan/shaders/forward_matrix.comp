@@ -80,15 +80,16 @@ void main() {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
         keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
     }
-    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k, D);
-    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k, DV);
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    uint64_t k_lane = lane_of(k_rows, D), v_lane = lane_of(v_rows, DV);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[K_FETCH], v_next[V_FETCH];
-    FETCH_TILE(k_next, BC, D, k_rows, j_first, key_address(p.k, s, head_kv, row, PAGED))
+    FETCH_TILE(k_next, BC, D, k_rows, k_lane, j_first, key_address(p.k, s, head_kv, row, PAGED))
     STORE_TILE(k_next, BC, D, 0)
     barrier();
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
-        FETCH_TILE(v_next, BC, DV, v_rows, j0, key_address(p.v, s, head_kv, row, PAGED))
+        FETCH_TILE(v_next, BC, DV, v_rows, v_lane, j0, key_address(p.v, s, head_kv, row, PAGED))
         ACCUMULATOR scores[BLOCKS * NC];
         if (busy)
             [[unroll]] for (uint c = 0; c < NC; ++c) {
@@ -103,7 +104,7 @@ void main() {
             }
         STORE_TILE(v_next, BC, DV, K_SIZE)
         barrier();
-        FETCH_TILE(k_next, BC, D, k_rows, j0 + BC, key_address(p.k, s, head_kv, row, PAGED))
+        FETCH_TILE(k_next, BC, D, k_rows, k_lane, j0 + BC, key_address(p.k, s, head_kv, row, PAGED))
         if (busy) {
             if (!PLAIN || !all_visible(s, my_first, my_last, j0, j0 + BC - 1)) {
                 [[unroll]] for (uint c = 0; c < BLOCKS * NC; ++c)

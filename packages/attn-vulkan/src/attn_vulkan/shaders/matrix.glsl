@@ -86,33 +86,29 @@ uint thread() {
 // keeps the rows of a matrix in different banks. Arguments named `address` and `in_range` use `row`.
 // Shaders say whether rows are ALIGNED and PAGED.
 
-// Rows of one head that tiles are fetched from. `lane` is this invocation's vector of row 0 where
-// every invocation keeps to one column of vectors, which makes an address a sum.
-struct Rows {
-    uint64_t lane;
-    int64_t step;
-    int64_t element;
-    uint size;
-    uint count;
-};
-
-Rows rows_of(View t, uint64_t first, uint size, uint count, uint dim) {
-    uint vectors = dim / 8;
-    int64_t step = t.row * T_BYTES;
-    uint64_t lane = first + int64_t(thread() / vectors) * step + thread() % vectors * 16;
-    return Rows(lane, step, t.element, size, count);
+// Where this invocation's vector of row 0 is, if every invocation keeps to one column of vectors.
+uint64_t lane_of(Rows rows, uint dim) {
+    return row_at(rows, thread() / (dim / 8)) + thread() % (dim / 8) * 16;
 }
 
-// x = this invocation's vectors of the tile of `tall` rows from row `first` on
-#define FETCH_TILE(x, tall, dim, rows, first, address) { \
+// x = this invocation's vectors of the tile of `tall` rows from row `start` on; `lane` is lane_of
+// the rows, which makes an address a sum; `address` is that of `row` where it cannot be
+#define FETCH_TILE(x, tall, dim, rows, lane, start, address) { \
+    const uint rise = WG / (dim / 8); \
     const bool keeps_column = ALIGNED && !PAGED && WG % (dim / 8) == 0 && (tall) * (dim / 8) % WG == 0; \
-    if (keeps_column && rows.size == dim && (first) + (tall) <= rows.count) { \
-        uint64_t lane = rows.lane + int64_t(first) * rows.step; \
+    uint64_t from = lane + rows.step * int64_t(start); \
+    if (keeps_column && rows.size == dim && (start) + (tall) <= rows.count) { \
         [[unroll]] for (uint n = 0; n < (tall) * (dim / 8) / WG; ++n) \
-            x[n] = Element8(lane + int64_t(n * (WG / (dim / 8))) * rows.step).value; \
+            x[n] = Element8(from + int64_t(n * rise) * rows.step).value; \
+    } else if (keeps_column) { \
+        [[unroll]] for (uint n = 0; n < (tall) * (dim / 8) / WG; ++n) { \
+            x[n] = uvec4(0); \
+            if ((start) + thread() / (dim / 8) + n * rise < rows.count && thread() % (dim / 8) * 8 < rows.size) \
+                x[n] = Element8(from + int64_t(n * rise) * rows.step).value; \
+        } \
     } else { \
         [[unroll]] for (uint n = 0; n < ((tall) * (dim / 8) + WG - 1) / WG; ++n) { \
-            uint e = thread() + n * WG, row = (first) + e / (dim / 8); \
+            uint e = thread() + n * WG, row = (start) + e / (dim / 8); \
             x[n] = uvec4(0); \
             if (e < (tall) * (dim / 8) && row < rows.count) \
                 x[n] = load8(address, rows.element, e % (dim / 8) * 8, rows.size, ALIGNED); \

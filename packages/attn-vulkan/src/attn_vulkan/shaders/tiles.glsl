@@ -15,13 +15,14 @@ const uint P_STRIDE = BC / 4 + 1;
 
 shared vec4 s_weights[BR * P_STRIDE];
 
-#define LOAD(shared_tile, count, stride, dim, address, view, size, in_range) \
-    for (uint x = t; x < (count) * (dim / 4); x += WG) { \
-        uint row = x / (dim / 4), d = x % (dim / 4) * 4; \
+// shared_tile = the tile of `tall` rows from row `start` on; `address` is that of `row`
+#define LOAD(shared_tile, tall, stride, dim, rows, start, address) \
+    for (uint x = t; x < (tall) * (dim / 4); x += WG) { \
+        uint row = (start) + x / (dim / 4), d = x % (dim / 4) * 4; \
         vec4 value = vec4(0.0); \
-        if (in_range) \
-            value = load4(address, view.element, d, size, ALIGNED); \
-        shared_tile[row * stride + d / 4] = value; \
+        if (row < rows.count) \
+            value = load4(address, rows.element, d, rows.size, ALIGNED); \
+        shared_tile[x / (dim / 4) * stride + d / 4] = value; \
     }
 
 // block[r][c] = row rg + r RG of `rows` times row cg + c CG of s_tile. Summed in two levels: one
