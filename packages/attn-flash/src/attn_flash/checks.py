@@ -190,13 +190,14 @@ def _check_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
 
 def _is_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `_check_dense` has nothing to say, at less cost than its checks one by one."""
-    if not all(isinstance(x, torch.Tensor) and x.layout == torch.strided for x in (q, k, v)):
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)):
         return False
-    if not (q.dim() == k.dim() == v.dim() == 4):
+    if not (isinstance(v, torch.Tensor) and q.dim() == k.dim() == v.dim() == 4):
         return False
     shape = q.shape
     return (
-        q.dtype in DTYPES
+        q.layout == k.layout == v.layout == torch.strided
+        and q.dtype in DTYPES
         and q.dtype == k.dtype == v.dtype
         and q.device == k.device == v.device
         and k.shape[:3] == v.shape[:3]

@@ -72,6 +72,8 @@ class Options(NamedTuple):
 
     def features(self) -> frozenset[str]:
         """Names of what is asked for beside a scale and a window; empty for a plain problem."""
+        if self._is_plain():
+            return _PLAIN
         tensors = {
             "alibi_slopes": self.alibi_slopes,
             "attn_bias": self.attn_bias,
@@ -82,8 +84,6 @@ class Options(NamedTuple):
             "block_table": self.block_table,
         }
         names = [name for name, x in tensors.items() if x is not None]
-        if not names and self.softcap == 0.0 and self.dropout_p == 0.0:
-            return _PLAIN
         if self.softcap != 0.0:
             names.append("softcap")
         if self.dropout_p != 0.0:
@@ -91,6 +91,19 @@ class Options(NamedTuple):
         if self.attn_bias is not None and self.attn_bias.requires_grad and torch.is_grad_enabled():
             names.append("the gradient of attn_bias")
         return frozenset(names)
+
+    def _is_plain(self) -> bool:
+        return (
+            self.alibi_slopes is None
+            and self.attn_bias is None
+            and self.key_mask is None
+            and self.sinks is None
+            and self.cu_seqlens_q is None
+            and self.seqused_k is None
+            and self.block_table is None
+            and self.softcap == 0.0
+            and self.dropout_p == 0.0
+        )
 
     def lengths(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
         """M and N, those of the longest sequences where they differ."""

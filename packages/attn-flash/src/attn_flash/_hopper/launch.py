@@ -77,7 +77,10 @@ class Launcher:
         kernel = compiled.kernel
         encoded = []
         for argument, encoding in zip(rows, compiled.encodings, strict=True):
-            encoded += self._encode(argument, encoding)
+            tensor, *tile = argument
+            tensor_key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, *tile)
+            known = self._encoded.get(tensor_key)
+            encoded += self._encode(tensor_key, argument, encoding) if known is None else known
         compiled.start(
             num_programs, 1, 1, torch._C._cuda_getCurrentRawStream(device.index), kernel.function,
             False, False, None, None, kernel.packed_metadata, None, None, None,
@@ -108,27 +111,23 @@ class Launcher:
             self._compiled.clear()
         self._compiled[key] = _Compiled(kernel, start, kernel.metadata.tensordesc_meta)
 
-    def _encode(self, argument: Rows, encoding: Mapping[str, Any]) -> list[Any]:
+    def _encode(self, key: Hashable, argument: Rows, encoding: Mapping[str, Any]) -> list[Any]:
         """Return the tensor as the driver takes it: a tensor map, sizes and strides."""
-        tensor, *tile = argument
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, *tile)
-        encoded = self._encoded.get(key)
-        if encoded is None:
-            descriptor = rows_descriptor(*argument)
-            tensor_map = driver.active.utils.fill_tma_descriptor(
-                key[0],
-                encoding["swizzle"],
-                encoding["elem_size"],
-                _HOST_TYPES.get(encoding["elem_type"], encoding["elem_type"]),
-                encoding["block_size"],
-                descriptor.shape,
-                descriptor.strides,
-                _PADDING,
-            )
-            encoded = [tensor_map, *descriptor.shape, *descriptor.strides]
-            if len(self._encoded) == _MAX_REMEMBERED:
-                self._encoded.clear()
-            self._encoded[key] = encoded
+        descriptor = rows_descriptor(*argument)
+        tensor_map = driver.active.utils.fill_tma_descriptor(
+            argument.tensor.data_ptr(),
+            encoding["swizzle"],
+            encoding["elem_size"],
+            _HOST_TYPES.get(encoding["elem_type"], encoding["elem_type"]),
+            encoding["block_size"],
+            descriptor.shape,
+            descriptor.strides,
+            _PADDING,
+        )
+        encoded = [tensor_map, *descriptor.shape, *descriptor.strides]
+        if len(self._encoded) == _MAX_REMEMBERED:
+            self._encoded.clear()
+        self._encoded[key] = encoded
         return encoded
 
 
