@@ -48,8 +48,7 @@ def _attention(
         forward_short(q, k, v, out, lse, scale)
         return out, lse
     len_k = N if sequences is None else sequences.longest_k
-    tiles_differ = sequences is not None or window != (-1, -1)
-    schedule = schedules.schedule(D, len_k, tiles_differ)
+    schedule = schedules.schedule(D, len_k, window != (-1, -1), sequences is not None)
     forward(q, k, v, out, lse, scale, window, schedule, sequences)
     return out, lse
 

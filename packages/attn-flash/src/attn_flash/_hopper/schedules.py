@@ -45,17 +45,19 @@ class Schedule(NamedTuple):
 
 
 _WIDE = Schedule(block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_out=False)
-_LONG = 4096  # keys from which 192 queries at a time pay
+_LONG = 2048  # keys from which 192 queries at a time pay
+_LONG_CLOSED = 4096  # and with a closed window
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
 
 
 @functools.lru_cache
-def schedule(head_dim: int, len_k: int, tiles_differ: bool) -> Schedule:
-    """Choose the schedule for heads and keys; `tiles_differ` with a closed window, for instance."""
+def schedule(head_dim: int, len_k: int, is_closed: bool, is_ragged: bool) -> Schedule:
+    """Choose the schedule for heads and keys, from whether the window is closed on a side."""
     block_d = problem.padded_head_dim(head_dim)
+    tiles_differ = is_closed or is_ragged
     if block_d == 256:
         return _WIDE._replace(is_dynamic=tiles_differ)
-    if block_d == 64 and len_k >= _LONG:
+    if block_d == 64 and len_k >= (_LONG_CLOSED if is_closed else _LONG):
         return Schedule(3, is_dynamic=tiles_differ)
     return Schedule(is_dynamic=tiles_differ)
 
