@@ -28,9 +28,12 @@ from attn_triangle._hopper.tiles import (
     load_rows,
     new_ring,
     num_steps,
+    scaled_bias,
     store_rows,
     tile_of,
 )
+
+_BIAS_FACTOR = gl.constexpr(LOG2_E.value)
 
 
 @gluon.jit
@@ -172,13 +175,15 @@ def _differentiate(
         for _ in range(blocks):
             i = count % STAGES
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
-            bias = bias_buf.index(i * WARPGROUPS + WARPGROUP)
+            bias = scaled_bias(
+                bias_buf.index(i * WARPGROUPS + WARPGROUP), _BIAS_FACTOR, S_LAYOUT
+            )
             q0 = q_buf.index(i * ROWS)
             do0 = do_buf.index(i * ROWS)
             zero = gl.zeros([WG_ROWS, BLOCK_M], gl.float32, S_LAYOUT)
             s0 = warpgroup_mma(k0, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
             dp0 = warpgroup_mma(v0, do0.permute((1, 0)), zero, use_acc=False, is_async=True)
-            offset = bias.load(S_LAYOUT) - lse_buf.index(i * ROWS).load(S_LAYOUT)
+            offset = bias - lse_buf.index(i * ROWS).load(S_LAYOUT)
             s0 = warpgroup_mma_wait(1, deps=(s0,))
             p0 = exp2(s0 * scale_log2 + offset)
             p0_operand = gl.convert_layout(p0.to(dtype), P_LAYOUT, assert_trivial=True)
@@ -199,8 +204,7 @@ def _differentiate(
                 ds0_operand = gl.convert_layout(ds0.to(dtype), P_LAYOUT, assert_trivial=True)
                 next_dk0 = warpgroup_mma(ds0_operand, q0, dk0, is_async=True)
                 dp1 = warpgroup_mma(v1, do1.permute((1, 0)), zero, use_acc=False, is_async=True)
-                # Loaded once more: there are no registers to keep it in.
-                offset = bias.load(S_LAYOUT) - lse_buf.index(i * ROWS + 1).load(S_LAYOUT)
+                offset = bias - lse_buf.index(i * ROWS + 1).load(S_LAYOUT)
                 s1 = warpgroup_mma_wait(3, deps=(s1,))
                 p1 = exp2(s1 * scale_log2 + offset)
                 p1_operand = gl.convert_layout(p1.to(dtype), P_LAYOUT, assert_trivial=True)
@@ -341,15 +345,17 @@ def dk_dv(
     block_d = tiling.padded_head_dim(D)
     config = configs.BACKWARD_DK_DV[block_d]
     block_m = config.block_n  # queries stream by
-    bias_t = problem.scaled_bias(bias.mT, LOG2_E.value, N, M)
     shared_by = configs.ROWS_OF_DK_DV[block_d]
+    # A row alone would pay in full for the conversion of what it reads.
+    prepare = problem.readable_bias if shared_by > 1 else problem.scaled_bias
+    bias_t = prepare(bias.mT, LOG2_E.value, N, M)
     num_tiles, num_groups = tiling.ceil_div(N, config.block_m), tiling.ceil_div(R, shared_by)
     total = num_tiles * num_groups * B * H
     lse_log2, delta = rows
     strides = (dk.stride(), dv.stride())
     _launch(
         min(total, device_info(q.device).num_sms),
-        strides=strides,
+        strides=(bias_t.dtype, strides),
         args=(
             problem.tile_descriptor(q, block_m, block_d),
             problem.tile_descriptor(k, 64, block_d),

@@ -35,6 +35,7 @@ from attn_triangle._hopper.tiles import (
     load_rows,
     new_ring,
     num_steps,
+    scaled_bias,
     store_rows,
     thread_sums,
     tile_of,
@@ -110,7 +111,7 @@ def _store(
 @gluon.jit
 def _attend(
     descs, bufs, rings, sizes, M, N, range_ptr, strides,
-    out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+    out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
     WARPGROUP: gl.constexpr, HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_RANGE: gl.constexpr, IS_ZERO: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -145,7 +146,7 @@ def _attend(
             i = count % STAGES
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
             # Scores start from the bias over the scale: their product takes it in for nothing.
-            bias = bias_buf.index(i * WARPGROUPS + WARPGROUP).load(S_LAYOUT)
+            bias = scaled_bias(bias_buf.index(i * WARPGROUPS + WARPGROUP), unscale, S_LAYOUT)
             start0 = bias
             start1 = bias
             if HAS_MASK:
@@ -190,13 +191,13 @@ def _attend(
 @gluon.jit
 def _attend_first(
     descs, bufs, rings, sizes, M, N, range_ptr, strides,
-    out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+    out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
     HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
     IS_ZERO: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     _attend(
         descs, bufs, rings, sizes, M, N, range_ptr, strides,
-        out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+        out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
         0, HEAD_DIM, HAS_MASK, HAS_RANGE, IS_ZERO, WARPGROUPS, BLOCK_N, STAGES,
     )
 
@@ -204,13 +205,13 @@ def _attend_first(
 @gluon.jit
 def _attend_second(
     descs, bufs, rings, sizes, M, N, range_ptr, strides,
-    out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+    out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
     HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
     IS_ZERO: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     _attend(
         descs, bufs, rings, sizes, M, N, range_ptr, strides,
-        out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+        out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
         1, HEAD_DIM, HAS_MASK, HAS_RANGE, IS_ZERO, WARPGROUPS, BLOCK_N, STAGES,
     )
 
@@ -225,7 +226,7 @@ def _attention_forward_kernel(
     lse_ptr,  # [B, H, R, M], contiguous
     redo_ptr,  # [B, H, R, M in whole tiles of 64], contiguous
     M, N, R, H, num_tiles, num_groups, total,
-    scale_log2, limit,
+    scale_log2, unscale, limit,
     HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
     IS_ZERO: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
@@ -259,12 +260,12 @@ def _attention_forward_kernel(
         [
             (_attend_first, (
                 descs, bufs, rings, sizes, M, N, range_ptr, strides,
-                out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+                out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
                 HEAD_DIM, HAS_MASK, HAS_RANGE, IS_ZERO, WARPGROUPS, BLOCK_N, STAGES,
             )),
             (_attend_second, (
                 descs, bufs, rings, sizes, M, N, range_ptr, strides,
-                out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, limit,
+                out_ptr, out_strides, lse_ptr, redo_ptr, scale_log2, unscale, limit,
                 HEAD_DIM, HAS_MASK, HAS_RANGE, IS_ZERO, WARPGROUPS, BLOCK_N, STAGES,
             )),
             (_load, (
@@ -301,7 +302,7 @@ def attention(
     block_d = tiling.padded_head_dim(D)
     config = configs.FORWARD[block_d]
     block_n = config.block_n
-    scaled_bias = problem.scaled_bias(bias, 1.0 / scale, M, N)
+    readable = problem.readable_bias(bias, 1.0 / scale, M, N)
     keys = problem.key_rows(mask, N, block_n, masked_rows == "mean", unread=lse)
     marks = q.new_empty((B, H, R, problem.whole(M, 64)), dtype=torch.int8)
     num_tiles, num_groups = tiling.ceil_div(M, config.block_m), tiling.ceil_div(R, 2)
@@ -309,20 +310,19 @@ def attention(
     out_strides = out.stride()
     _launch(
         min(total, device_info(q.device).num_sms),
-        strides=out_strides,
+        strides=(readable.dtype, out_strides),
         args=(
             problem.tile_descriptor(q, 64, block_d),
             problem.tile_descriptor(k, block_n, block_d),
             problem.tile_descriptor(v, block_n, block_d),
-            problem.bias_descriptor(scaled_bias, 64, block_n),
-            *problem.broadcast_steps(scaled_bias),
+            problem.bias_descriptor(readable, 64, block_n), *problem.broadcast_steps(readable),
             problem.row_descriptor(keys.rows, block_n), *keys.steps,
             keys.range, *keys.range_strides,
             out, *out_strides,
             lse,
             marks,
             M, N, R, H, num_tiles, num_groups, total,
-            scale * LOG2_E.value, _LIMITS[q.dtype],
+            scale * LOG2_E.value, 1.0 / scale, _LIMITS[q.dtype],
         ),
         constexprs={
             "HEAD_DIM": D, "HAS_MASK": keys.has_mask, "HAS_RANGE": keys.has_range,

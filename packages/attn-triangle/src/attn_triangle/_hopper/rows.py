@@ -31,11 +31,12 @@ def _rows_kernel(
 ):
     # fmt: on
     pid = tl.program_id(0)
-    row = (pid // num_tiles).to(tl.int64)
-    start_m = pid % num_tiles * BLOCK_M
-    r = row % R
-    h = row // R % H
-    b = row // R // H
+    # Heads first: those of a query are neighbours in memory as a rule.
+    start_m = pid // H % num_tiles * BLOCK_M
+    h = (pid % H).to(tl.int64)
+    r = (pid // H // num_tiles % R).to(tl.int64)
+    b = (pid // H // num_tiles // R).to(tl.int64)
+    row = (b * H + h) * R + r
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < M

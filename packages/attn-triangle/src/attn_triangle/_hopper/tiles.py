@@ -77,6 +77,15 @@ def load_bias(desc, b, h, start_m, start_n, bar, buf):
 
 
 @gluon.jit
+def scaled_bias(buf, factor, LAYOUT: gl.constexpr):
+    """Read a loaded tile of a bias, times `factor`; see `problem.readable_bias`."""
+    bias = buf.load(LAYOUT)
+    if buf.dtype != gl.float32:
+        bias = bias.to(gl.float32) * factor
+    return bias
+
+
+@gluon.jit
 def load_mask(desc, steps, b, row, start_n, bar, buf):
     """Load what the mask adds to the scores of a row's keys, [1, BLOCK]."""
     step_b, step_r = steps
