@@ -66,7 +66,7 @@ def flash_attn_func(
         ``slope * |i + N - M - j|`` is subtracted from the score of query i and key j.
     deterministic : bool, default False
         Gradients must have the same bits every time. On backends "torch" and "triton" they have
-        with either value.
+        with either value; on "hopper" order costs up to 8 % of the speed of the backward pass.
     return_attn_probs : bool, default False
         Also return lse and probs.
     attn_bias : Tensor, optional

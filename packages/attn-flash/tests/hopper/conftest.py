@@ -14,7 +14,8 @@ from attn_flash._hopper.support import TRITON_VERSIONS
 # In the order in which they import one another.
 MODULES = (
     "primitives", "softmax", "problem", "descriptors", "launch", "schedules",
-    "forward", "forward_short", "backward_sums", "backward", "attention",
+    "forward", "forward_short", "backward_sums", "backward", "backward_short",
+    "attention",
 )  # fmt: skip
 SMS = 2
 
@@ -39,7 +40,7 @@ def hopper(monkeypatch):
         hopper.counter = torch.zeros(1, dtype=torch.int32)
         monkeypatch.setattr(hopper.problem, "num_sms", lambda device: SMS)
         monkeypatch.setattr(hopper.problem, "tile_counter", lambda device: hopper.counter)
-        for module in (hopper.forward, hopper.forward_short):
+        for module in (hopper.forward, hopper.forward_short, hopper.backward_short):
             monkeypatch.setattr(module, "_launch", starter(module._launch._kernel, hopper))
         yield hopper
 

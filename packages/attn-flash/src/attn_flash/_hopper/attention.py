@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from attn_flash._hopper import backward, problem, schedules
+from attn_flash._hopper.backward_short import attention_backward_short
 from attn_flash._hopper.descriptors import addressable
 from attn_flash._hopper.forward import forward
 from attn_flash._hopper.forward_short import forward_short
@@ -66,12 +67,25 @@ def attention_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of q, k, v, given those of out (dout) and, maybe, lse (dlse).
 
-    Wider heads leave the kernel for Hopper no registers; Triton's portable one takes them, and
-    ragged sequences.
+    Triton's portable kernels compute those that the ones for Hopper cannot, or not as fast.
     """
-    if q.shape[3] > _WIDEST_BACKWARD or options.is_varlen:
+    if dlse is None and not options.is_varlen and schedules.is_short_backward(q, k, options.window):
+        grads = attention_backward_short(dout, q, k, v, out, lse, options.scale)
+    elif _is_portable(q, k, options):
         return portable.attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias, options)
-    grads = backward.attention_backward(
-        dout, dlse, q, k, v, out, lse, options.scale, options.window, options.deterministic
-    )
+    else:
+        grads = backward.attention_backward(
+            dout, dlse, q, k, v, out, lse, options.scale, options.window, options.deterministic
+        )
     return *grads, None, None
+
+
+def _is_portable(q: torch.Tensor, k: torch.Tensor, options: Options) -> bool:
+    """Whether Triton's portable kernels compute the gradients of q and k.
+
+    Wider heads leave the kernel for Hopper no registers, narrow ones of few tokens leave it little
+    to overlap, and it hides scores before it scales them.
+    """
+    if options.is_varlen or options.scale <= 0.0:
+        return True
+    return q.shape[3] > _WIDEST_BACKWARD or schedules.is_portable_backward(q, k)

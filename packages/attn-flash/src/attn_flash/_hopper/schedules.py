@@ -48,6 +48,8 @@ _WIDE = Schedule(block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_o
 _LONG = 2048  # keys from which 192 queries at a time pay
 _LONG_CLOSED = 4096  # and with a closed window
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
+_SHORT_BACKWARD = 272  # tokens, at most, of a head whose gradients fit shared memory
+_PORTABLE_BACKWARD = 1024  # tokens up to which narrow heads go backward faster without Gluon
 
 
 @functools.lru_cache
@@ -68,3 +70,15 @@ def is_short(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
     limit = _SHORT if M > 64 else _SHORT // 2  # heads of one tile need a third in shared memory
     fits = D <= 64 and M <= _SHORT and k.shape[1] <= limit
     return fits and window == (-1, -1) and problem.num_sms(q.device) <= B * H
+
+
+def is_short_backward(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
+    """Whether one program computes all gradients of a head of q and k."""
+    B, M, H, D = q.shape
+    fits = D <= 64 and 0 < M <= _SHORT_BACKWARD and k.shape[1:3] == (M, H)
+    return fits and window == (-1, -1) and problem.num_sms(q.device) <= B * H
+
+
+def is_portable_backward(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether Triton's portable kernels are faster backward: for narrow heads of few tokens."""
+    return q.shape[3] <= 64 and max(q.shape[1], k.shape[1]) <= _PORTABLE_BACKWARD
