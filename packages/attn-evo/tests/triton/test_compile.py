@@ -19,12 +19,9 @@ from attn_evo._triton import backward, configs, forward, prefix_sum, problem
 pytestmark = pytest.mark.compile
 
 FORWARD = ("sums", "stat", "output")
-CAUSAL = ("stat", "backward_ratio", "backward_stat")
-FULL = ("backward_totals", "backward_total")
-BACKWARD = (
-    *("ratio", "totals", "norm", "gate", "products"),
-    *("stat", "total", "context", "weights"),
-)
+CAUSAL = ("stat", "backward_stat")
+FULL = ("backward_total",)
+BACKWARD = ("ratio", "norm", "gate", "products", "stat", "total", "context", "weights")
 LAUNCHERS = {
     **{name: getattr(forward, f"_launch_{name}") for name in FORWARD},
     **{f"backward_{name}": getattr(backward, f"_launch_{name}") for name in BACKWARD},

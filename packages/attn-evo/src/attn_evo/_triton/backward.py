@@ -11,9 +11,8 @@ With n = q / denominator, gate = silu(n) v, x = sigmoid(f) context, f = W_f gate
 Each of the five keeps few tiles alive, so that two or more programs share an SM. The first three
 walk their chunk forwards, the others backwards, and hand sums over chunks to the next. Where a dy
 of a product y = x W^T + b comes up, so does its share of dW = dy^T x; a last kernel adds up the
-shares of all programs in a fixed order: the bits never change. Without `causal` all tokens of a
-head share one stat and context: two products give the ratio back, cheaper than memory, so the two
-that take it need no "ratio", and "total" replaces "stat" for one row a head.
+shares of all programs in a fixed order: the bits never change. Without `causal` there is one dstat
+and one dcontext a head, and "total" replaces "stat".
 
 Gradients of halved weights (see `tiles`) are twice those of the weights: so are dq, da and df here.
 """
@@ -119,20 +118,6 @@ def _norm_backward(
 
 
 # fmt: off
-@triton.jit
-def _ratio(
-    v, stat, w_q, b_q, w_l, b_l,
-    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    # fmt: on
-    """Half of n, and 1 / denominator with the sign of stat."""
-    local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
-    inverse = inverse_denominator(stat, local, IS_NVIDIA)
-    half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D) * inverse
-    return half_ratio, tl.where(stat < 0, -inverse, inverse)
-
-
-# fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_ratio_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
@@ -144,8 +129,8 @@ def _attention_backward_ratio_kernel(
     half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
     inverse_ptr,  # [B * H, L, BLOCK_D], contiguous: 1 / denominator, with the sign of stat
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, HAS_STATE: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_STATE: tl.constexpr, PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -166,10 +151,20 @@ def _attention_backward_ratio_kernel(
     w_g = matrix(matrices_ptr, W_G, WEIGHTS_STAY, BLOCK_D)
     b_g = bias_rows(biases_ptr, W_G, BIASES_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, v_ptr.dtype.element_ty, False)
-    stat_i = stat_before(
-        chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
-        b, h, pid_bh, pid_c, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
-    )  # fmt: skip
+    if IS_CAUSAL:
+        stat_i = stat_before(
+            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
+            b, h, pid_bh, pid_c, num_heads, num_chunks, HEAD_DIM, HAS_STATE, BLOCK_D,
+        )  # fmt: skip
+    else:
+        context, stat_i = total_sums(
+            chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
+            matrices_ptr, vectors_ptr, b, h, pid_bh, L, num_heads, num_chunks,
+            HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
+        )  # fmt: skip
+        if pid_c == 0:
+            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, 0, BLOCK_D)
+            tl.store(row + offs_d, context)
     first = pid_c * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
         start = tile * BLOCK_M
@@ -177,16 +172,22 @@ def _attention_backward_ratio_kernel(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
             HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-        tile_sum = tl.load(row + offs_d)
-        row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-        _, stat = running_stat(
-            v, ones, tl.load(row + offs_d), stat_i,
-            inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
-            PRECISION, IS_NVIDIA, BLOCK_D,
-        )  # fmt: skip
-        stat_i += tile_sum
-        half_ratio, inverse = _ratio(v, stat, w_q, b_q, w_l, b_l, PRECISION, IS_NVIDIA, BLOCK_D)
+        if IS_CAUSAL:
+            row = table_row(tile_sums_ptr, STAT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            tile_sum = tl.load(row + offs_d)
+            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            _, stat = running_stat(
+                v, ones, tl.load(row + offs_d), stat_i,
+                inverse_counts(length_ptr, start, HAS_STATE, BLOCK_M), w_g, b_g,
+                PRECISION, IS_NVIDIA, BLOCK_D,
+            )  # fmt: skip
+            stat_i += tile_sum
+        else:
+            stat = stat_i[None, :]
+        local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
+        inverse = inverse_denominator(stat, local, IS_NVIDIA)
+        half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D) * inverse
+        inverse = tl.where(stat < 0, -inverse, inverse)
 
         mask = (offs_m < L - start)[:, None]
         ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
@@ -197,39 +198,15 @@ def _attention_backward_ratio_kernel(
 
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
-def _attention_backward_totals_kernel(
-    sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
-    length_ptr,
-    matrices_ptr, vectors_ptr, chunk_sums_ptr,
-    totals_ptr,  # [2, B * H, BLOCK_D]: context and stat of all tokens
-    L, H, num_heads, num_chunks,
-    HEAD_DIM: tl.constexpr, HAS_STATE: tl.constexpr, IS_NVIDIA: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # fmt: on
-    pid_bh = tl.program_id(0)
-    context, stat = total_sums(
-        chunk_sums_ptr, sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, length_ptr,
-        matrices_ptr, vectors_ptr, (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64),
-        pid_bh, L, num_heads, num_chunks, HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
-    )  # fmt: skip
-    offs_d = tl.arange(0, BLOCK_D)
-    tl.store(table_row(totals_ptr, CONTEXT, num_heads, pid_bh, 1, 0, BLOCK_D) + offs_d, context)
-    tl.store(table_row(totals_ptr, STAT, num_heads, pid_bh, 1, 0, BLOCK_D) + offs_d, stat)
-
-
-# fmt: off
-@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_norm_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
     mask_ptr, stride_mb, stride_ml,
     sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd,
     length_ptr,
     matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
-    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile, where IS_CAUSAL
-    totals_ptr,  # [2, B * H, BLOCK_D]: read where not IS_CAUSAL
+    contexts_ptr,  # [B * H, tiles, BLOCK_D]: the context before each tile, or of all in the first
     dout_ptr, stride_dob, stride_doh, stride_dol, stride_dod,
-    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous: read where IS_CAUSAL
+    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
     df_ptr,  # [B * H, L, BLOCK_D], contiguous
     dcontext_ptr,  # [B * H, L, BLOCK_D], contiguous: written where IS_CAUSAL
     partial_matrices_ptr,  # [programs, 4, BLOCK_D, BLOCK_D]
@@ -255,12 +232,6 @@ def _attention_backward_norm_kernel(
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     b_f = bias_rows(biases_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
     ones = triangle(BLOCK_M, dtype, False)
-    if not IS_CAUSAL:
-        BIASES_STAY: tl.constexpr = WEIGHTS_STAY and BLOCK_D <= MOST_STAYING_BIASES
-        w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
-        b_q = bias_rows(biases_ptr, W_Q, BIASES_STAY, BLOCK_D)
-        w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
-        b_l = bias_rows(biases_ptr, W_L, BIASES_STAY, BLOCK_D)
     dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     sums = no_column_sums(BLOCK_D)
     first = pid_c * tiles_per_chunk
@@ -275,24 +246,17 @@ def _attention_backward_norm_kernel(
             HEAD_DIM, False, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         mask = (offs_m < L - start)[:, None]
-        if IS_CAUSAL:
-            ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-            half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        else:
-            row = table_row(totals_ptr, STAT, num_heads, pid_bh, 1, 0, BLOCK_D)
-            half_ratio, _ = _ratio(
-                v, tl.load(row + offs_d)[None, :], w_q, b_q, w_l, b_l, PRECISION, IS_NVIDIA, BLOCK_D
-            )
+        ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
         gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
         gate = rounded(gate, dtype)
         final = linear(gate, w_f, b_f, PRECISION, BLOCK_D)
         final = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16)
+        row = tile if IS_CAUSAL else 0
+        row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, row, BLOCK_D)
+        context = tl.load(row + offs_d)[None, :]
         if IS_CAUSAL:
-            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
-            context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
-        else:
-            row = table_row(totals_ptr, CONTEXT, num_heads, pid_bh, 1, 0, BLOCK_D)
-            context = tl.load(row + offs_d)[None, :]
+            context = scan(ones, v, PRECISION) + context
         x = final * context
         mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
 
@@ -330,9 +294,8 @@ def _attention_backward_gate_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
     mask_ptr, stride_mb, stride_ml,
     matrices_ptr, biases_ptr, chunk_sums_ptr,
-    totals_ptr,  # [2, B * H, BLOCK_D]: read where not IS_CAUSAL
-    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous: read where IS_CAUSAL; dq takes its place
-    inverse_ptr,  # [B * H, L, BLOCK_D], contiguous: read where IS_CAUSAL
+    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous; dq takes its place
+    inverse_ptr,  # [B * H, L, BLOCK_D], contiguous
     dlocal_ptr,  # [B * H, L, BLOCK_D], contiguous
     df_ptr,  # [B * H, L, BLOCK_D], contiguous; where IS_CAUSAL, dstat takes its place
     dv_ptr,  # [B, H, L, D], contiguous
@@ -356,8 +319,6 @@ def _attention_backward_gate_kernel(
     w_l = matrix(matrices_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     b_l = bias_rows(biases_ptr, W_L, WEIGHTS_STAY, BLOCK_D)
     w_f = matrix(matrices_ptr, W_F, WEIGHTS_STAY, BLOCK_D)
-    if not IS_CAUSAL:
-        b_q = bias_rows(biases_ptr, W_Q, WEIGHTS_STAY, BLOCK_D)
     sums = no_column_sums(BLOCK_D)
     first = pid_c * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
@@ -370,15 +331,9 @@ def _attention_backward_gate_kernel(
         df_ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
         df = tl.load(df_ptrs, mask=mask, other=0.0)
         dq_ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        if IS_CAUSAL:
-            half_ratio = tl.load(dq_ptrs, mask=mask, other=0.0).to(tl.float32)
-            ptrs = scratch_ptrs(inverse_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-            inverse = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        else:
-            row = table_row(totals_ptr, STAT, num_heads, pid_bh, 1, 0, BLOCK_D)
-            half_ratio, inverse = _ratio(
-                v, tl.load(row + offs_d)[None, :], w_q, b_q, w_l, b_l, PRECISION, IS_NVIDIA, BLOCK_D
-            )
+        half_ratio = tl.load(dq_ptrs, mask=mask, other=0.0).to(tl.float32)
+        ptrs = scratch_ptrs(inverse_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        inverse = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
         dgate = product(df, load_matrix(w_f, BLOCK_D), PRECISION)
         s = sigmoid_of_double(half_ratio, IS_NVIDIA, dtype == tl.bfloat16)
@@ -730,7 +685,6 @@ def _attention_backward_weights_kernel(
 
 
 _launch_ratio = Launcher(_attention_backward_ratio_kernel)
-_launch_totals = Launcher(_attention_backward_totals_kernel)
 _launch_norm = Launcher(_attention_backward_norm_kernel)
 _launch_gate = Launcher(_attention_backward_gate_kernel)
 _launch_products = Launcher(_attention_backward_products_kernel)
@@ -789,7 +743,6 @@ def _attention_backward(
     work = _Work(
         call,
         running_sums(call, weights, causal, torch.empty_like(dsums)),
-        dsums.new_empty((2, B * H, call.blocks["BLOCK_D"])),
         _tokens(call, v.dtype),
         inverse,
         inverse if inverse.dtype == v.dtype else _tokens(call, v.dtype),
@@ -801,10 +754,7 @@ def _attention_backward(
         *_partials(call),
         causal,
     )
-    if causal:
-        _backward_ratio(work)
-    else:
-        _backward_totals(work)
+    _backward_ratio(work)
     _backward_norm(work, dout)
     _backward_gate(work)
     _backward_products(work)
@@ -821,7 +771,6 @@ class _Work(NamedTuple):
 
     call: problem.Call
     scratch: problem.Scratch
-    totals: torch.Tensor
     half_ratio: torch.Tensor
     inverse: torch.Tensor
     dlocal: torch.Tensor
@@ -875,57 +824,34 @@ def _backward_ratio(work: _Work) -> None:
         call.num_programs,
         strides=call.strides,
         args=(*call.inputs, *work.scratch, work.half_ratio, work.inverse, *call.sizes),
-        constexprs={**call.flags, **call.numerics, **call.blocks},
+        constexprs={"IS_CAUSAL": work.causal, **call.flags, **call.numerics, **call.blocks},
         config=_tiles("ratio", call),
     )
 
 
-def _backward_totals(work: _Work) -> None:
-    call, scratch = work.call, work.scratch
-    L, H, num_heads, _, num_chunks, _ = call.sizes
-    _launch_totals(
-        num_heads,
-        strides=call.sums[1:],
-        args=(
-            *call.sums, call.length, scratch.matrices, scratch.vectors, scratch.chunk_sums,
-            work.totals, L, H, num_heads, num_chunks,
-        ),
-        constexprs={
-            "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_STATE": call.flags["HAS_STATE"],
-            "IS_NVIDIA": call.numerics["IS_NVIDIA"], "BLOCK_D": call.blocks["BLOCK_D"],
-        },
-        config=configs.SUMS,
-    )  # fmt: skip
-
-
 def _backward_norm(work: _Work, dout: torch.Tensor) -> None:
     call = work.call
-    config = _tiles("norm" if work.causal else "norm_full", call)
-    numerics = call.numerics_of_one_weight if work.causal else call.numerics
+    numerics = call.numerics_of_one_weight
     _launch_norm(
         call.num_programs,
         strides=(call.strides, dout.stride()),
         args=(
-            *call.inputs, *work.scratch, work.totals, dout, *dout.stride(),
-            work.half_ratio, work.df, work.dcontext, *work.partials,
-            *call.sizes_in(config.block_m),
+            *call.inputs, *work.scratch, dout, *dout.stride(),
+            work.half_ratio, work.df, work.dcontext, *work.partials, *call.sizes,
         ),
-        constexprs={
-            "IS_CAUSAL": work.causal, **call.flags, **numerics,
-            **call.blocks, "BLOCK_M": config.block_m,
-        },
-        config=config,
+        constexprs={"IS_CAUSAL": work.causal, **call.flags, **numerics, **call.blocks},
+        config=_tiles("norm" if work.causal else "norm_full", call),
     )  # fmt: skip
 
 
 def _backward_gate(work: _Work) -> None:
     call, scratch = work.call, work.scratch
-    config = _tiles("gate" if work.causal else "gate_full", call)
+    config = _tiles("gate", call)
     _launch_gate(
         call.num_programs,
         strides=call.strides,
         args=(
-            *call.v, *call.mask, scratch.matrices, scratch.biases, scratch.chunk_sums, work.totals,
+            *call.v, *call.mask, scratch.matrices, scratch.biases, scratch.chunk_sums,
             work.half_ratio, work.inverse, work.dlocal, work.df, work.dv,
             *call.sizes_in(config.block_m),
         ),

@@ -72,7 +72,6 @@ BACKWARD = Table(
         **_rows(64, 2, TileConfig(64, 2048, 4, 1), TileConfig(32, 2048, 4, 3), "sm_100"),
         **_rows(64, 2, TileConfig(64, 2048, 4, 1), TileConfig(32, 2048, 4, 1), "gfx"),
         **_rows(128, 2, TileConfig(32, 2048, 8, 1), TileConfig(32, 2048, 8, 2)),
-        ("*", 128, 2, "full"): TileConfig(32, 2048, 8, 2),
         **_rows(128, 2, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
         **_small(TileConfig(16, 2048, 8, 1)),
         **_rows(16, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1)),
@@ -88,11 +87,9 @@ BACKWARD = Table(
 SUMS = TileConfig(1, 1, 4, 1)
 # Of launches of the backward pass whose tiles are smaller, whose pipeline is longer or at most so
 # long, or that need more warps for wide heads in float32 than its own.
-BACKWARD_MOST_BLOCK_M = {"gate": 32, "gate_full": 32, "norm_full": 32}
-BACKWARD_MOST_BLOCK_M_WIDE = {**BACKWARD_MOST_BLOCK_M, "norm_full": 16}
+BACKWARD_GATE_BLOCK_M = 32
 BACKWARD_STAGES = {"products": 3, "context": 3}
 BACKWARD_MOST_STAGES = {"norm_full": 2}
-BACKWARD_WARPS = {(name, 64, 4): 8 for name in ("norm_full", "gate_full")}
 # What single launches of either pass take otherwise on Hopper, where each was measured alone.
 HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
     ("gated", 128, 2): {"num_warps": 4, "num_stages": 3},
@@ -138,15 +135,10 @@ def gated_kernel(v: torch.Tensor, config: TileConfig) -> TileConfig:
 
 def backward_kernel(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:
     """Tiles of one launch of the backward pass, whose tiles are `config`."""
-    block_d = padded_head_dim(v.shape[-1])
-    fewest_warps = BACKWARD_WARPS.get((name, block_d, v.element_size()), 1)
-    most_block_m = BACKWARD_MOST_BLOCK_M_WIDE if block_d == 128 else BACKWARD_MOST_BLOCK_M
     most_stages = BACKWARD_MOST_STAGES.get(name, config.num_stages)
-    config = TileConfig(
-        min(config.block_m, most_block_m.get(name, config.block_m)),
-        config.block_n,
-        max(fewest_warps, config.num_warps),
-        BACKWARD_STAGES.get(name, min(most_stages, config.num_stages)),
+    config = config._replace(
+        block_m=min(config.block_m, BACKWARD_GATE_BLOCK_M) if name == "gate" else config.block_m,
+        num_stages=BACKWARD_STAGES.get(name, min(most_stages, config.num_stages)),
     )
     return _on_hopper(name, v, config)
 
