@@ -76,6 +76,15 @@ def test_first_start_goes_through_the_kernel(kernel):
     assert kernel.compiled[0].starts == []
 
 
+def test_each_dtype_of_any_tensor_has_its_own_kernel(kernel):
+    launcher = Launcher(kernel)
+    first = aligned()
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        start(launcher, first, aligned(dtype), 4)
+    assert len(kernel.launches) == 2
+    assert [len(compiled.starts) for compiled in kernel.compiled] == [1, 0]
+
+
 def test_later_starts_go_to_the_compiled_kernel(kernel):
     launcher = Launcher(kernel)
     start(launcher, aligned(), 4, 0.5)

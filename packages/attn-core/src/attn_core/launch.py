@@ -67,11 +67,13 @@ class Launcher:
             Gives num_warps and num_stages; its blocks are among `constexprs`.
         """
         first: torch.Tensor = getattr(args[0], "base", args[0])
-        key = (first.device, first.dtype, strides, tuple(constexprs.values()), config)
+        dtypes = _dtypes_if_aligned(args)
+        constants = tuple(constexprs.values())
+        key = (first.device, first.dtype, dtypes, strides, constants, config)
         compiled = self._compiled.get(key)
         with _on_device(first.device):
-            if compiled is not None and _are_aligned(args):
-                compiled[num_programs, 1, 1](*args, *constexprs.values())
+            if compiled is not None:
+                compiled[num_programs, 1, 1](*args, *constants)
                 return
             if self._check is not None:
                 self._check(strides)
@@ -82,7 +84,7 @@ class Launcher:
                 num_stages=config.num_stages,
                 **self._options,
             )
-        if _can_restart(compiled) and _are_aligned(args):
+        if _can_restart(compiled) and dtypes is not None:
             if len(self._compiled) == _MAX_REMEMBERED:
                 self._compiled.clear()
             self._compiled[key] = compiled
@@ -93,10 +95,15 @@ def _can_restart(compiled: Any) -> bool:
     return compiled is not None and triton_version() == (3, 6)
 
 
-def _are_aligned(args: Sequence[Any]) -> bool:
-    return not any(
-        arg.data_ptr() % _POINTER_ALIGNMENT for arg in args if isinstance(arg, torch.Tensor)
-    )
+def _dtypes_if_aligned(args: Sequence[Any]) -> tuple[torch.dtype, ...] | None:
+    """Dtypes of the tensors among `args`; None where Triton compiles for the address of one."""
+    dtypes = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.data_ptr() % _POINTER_ALIGNMENT:
+                return None
+            dtypes.append(arg.dtype)
+    return tuple(dtypes)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

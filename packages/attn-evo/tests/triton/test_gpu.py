@@ -86,6 +86,14 @@ def test_masks_and_streams(flags, dtype, device, make_case, assert_results):
     check(make_case(2, 3, 201, 64, **flags), dtype, device, assert_results)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_dtypes_one_after_the_other(causal, device, make_case, assert_results):
+    """The sums of a stream are float32 whatever v is: its dtype must still choose the kernel."""
+    case = make_case(1, 2, 130, 64, causal, has_state=True)
+    for dtype in (HALF, BFLOAT, FLOAT):
+        check(case, dtype, device, assert_results)
+
+
 @pytest.mark.parametrize("dim", [16, 32, 64, 128])
 def test_float32(dim, device, make_case, assert_results):
     check(make_case(1, 2, 300, dim), FLOAT, device, assert_results)

@@ -831,7 +831,7 @@ def _backward_ratio(work: _Work) -> None:
 
 def _backward_norm(work: _Work, dout: torch.Tensor) -> None:
     call = work.call
-    numerics = call.numerics_of_one_weight if work.causal else call.numerics
+    numerics = call.numerics_of_one_weight
     _launch_norm(
         call.num_programs,
         strides=(call.strides, dout.stride()),
