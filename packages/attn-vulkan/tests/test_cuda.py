@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -105,3 +107,12 @@ def test_gradients(cuda):
         grads, torch.autograd.grad(expected(*wide), wide, dout.double()), strict=False
     ):
         torch.testing.assert_close(grad.double(), want, atol=5e-3, rtol=0)
+
+
+def test_threads_without_a_context(cuda):
+    """A thread's first call may be one to Vulkan: its CUDA context is then not current yet."""
+    q, k, v = inputs(cuda)
+    want = _torch.flash_attention(q, k, v, Options())[0]
+    with ThreadPoolExecutor(1) as pool:
+        out = pool.submit(_torch.flash_attention, q, k, v, Options()).result()[0]
+    assert torch.equal(out, want)

@@ -113,9 +113,10 @@ def is_plain_eager(args: tuple[Any, ...]) -> bool:
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(arg) in _PLAIN_TYPES or _are_plain_numbers(arg) for arg in args)
+        and (_PLAIN_TYPES.issuperset(map(type, args)) or all(map(_is_plain, args)))
     )
 
 
-def _are_plain_numbers(arg: Any) -> bool:
-    return type(arg) is list and _PLAIN_NUMBERS.issuperset(map(type, arg))
+def _is_plain(arg: Any) -> bool:
+    kind = type(arg)
+    return kind in _PLAIN_TYPES or (kind is list and _PLAIN_NUMBERS.issuperset(map(type, arg)))

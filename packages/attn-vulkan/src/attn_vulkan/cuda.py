@@ -303,6 +303,8 @@ def refusal(device: torch.device) -> str | None:
 def open_bridge(device: torch.device) -> Bridge:
     """Open the Vulkan device that is the same GPU as a CUDA device, or return it where it is."""
     index = device.index if device.index is not None else torch.cuda.current_device()
+    torch.cuda.init()
+    _require_context(index)
     with _open_lock:
         bridge = _bridges.get(index)
         if bridge is None or bridge.context.is_closed:
@@ -318,8 +320,24 @@ def _make_bridge(index: int) -> Bridge:
     found = _vulkan_index(torch.device("cuda", index))
     if found is None:
         raise VulkanError(f"Vulkan does not drive CUDA device {index}")
-    torch.cuda.init()
     return Bridge(open_context(found), index)
+
+
+def _require_context(index: int) -> None:
+    """Give this thread a CUDA context; those of autograd have none before their first kernel."""
+    current = c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(current))
+    if not current:
+        _call("cuCtxSetCurrent", _primary_context(index))
+
+
+@functools.cache
+def _primary_context(index: int) -> c_void_p:
+    """Return the context that torch uses too."""
+    device, context = c_int(), c_void_p()
+    _call("cuDeviceGet", ctypes.byref(device), c_int(index))
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    return context
 
 
 def _vulkan_index(device: torch.device) -> int | None:
