@@ -252,7 +252,7 @@ def _vllm(case: Case, inputs: Inputs) -> Call:
 
 
 def _aule(case: Case, inputs: Inputs) -> Call:
-    from aule import flash_attention_paged_amd
+    from aule.triton_flash_amd import flash_attention_paged_amd  # plain Triton, on any GPU
 
     _require_decoding(case)
     return Call(lambda: flash_attention_paged_amd(*inputs[:5]))
