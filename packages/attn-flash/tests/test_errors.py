@@ -358,6 +358,29 @@ def test_kv():
     )
 
 
+def test_a_packed_tensor_is_named_by_its_own_name():
+    q, kv = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 2, 4, 8)
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    refuses(
+        lambda: flash_attn_qkvpacked_func(torch.zeros(2, 3, 3, 4, 8).int()),
+        f"qkv must have dtype {FLOATS}, got int32",
+    )
+    refuses(
+        lambda: flash_attn_varlen_qkvpacked_func(torch.zeros(6, 3, 4, 257), starts, 6),
+        "the head dimension of qkv must be between 1 and 256, got 257",
+    )
+    refuses(
+        lambda: flash_attn_kvpacked_func(q, kv.half()),
+        "kv must have the dtype of q, torch.float32, got torch.float16",
+    )
+    refuses(
+        lambda: flash_attn_varlen_kvpacked_func(
+            q.flatten(0, 1), kv.flatten(0, 1).to("meta"), starts, starts, 6, 6
+        ),
+        "kv must be on the device of q, cpu, got meta",
+    )
+
+
 @pytest.mark.parametrize("attend", [flash_attention, sdpa_triton_fa])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_rank_with_heads_first(attend, name):

@@ -370,6 +370,19 @@ def test_attention_with_rotation_names_bad_arguments():
         flash_attention_rope(q, k, k, *tables())
     with pytest.raises(ValueError, match="cos must have 2 dimensions"):
         flash_attention_rope(k, k, k, torch.zeros(2, 40, 8), tables()[1])
+    with pytest.raises(ValueError, match="k must have dtype float16"):
+        flash_attention_rope(k, k.int(), k, *tables())
+
+
+@pytest.mark.parametrize("name", ["rot_cos", "rot_sin"])
+def test_attention_names_its_own_tables(name):
+    x = torch.zeros(1, 2, 8, 16)
+    arguments = dict(zip(("rot_cos", "rot_sin"), tables(), strict=True))
+    for table, message in ((None, "given with its companion"), (torch.zeros(8), "2 dimensions")):
+        with pytest.raises(ValueError, match=f"^{name} must (be|have) {message}"):
+            flash_attention(x, x, x, **arguments | {name: table})
+    with pytest.raises(ValueError, match="^rot_cos must have a row for each of 41 positions"):
+        flash_attention(*torch.zeros(3, 1, 2, 41, 16), **arguments)
 
 
 # --- torch around it ------------------------------------------------------------------------------

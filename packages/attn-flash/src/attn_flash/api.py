@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.checks import flag, require_rank, require_tensor
+from attn_core.checks import (
+    flag,
+    require_dtype,
+    require_like,
+    require_range,
+    require_rank,
+    require_tensor,
+)
 from attn_core.dropout import keep_mask
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
@@ -229,7 +236,7 @@ def flash_attn_kvpacked_func(
     >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
     torch.Size([2, 5, 8, 64])
     """
-    k, v = _unpacked("kv", kv, "(B, N, 2, H_KV, D)", 2)
+    k, v = _unpacked("kv", kv, "(B, N, 2, H_KV, D)", 2, q)
     return flash_attn_func(
         q,
         k,
@@ -470,7 +477,7 @@ def flash_attn_varlen_kvpacked_func(
     >>> flash_attn_varlen_kvpacked_func(q, kv, starts, starts, 7, 7).shape
     torch.Size([12, 4, 32])
     """
-    k, v = _unpacked("kv", kv, "(T_k, 2, H_KV, D)", 2)
+    k, v = _unpacked("kv", kv, "(T_k, 2, H_KV, D)", 2, q)
     return flash_attn_varlen_func(
         q,
         k,
@@ -549,7 +556,10 @@ def flash_attention(
     reach = checks.reach(window_size)
     if rot_cos is not None or rot_sin is not None:
         backend = extras.get("backend", backends.AUTO)
-        q, k = rotate_heads_first(q, k, rot_cos, rot_sin, interleaved=False, backend=backend)
+        tables = ("rot_cos", "rot_sin")
+        q, k = rotate_heads_first(
+            q, k, rot_cos, rot_sin, interleaved=False, backend=backend, tables=tables
+        )
     out, lse = _attend_heads_first(
         q, k, v, softmax_scale=scale, causal=causal, window_size=(reach, reach), **extras
     )
@@ -773,12 +783,17 @@ def _attend_heads_first(
 
 
 def _unpacked(
-    name: str, packed: torch.Tensor, symbols: str, parts: int
+    name: str, packed: torch.Tensor, symbols: str, parts: int, q: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Take apart a tensor whose third dimension from the end is of queries, keys and values."""
+    if q is not None:
+        require_tensor("q", q)
+        require_like(name, packed, "q", q)
     require_rank(name, packed, symbols)
     if packed.shape[-3] != parts:
         raise ValueError(f"{name} must have shape {symbols}, got {tuple(packed.shape)}")
+    require_dtype(name, packed, checks.DTYPES)
+    require_range(f"the head dimension of {name}", packed.shape[-1], 1, checks.MAX_HEAD_DIM)
     return packed.unbind(-3)
 
 

@@ -249,24 +249,30 @@ def rotate_heads_first(
     *,
     interleaved: bool,
     backend: str,
+    tables: tuple[str, str] = ("cos", "sin"),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q (B, H, M, D) and k (B, H_KV, N, D), the last of both to the same position."""
     require_rank("q", q, "(B, H, M, D)")
     require_rank("k", k, "(B, H_KV, N, D)")
-    cos, sin = _two_dimensional("cos", cos), _two_dimensional("sin", sin)
+    cos, sin = _two_dimensional(tables[0], cos), _two_dimensional(tables[1], sin)
     offset = k.shape[2] - q.shape[2]
     if offset < 0:
         raise ValueError(
             f"q must have at most as many tokens as k where both are rotated, {k.shape[2]}, got "
             f"{q.shape[2]}"
         )
-    q, k = (
-        apply_rotary_emb(
-            x.transpose(1, 2), cos, sin, interleaved, False, start, backend=backend
-        ).transpose(1, 2)
-        for x, start in ((q, offset), (k, 0))
-    )
-    return q, k
+    interleaved = flag("interleaved", interleaved)
+    rotated = []
+    for name, x, start in (("q", q.transpose(1, 2), offset), ("k", k.transpose(1, 2), 0)):
+        problem = rotary_checks.rotary_problem(
+            x, cos, sin, interleaved, None, start, None, None, name, tables
+        )
+        chosen = backends.resolve(rotary_ops.ROTATE, problem, backend)
+        out = rotary_ops.rotate(
+            x, cos, sin, None, start, None, x.shape[1], interleaved, False, chosen
+        )
+        rotated.append(out.transpose(1, 2))
+    return rotated[0], rotated[1]
 
 
 def _two_dimensional(name: str, table: torch.Tensor | None) -> torch.Tensor:
