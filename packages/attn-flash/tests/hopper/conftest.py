@@ -17,6 +17,7 @@ MODULES = (
     "forward", "forward_short", "backward_sums", "backward", "backward_short",
     "attention",
 )  # fmt: skip
+LAUNCHERS = ("forward", "forward_short", "backward", "backward_short")
 SMS = 2
 
 
@@ -40,16 +41,17 @@ def hopper(monkeypatch):
         hopper.counter = torch.zeros(1, dtype=torch.int32)
         monkeypatch.setattr(hopper.problem, "num_sms", lambda device: SMS)
         monkeypatch.setattr(hopper.problem, "tile_counter", lambda device: hopper.counter)
-        for module in (hopper.forward, hopper.forward_short, hopper.backward_short):
-            monkeypatch.setattr(module, "_launch", starter(module._launch._kernel, hopper))
+        for module in LAUNCHERS:
+            launcher = getattr(hopper, module)._launch
+            monkeypatch.setattr(getattr(hopper, module), "_launch", starter(launcher._kernel))
         yield hopper
 
 
-def starter(kernel, hopper):
+def starter(kernel):
     """What does without the driver what a `launch.Launcher` does."""
 
     def start(num_programs, rows, args, constants, maxnreg):
-        descriptors = [hopper.descriptors.rows_descriptor(*argument) for argument in rows]
+        descriptors = [argument.describe() for argument in rows]
         kernel[num_programs,](*descriptors, *args, **constants, maxnreg=maxnreg)
 
     return start

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from attn_core.testing.compilation import compile_ahead
+from attn_core.testing.compilation import compile_ahead, record_launches
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -27,53 +27,44 @@ TYPES = {
 MAX_SPILLS = {64: 288, 128: 128}
 
 
-class Recorder:
-    """A kernel that writes down how it is launched."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, num_warps, maxnreg=None, **constexprs):
-        self.args, self.constexprs = args, constexprs
-        self.options = {"num_warps": num_warps, **({"maxnreg": maxnreg} if maxnreg else {})}
-
-    def compile(self):
-        signature, constants = {}, dict(self.constexprs)
-        for name, value in zip(self.kernel.arg_names, self.args, strict=False):
-            if value is None:
-                constants[name] = None
-            else:
-                signature[name] = type_of(value)
-        return compile_ahead(self.kernel, signature, constants, "sm_90", **self.options)
-
-
 def type_of(value):
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}:16"
-    if hasattr(value, "block_shape"):
-        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
+    if isinstance(value, tuple):
+        tile = value.describe()
+        return f"tensordesc<{TYPES[value.tensor.dtype]}{tile.block_shape},{tile.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def record(monkeypatch, D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
-    """What the launcher starts, by the name of the kernel."""
-    recorders = {}
-    for module, name in (
-        (backward, "_attention_backward_kernel"),
-        (backward_sums, "_prepare_kernel"),
-        (backward_sums, "_finish_kernel"),
-    ):
-        recorders[name] = Recorder(getattr(module, name))
-        monkeypatch.setattr(module, name, recorders[name])
+def run(D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
     q = torch.zeros(1, 256, 2, D, dtype=dtype)
     k = torch.zeros(1, 256, 1, D, dtype=dtype)
     lse = torch.zeros(1, 2, 256)
     dlse = lse if with_dlse else None
     backward.attention_backward(q, dlse, q, k, k, q, lse, 0.1, window, deterministic)
-    return recorders
+
+
+def compile_kernel(monkeypatch, *args, **options):
+    """Compile the kernel of the products as the launcher starts it."""
+    compiled = []
+
+    def launch(num_programs, rows, args, constants, maxnreg):
+        names, values = kernel.arg_names, [*rows, *args]
+        signature = {name: type_of(x) for name, x in zip(names, values, strict=False)}
+        launched = {"num_warps": 4, "maxnreg": maxnreg}
+        compiled.append(compile_ahead(kernel, signature, constants, "sm_90", **launched))
+
+    kernel = backward._launch._kernel
+    record_around(monkeypatch)
+    monkeypatch.setattr(backward, "_launch", launch)
+    run(*args, **options)
+    return compiled[0]
+
+
+def record_around(monkeypatch):
+    """Recorders of the kernels before and after the products."""
+    launchers = backward_sums._launch_prepare, backward_sums._launch_finish
+    return [record_launches(launcher, monkeypatch) for launcher in launchers]
 
 
 VARIANTS = [
@@ -86,23 +77,21 @@ VARIANTS = [
 
 @pytest.mark.parametrize("D, window, deterministic", VARIANTS)
 def test_products_overlap_and_accumulators_stay_in_registers(D, window, deterministic, monkeypatch):
-    kernel = record(monkeypatch, D, window, deterministic=deterministic)[
-        "_attention_backward_kernel"
-    ]
-    compiled = kernel.compile()
+    compiled = compile_kernel(monkeypatch, D, window, deterministic=deterministic)
     assert compiled.fits
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]
 
 
 def test_padded_heads_in_float16(monkeypatch):
-    for recorder in record(monkeypatch, 96, (-1, 0), dtype=torch.float16).values():
-        assert recorder.compile().fits
+    assert compile_kernel(monkeypatch, 96, (-1, 0), dtype=torch.float16).fits
 
 
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["out", "out-and-lse"])
 @pytest.mark.parametrize("D", [64, 128])
 def test_kernels_around(D, with_dlse, monkeypatch):
-    recorders = record(monkeypatch, D, (-1, -1), with_dlse=with_dlse)
-    for name in ("_prepare_kernel", "_finish_kernel"):
-        assert recorders[name].compile().spills == 0
+    monkeypatch.setattr(backward, "_launch", lambda *args, **options: None)
+    recorders = record_around(monkeypatch)
+    run(D, (-1, -1), with_dlse=with_dlse)
+    for recorder in recorders:
+        assert recorder.compile("sm_90").spills == 0

@@ -68,10 +68,11 @@ def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
     return torch.stack([lse_log2, delta]).view(2, B * H, padded_m), dq_sum, counters
 
 
-def finish(dq_sum, turns, dq, scale, block_d):
+def finish(dq_sum, counters, dq, scale, block_d):
     """What `backward_sums.finish` computes."""
     B, M, H, D = dq.shape
-    if turns is not None:
+    if counters is not None:
+        turns = counters[1:]
         rows = dq_sum.view(turns.numel(), -1)
         rows[turns == 0] = 0.0
     units = dq_sum.view(B, H, -1, block_d // 64, 8, 4, 8, 4, 2, 2)

@@ -62,13 +62,13 @@ def test_finish(D, block_d, deterministic):
     parts = tiles.view(B, H, -1, 4, 2, 8, block_d // 64, 8, 4, 2)
     units = parts.permute(0, 1, 2, 6, 7, 3, 5, 8, 4, 9)
     dq_sum = units.reshape(-1, 256).clone()
-    turns, scaled = None, tiles * 0.5
+    counters, scaled = None, tiles * 0.5
     if deterministic:
         block_m = 8192 // block_d
-        turns = torch.ones(B * H * PADDED_M // block_m, dtype=torch.int32)
-        turns[1] = 0
+        counters = torch.ones(1 + B * H * PADDED_M // block_m, dtype=torch.int32)
+        counters[2] = 0
         scaled[0, 0, block_m : 2 * block_m] = 0.0
-        dq_sum.view(turns.numel(), -1)[1] = math.nan
+        dq_sum.view(counters.numel() - 1, -1)[1] = math.nan
     dq = torch.full((B, M, H, D), math.nan, dtype=torch.float16)
-    backward_sums.finish(dq_sum, turns, dq, 0.5, block_d)
+    backward_sums.finish(dq_sum, counters, dq, 0.5, block_d)
     assert torch.equal(dq, scaled[:, :, :M, :D].transpose(1, 2).half())

@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_flash._hopper import backward_sums as sums
-from attn_flash._hopper.descriptors import addressable, flat_descriptor, rows_descriptor
+from attn_flash._hopper.descriptors import addressable
+from attn_flash._hopper.launch import Flat, Launcher, Rows
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     arrive_at,
@@ -392,15 +393,13 @@ def _attention_backward_kernel(
     dk_desc, dv_desc,
     lse_desc, delta_desc,  # [B * H, padded M]
     dq_sum_desc,
-    ticket_ptr,  # with DETERMINISTIC: how many programs have begun, then how many have added
-    turns_ptr,  # to each of blocks_m blocks of each head's dq
+    counters_ptr,  # with DETERMINISTIC; see `sums.prepare`
     M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
     scale, scale_log2, left, right,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):
     # fmt: on
-    BLOCK_M: gl.constexpr = q_desc.block_shape[2]
-    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
     DTYPE: gl.constexpr = q_desc.dtype
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
@@ -436,30 +435,34 @@ def _attention_backward_kernel(
     ticket = gl.program_id(0)
     if DETERMINISTIC:
         # A program waits for those with lower tickets: they have begun, so they will end.
-        ticket = gl.atomic_add(ticket_ptr, 1)
+        ticket = gl.atomic_add(counters_ptr, 1)
     tile = _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M)
     gl.warp_specialize(
         [
             (_accumulate_first, (tensors, shared, problem, tile)),
             (_accumulate_second, (tensors, shared, problem, tile)),
             (_load, (tensors, shared, problem, tile)),
-            (_add_dq, (tensors, shared, problem, tile, turns_ptr)),
+            (_add_dq, (tensors, shared, problem, tile, counters_ptr + 1)),
         ],
         [4, 1, 1],
         [240, 24, 24],
     )
 
 
+_launch = Launcher(_attention_backward_kernel)
 _LOG2_E = 1.4426950408889634
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
 
 
-def _heads_per_group(q: torch.Tensor, heads_kv: int) -> int:
-    """How many key heads' queries fit the share of the L2 cache that programs work in."""
-    _, M, H, D = q.shape
-    head_bytes = M * D * (H // heads_kv) * (2 * q.element_size() + 4)
+def _heads_per_group(q: torch.Tensor) -> int:
+    """How many key heads' queries fit the share of the L2 cache that programs work in.
+
+    Programs walk the query heads of a key head one after another: one of them counts.
+    """
+    _, M, _, D = q.shape
+    head_bytes = M * D * (2 * q.element_size() + 4)
     return max(1, _L2_SHARE // head_bytes)
 
 
@@ -489,18 +492,24 @@ def attention_backward(
     rows, dq_sum, counters = sums.prepare(dout, dlse, out, lse, block_m, block_d, deterministic)
     blocks_m = rows.shape[-1] // block_m
     blocks_n = -(-N // BLOCK_N.value)
-    _attention_backward_kernel[(blocks_n * B * H_KV,)](
-        rows_descriptor(q, block_m, block_d),
-        rows_descriptor(dout, block_m, block_d),
-        *(rows_descriptor(tensor, _KEYS.value, block_d) for tensor in (k, v, dk, dv)),
-        flat_descriptor(rows[0], (1, block_m)),
-        flat_descriptor(rows[1], (1, block_m)),
-        flat_descriptor(dq_sum, sums.UNIT),
-        counters, counters[1:],
-        M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV, _heads_per_group(q, H_KV),
-        scale, scale * _LOG2_E, left, right,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, DETERMINISTIC=deterministic,
-        num_warps=4, maxnreg=_MAX_REGISTERS,
+    _launch(
+        blocks_n * B * H_KV,
+        rows=(
+            *(Rows(tensor, block_m, block_d) for tensor in (q, dout)),
+            *(Rows(tensor, _KEYS.value, block_d) for tensor in (k, v, dk, dv)),
+            *(Flat(row, (1, block_m)) for row in rows),
+            Flat(dq_sum, sums.UNIT),
+        ),
+        args=(
+            counters,
+            M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV, _heads_per_group(q),
+            scale, scale * _LOG2_E, left, right,
+        ),
+        constants={
+            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "DETERMINISTIC": deterministic,
+            "BLOCK_M": block_m, "BLOCK_D": block_d,
+        },
+        maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
-    sums.finish(dq_sum, counters[1:] if deterministic else None, dq, scale, block_d)
+    sums.finish(dq_sum, counters if deterministic else None, dq, scale, block_d)
     return dq, dk, dv

@@ -12,7 +12,9 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attn_core.launch import Launcher
 from attn_core.tiles.softmax import LOG2_E
+from attn_core.tuning import TileConfig
 
 PADDING = 128  # queries: rows are padded to a multiple of it
 UNIT = (16, 256)
@@ -85,7 +87,7 @@ def _prepare_kernel(
 @triton.jit(do_not_specialize=["M", "padded_m", "H"])
 def _finish_kernel(
     dq_sum_ptr,
-    turns_ptr,  # how many programs have added to each pair of units, or None: all of them
+    counters_ptr,  # or None: programs have added to all units
     dq_ptr, stride_dqb, stride_dqm, stride_dqh,
     M, padded_m, H, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -97,10 +99,10 @@ def _finish_kernel(
     unit = pid % units
     pid_bh = (pid // units).to(tl.int64)
     sum_ptrs = dq_sum_ptr + pid.to(tl.int64) * _UNIT_SIZE + tl.arange(0, _UNIT_SIZE)
-    if turns_ptr is None:
+    if counters_ptr is None:
         dq = tl.load(sum_ptrs)
     else:
-        turns = tl.full([_UNIT_SIZE], tl.load(turns_ptr + pid // 2), tl.int32)
+        turns = tl.full([_UNIT_SIZE], tl.load(counters_ptr + 1 + pid // 2), tl.int32)
         dq = tl.load(sum_ptrs, mask=turns > 0, other=0.0)
     dq = _from_unit(dq) * scale
     offs_m = unit // UNITS * 64 + tl.arange(0, 64)
@@ -111,11 +113,15 @@ def _finish_kernel(
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_prepare = Launcher(_prepare_kernel)
+_launch_finish = Launcher(_finish_kernel)
+
+
 def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
     """Return lse in units of log2 and delta, (2, B * H, padded M), the sum of dq and counters.
 
-    Without `deterministic` the sum is 0. With it the counters are: a ticket, and then one of each
-    block of block_m queries.
+    Without `deterministic` the sum is 0. With it the counters are how many programs have begun, and
+    then how many have added to the sum of each block of block_m queries.
     """
     B, M, H, D = out.shape
     padded_m = -(-M // PADDING) * PADDING
@@ -123,22 +129,31 @@ def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
     rows = out.new_empty((2, B * H, padded_m), dtype=torch.float32)
     dq_sum = out.new_empty((blocks * block_m * block_d // UNIT[1], UNIT[1]), dtype=torch.float32)
     counters = out.new_empty(1 + blocks, dtype=torch.int32)
-    _prepare_kernel[(blocks,)](
-        out, *out.stride()[:3],
-        dout, *dout.stride()[:3],
-        lse, dlse,
-        rows[0], rows[1], dq_sum, counters,
-        M, padded_m, H,
-        DETERMINISTIC=deterministic, HEAD_DIM=D, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+    strides = out.stride()[:3], dout.stride()[:3]
+    _launch_prepare(
+        blocks,
+        strides=strides,
+        args=(
+            out, *strides[0], dout, *strides[1], lse, dlse,
+            rows[0], rows[1], dq_sum, counters, M, padded_m, H,
+        ),
+        constexprs={
+            "DETERMINISTIC": deterministic, "HEAD_DIM": D, "BLOCK_M": block_m, "BLOCK_D": block_d
+        },
+        config=TileConfig(block_m, block_d),
     )  # fmt: skip
     return rows, dq_sum, counters
 
 
-def finish(dq_sum, turns, dq, scale, block_d):
+def finish(dq_sum, counters, dq, scale, block_d):
     """Write dq (B, M, H, D): the scaled sum, 0 where nobody has added to it."""
     _, M, H, D = dq.shape
     padded_m = -(-M // PADDING) * PADDING
-    _finish_kernel[(dq_sum.numel() // _UNIT_SIZE.value,)](
-        dq_sum, turns, dq, *dq.stride()[:3], M, padded_m, H, scale,
-        HEAD_DIM=D, BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip
+    strides = dq.stride()[:3]
+    _launch_finish(
+        dq_sum.numel() // _UNIT_SIZE.value,
+        strides=strides,
+        args=(dq_sum, counters, dq, *strides, M, padded_m, H, scale),
+        constexprs={"HEAD_DIM": D, "BLOCK_D": block_d},
+        config=TileConfig(_UNIT_ROWS.value, block_d),
+    )

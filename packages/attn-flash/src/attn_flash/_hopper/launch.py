@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
-from attn_flash._hopper.descriptors import rows_descriptor
+from attn_flash._hopper.descriptors import flat_descriptor, rows_descriptor
 
 _MAX_REMEMBERED = 4096
 _PADDING = 0  # rows past the end arrive as zeros
@@ -31,6 +32,21 @@ class Rows(NamedTuple):
     block_d: int
     is_ragged: bool = False
 
+    def describe(self) -> TensorDescriptor:
+        """Return what Triton launches with."""
+        return rows_descriptor(*self)
+
+
+class Flat(NamedTuple):
+    """An argument: a contiguous matrix of float32 in tiles."""
+
+    tensor: torch.Tensor
+    tile: tuple[int, int]
+
+    def describe(self) -> TensorDescriptor:
+        """Return what Triton launches with."""
+        return flat_descriptor(*self)
+
 
 class _Compiled(NamedTuple):
     """A compiled kernel, its function in the driver, and how it wants its tensors encoded."""
@@ -46,8 +62,8 @@ class Launcher:
     Parameters
     ----------
     kernel : JITFunction of gluon.jit
-        Its parameters are the run-time arguments, `Rows` first, then the constants. None of its
-        integers is specialised.
+        Its parameters are the run-time arguments, `Rows` and `Flat` first, then the constants. None
+        of its integers is specialised.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -58,7 +74,7 @@ class Launcher:
     def __call__(
         self,
         num_programs: int,
-        rows: Sequence[Rows],
+        rows: Sequence[Rows | Flat],
         args: Sequence[Any],
         constants: Mapping[str, Any],
         maxnreg: int,
@@ -91,14 +107,14 @@ class Launcher:
         self,
         key: Hashable,
         num_programs: int,
-        rows: Sequence[Rows],
+        rows: Sequence[Rows | Flat],
         args: Sequence[Any],
         constants: Mapping[str, Any],
         maxnreg: int,
     ) -> None:
         """Let Triton launch, and remember what it compiled where that can be started again."""
         kernel = self._kernel[(num_programs,)](
-            *(rows_descriptor(*argument) for argument in rows),
+            *(argument.describe() for argument in rows),
             *args,
             **constants,
             num_warps=4,
@@ -111,9 +127,11 @@ class Launcher:
             self._compiled.clear()
         self._compiled[key] = _Compiled(kernel, start, kernel.metadata.tensordesc_meta)
 
-    def _encode(self, key: Hashable, argument: Rows, encoding: Mapping[str, Any]) -> list[Any]:
+    def _encode(
+        self, key: Hashable, argument: Rows | Flat, encoding: Mapping[str, Any]
+    ) -> list[Any]:
         """Return the tensor as the driver takes it: a tensor map, sizes and strides."""
-        descriptor = rows_descriptor(*argument)
+        descriptor = argument.describe()
         tensor_map = driver.active.utils.fill_tma_descriptor(
             argument.tensor.data_ptr(),
             encoding["swizzle"],
