@@ -1,0 +1,108 @@
+"""Plain eager calls, which nothing watches, and what tells one from another."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN_NUMBERS = frozenset({bool, int, float})
+# Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
+_PLAIN_TYPES = _PLAIN_NUMBERS | _TENSORS | {torch.dtype, str, type(None)}
+_SEQUENCES = frozenset({list, tuple})
+_ALIGNMENT = 16  # bytes: kernels are compiled, and chosen, for addresses that are less aligned
+
+
+class Signature(NamedTuple):
+    """What a call has in common with others, and its tensors.
+
+    Attributes
+    ----------
+    key : hashable
+        All that may decide which kernels run on which memory, but for addresses.
+    tensors : list of Tensor
+        Those among the arguments, in their order.
+    pointers : list of int
+        Their addresses.
+    """
+
+    key: Hashable
+    tensors: list[torch.Tensor]
+    pointers: list[int]
+
+
+class Observer(TorchDispatchMode):
+    """A mode of the dispatcher that changes nothing: what runs in it is still plain."""
+
+
+def is_plain_eager(args: Sequence[Any]) -> bool:
+    """Whether nothing watches the call: no compiler, mode, transform or tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and (torch._C._len_torch_dispatch_stack() == 0 or _is_only_observed())
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and are_plain(args)
+    )
+
+
+def are_plain(args: Sequence[Any]) -> bool:
+    """Whether arguments are tensors as such, None, names, dtypes, numbers and lists of numbers."""
+    kinds = set(map(type, args)) - _PLAIN_TYPES
+    return not kinds or (
+        kinds <= _SEQUENCES
+        and all(
+            _PLAIN_NUMBERS.issuperset(map(type, arg)) for arg in args if type(arg) in _SEQUENCES
+        )
+    )
+
+
+def needs_grad(args: Sequence[Any]) -> bool:
+    """Whether autograd will ask for the gradient of a tensor among `args`."""
+    if torch.is_grad_enabled():
+        for arg in args:
+            if arg is not None and isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False
+
+
+def signature(args: Sequence[Any]) -> Signature | None:
+    """Describe plain arguments; None where a tensor is less aligned than memory that is new.
+
+    Beside metadata and numbers the key holds which tensors begin at the same address, whether
+    gradients are recorded, and what torch allows: TF32, and sums in any order.
+    """
+    types = tuple(map(type, args))
+    tensors = [arg for arg in args if type(arg) in _TENSORS]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    if functools.reduce(operator.or_, pointers, 0) % _ALIGNMENT:
+        return None
+    others = [arg for arg in args if type(arg) not in _TENSORS]
+    if not _SEQUENCES.isdisjoint(types):
+        others = [_by_value(arg) if type(arg) in _SEQUENCES else arg for arg in others]
+    described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]
+    key = (
+        types,
+        *others,
+        *described,
+        *map(pointers.index, pointers),
+        torch.is_grad_enabled(),
+        torch._C._get_cublas_allow_tf32(),
+        torch._C._get_deterministic_algorithms(),
+    )
+    return Signature(key, tensors, pointers)
+
+
+def _is_only_observed() -> bool:
+    modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
+    return all(isinstance(mode, Observer) for mode in modes)
+
+
+def _by_value(numbers: Sequence[Any]) -> Hashable:
+    return tuple(numbers), tuple(map(type, numbers))
