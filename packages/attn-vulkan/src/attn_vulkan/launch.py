@@ -201,11 +201,11 @@ def _allocate_parts(
 ) -> None:
     """Make room for what each split computes."""
     rows = plan.splits * problem.batches * problem.heads * problem.len_q
-    out, lse = (
+    out, sums = (
         commands.keep(context.memory.allocate(rows * width * _FLOAT_BYTES))
-        for width in (problem.head_dim_v, 1)
+        for width in (problem.head_dim_v, 2)
     )
-    block.splits, block.part_out, block.part_lse = plan.splits, out.address, lse.address
+    block.splits, block.part_out, block.part_sums = plan.splits, out.address, sums.address
 
 
 def _allocate_delta(

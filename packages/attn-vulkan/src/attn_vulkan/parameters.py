@@ -47,7 +47,7 @@ class Parameters(ctypes.Structure):
         *[(name, c_uint64) for name in _ADDRESSES],
         ("blocks_stride", c_int64),
         ("part_out", c_uint64),
-        ("part_lse", c_uint64),
+        ("part_sums", c_uint64),
         ("batches", c_uint32),
         ("heads", c_uint32),
         ("group", c_uint32),

@@ -223,7 +223,7 @@ class Context:
         with self.commands() as commands:
             found = commands.keep(self.memory.allocate(size, "staging"))
             ctypes.memset(found.pointer, 0, size)
-            commands.dispatch(pipeline, bytes(Parameters(part_lse=found.address)), (1, 1, 1))
+            commands.dispatch(pipeline, bytes(Parameters(part_sums=found.address)), (1, 1, 1))
             commands.then(lambda: ctypes.memmove(answers, found.pointer, size))
         return all(answer == 1.0 for answer in answers)
 

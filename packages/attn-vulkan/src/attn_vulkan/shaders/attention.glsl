@@ -36,7 +36,7 @@ layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Par
     uint64_t blocks;       // (batch, max_blocks), int32: the block table of a paged cache
     int64_t blocks_stride;
     uint64_t part_out;     // (split, batch, head, query, head_dim_v), float32
-    uint64_t part_lse;     // (split, batch, head, query), float32
+    uint64_t part_sums;    // (split, batch, head, query, 2), float32: the largest score, and the sum
     uint batches;
     uint heads;
     uint group;            // query heads of one key head
@@ -55,10 +55,14 @@ layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Par
 layout(push_constant, scalar) uniform Push { Parameters p; };
 
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer Float { float value; };
+layout(buffer_reference, scalar, buffer_reference_align = 8) buffer Floats { vec2 value; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Int { int value; };
 
 const float LOG2_E = 1.4426950408889634;
+const float LOG2_E_LOW = 1.9259629911e-8;  // what float32 cuts off LOG2_E
 const float LN_2 = 0.6931471805599453;
+const float LN_2_HIGH = 0.693359375;  // 9 bits, and the rest of LN_2
+const float LN_2_LOW = -2.1219444e-4;
 // Below every score. A finite number: not every driver computes with infinities.
 const float LOWEST = -1.0e30;
 const float MINUS_INFINITY = uintBitsToFloat(0xff800000u);
@@ -181,6 +185,10 @@ void write_float(uint64_t address, float value) {
     Float(address).value = value;
 }
 
+void write_floats(uint64_t address, vec2 values) {
+    Floats(address).value = values;
+}
+
 // Row of a query among the partial results of split keys.
 uint64_t part_row(Sequence s, uint split, uint head, uint i) {
     return ((uint64_t(split) * p.batches + s.batch) * p.heads + head) * p.len_q + i;
@@ -260,18 +268,22 @@ float capped(float x) {
     return 1.0 - 2.0 / (exp2(min(x, 20.0) * (2.0 * LOG2_E)) + 1.0);
 }
 
-// The natural logarithm of a normal number to a rounding or two. A driver's may err by three, and by
-// as much as its error in lse every weight of the backward pass is off.
-float logarithm(float x) {
+// top + log(sum) of a normal sum, rounded once: by the error of lse every weight of the backward pass
+// is off. A driver's logarithm may err by three roundings.
+float log_sum(float top, float sum) {
     int exponent;
-    float m = frexp(x, exponent);
+    float m = frexp(sum, exponent);
     if (m < 0.70710678) {
         m *= 2.0;
         exponent -= 1;
     }
     float y = (m - 1.0) / (m + 1.0), z = y * y;
-    float series = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z / 9.0)));
-    return fma(float(exponent), LN_2, 2.0 * y * series);
+    float series = 2.0 * y * (1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z / 9.0))));
+    precise float powers = float(exponent) * LN_2_HIGH;  // exact
+    precise float whole = top + powers;
+    precise float taken = whole - top;
+    precise float lost = (top - (whole - taken)) + (powers - taken);
+    return whole + (lost + fma(float(exponent), LN_2_LOW, series));
 }
 
 // What is added to a score: ALiBi and the bias.

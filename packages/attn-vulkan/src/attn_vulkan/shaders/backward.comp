@@ -37,6 +37,18 @@ shared vec4 s_tile[BC * STRIDE];
                 store4(address, view.element, (d * CG + cg) * 4, size, ALIGNED, acc[r][d]); \
     }
 
+// acc += s_weights s_tile, summed apart first: a chain through all tiles would round too often.
+#define ADD_PRODUCT(acc, stride) { \
+    vec4 part[TR][DT]; \
+    [[unroll]] for (uint r = 0; r < TR; ++r) \
+        [[unroll]] for (uint d = 0; d < DT; ++d) \
+            part[r][d] = vec4(0.0); \
+    ACCUMULATE(part, stride) \
+    [[unroll]] for (uint r = 0; r < TR; ++r) \
+        [[unroll]] for (uint d = 0; d < DT; ++d) \
+            acc[r][d] += part[r][d]; \
+    }
+
 #include "gradient.glsl"
 
 #ifdef DQ
@@ -82,7 +94,7 @@ void main() {
             }
         SHARE(grads)
         barrier();
-        ACCUMULATE(dq, STRIDE)
+        ADD_PRODUCT(dq, STRIDE)
     }
     STORE(dq, query_address(p.dq, s, head, row0 + row), p.dq, p.head_dim, row0 + row < s.len_q)
 }
@@ -133,7 +145,7 @@ void main() {
             LOAD(s_tile, BC, STRIDE, D, dout_rows, i0, row_at(dout_rows, row))
             barrier();
             MULTIPLY(grads, s_second, STRIDE, D)
-            ACCUMULATE(dv, STRIDE)
+            ADD_PRODUCT(dv, STRIDE)
             [[unroll]] for (uint r = 0; r < TR; ++r)
                 [[unroll]] for (uint c = 0; c < TC; ++c)
                     grads[r][c] = weights[r][c] * (grads[r][c] - delta[c]) * derivatives[r][c];
@@ -141,7 +153,7 @@ void main() {
             SHARE(grads)
             LOAD(s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
             barrier();
-            ACCUMULATE(dk, STRIDE)
+            ADD_PRODUCT(dk, STRIDE)
         }
     }
     STORE(dk, key_address(p.dk, s, head_kv, row0 + row, false), p.dk, p.head_dim, row0 + row < s.len_k)

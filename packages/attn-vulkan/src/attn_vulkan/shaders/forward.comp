@@ -162,20 +162,19 @@ void main() {
             l[r] = l[r] * keep + exp2((sink - top) * LOG2_E);
             m[r] = top;
         }
-        float norm = l[r] > 0.0 ? keep / l[r] : 0.0;
-        float lse = l[r] > 0.0 ? m[r] + logarithm(l[r]) : MINUS_INFINITY;
         if (SPLIT) {
             uint64_t part = part_row(s, split, head, i);
             if (cg == 0)
-                write_float(p.part_lse + part * 4, lse);
+                write_floats(p.part_sums + part * 8, vec2(m[r], l[r]));
             [[unroll]] for (uint d = 0; d < DT; ++d)
                 [[unroll]] for (uint e = 0; e < 4; ++e)
                     if ((d * CG + cg) * 4 + e < p.head_dim_v)
-                        write_float(p.part_out + (part * p.head_dim_v + (d * CG + cg) * 4 + e) * 4, acc[r][d][e] * norm);
+                        write_float(p.part_out + (part * p.head_dim_v + (d * CG + cg) * 4 + e) * 4, acc[r][d][e]);
             continue;
         }
+        float norm = l[r] > 0.0 ? keep / l[r] : 0.0;
         if (cg == 0)
-            write_float(statistic_address(p.lse, s, head, i), lse);
+            write_float(statistic_address(p.lse, s, head, i), l[r] > 0.0 ? log_sum(m[r], l[r]) : MINUS_INFINITY);
         uint64_t out_row = query_address(p.out_, s, head, i);
         [[unroll]] for (uint d = 0; d < DT; ++d)
             store4(out_row, p.out_.element, (d * CG + cg) * 4, p.head_dim_v, ALIGNED, acc[r][d] * norm);

@@ -174,10 +174,13 @@ void main() {
             sum = sum * keep + exp2(sink - above);
             top = above;
         }
-        norm[h] = sum > 0.0 ? keep / sum : 0.0;
-        uint64_t lse = SPLIT ? p.part_lse + part_row(s, split, head, i) * 4 : statistic_address(p.lse, s, head, i);
-        if (row < rows && gl_SubgroupInvocationID % 4 == 0)
-            write_float(lse, sum > 0.0 ? top * LN_2 + logarithm(sum) : MINUS_INFINITY);
+        norm[h] = SPLIT ? 1.0 : sum > 0.0 ? keep / sum : 0.0;
+        if (row >= rows || gl_SubgroupInvocationID % 4 != 0)
+            continue;
+        if (SPLIT)
+            write_floats(p.part_sums + part_row(s, split, head, i) * 8, vec2(top * LN_2, sum));
+        else
+            write_float(statistic_address(p.lse, s, head, i), sum > 0.0 ? log_sum(top * LN_2, sum) : MINUS_INFINITY);
     }
     // Indices that unrolling makes constant, or the accumulators would live in memory.
     [[unroll]] for (uint d = 0; d < BLOCKS * VD; ++d)

@@ -81,7 +81,7 @@ float finish(const in uint r, const in uint c, const in float total, const in fl
         l = 0.0;
     }
     if (c == 0 && row0 + r < s.len_q)
-        write_float(statistic_address(p.lse, s, head, row0 + r), l > 0.0 ? x * LN_2 + logarithm(l) : MINUS_INFINITY);
+        write_float(statistic_address(p.lse, s, head, row0 + r), l > 0.0 ? log_sum(x * LN_2, l) : MINUS_INFINITY);
     return l > 0.0 ? keep / l : 0.0;
 }
 

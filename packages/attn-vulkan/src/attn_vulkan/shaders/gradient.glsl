@@ -15,5 +15,10 @@ vec2 weight(Sequence s, uint head, uint i, uint j, float product, float lse, flo
     }
     if (HAS_BIAS || HAS_SLOPES)
         x += added(s, head, i, j, slope, HAS_SLOPES, HAS_BIAS);
-    return vec2(exp2(x * LOG2_E), derivative);
+    x = max(x, LOWEST);  // a bias may be -inf
+    // What x log2(e) loses where it is rounded comes back: exp2(y + z) = exp2(y) (1 + z ln 2).
+    precise float y = x * LOG2_E;
+    precise float z = fma(x, LOG2_E, -y) + x * LOG2_E_LOW;
+    float w = exp2(y);
+    return vec2(fma(w, z * LN_2, w), derivative);
 }

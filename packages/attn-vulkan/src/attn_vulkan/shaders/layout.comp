@@ -25,5 +25,5 @@ void main() {
             float expected = float(lane_row(e) * 16 + lane_column(e));
             known = known && float(a[e]) == expected && c[e] == expected;
         }
-    write_float(p.part_lse + lane * 4, known ? 1.0 : 0.0);
+    write_float(p.part_sums + lane * 4, known ? 1.0 : 0.0);
 }
