@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_core.testing import random_tensor
-from attn_evo import EvoAttention, evo_attention
+from attn_evo import EvoAttention, EvoWeights, evo_attention
 
 GATES = ("q_proj", "v_proj_local", "global_stat_gate_proj", "final_gate_proj")
 
@@ -129,6 +129,13 @@ def test_errors():
         EvoAttention(24, 3)(torch.zeros(2, 3, 25))
     with pytest.raises(ValueError, match=r"x must have 3 dimensions \(B, L, E\), got"):
         EvoAttention(24, 3)(torch.zeros(3, 24))
+    with pytest.raises(ValueError, match="x must have dtype float16, .*, got int64"):
+        EvoAttention(24, 3)(torch.zeros(2, 3, 24).long())
+    for name in ("bias", "out_proj"):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+            EvoAttention(24, 3, **{name: "no"})
+    with pytest.raises(ValueError, match="head_dim must be a positive integer, got -1"):
+        EvoWeights.identity(-1)
 
 
 def test_repr_shows_the_settings():

@@ -163,3 +163,8 @@ def test_a_bad_shape_is_named(x_shape, mask_shape, message):
 def test_a_bad_size_is_named(sizes):
     with pytest.raises(ValueError, match=r"(c_in|c_hidden|no_heads) must be a positive integer"):
         TriangleAttention(*sizes)
+
+
+def test_a_node_that_is_neither_is_named():
+    with pytest.raises(ValueError, match="starting must be True or False, got 'ending'"):
+        TriangleAttention(8, 4, 2, "ending")

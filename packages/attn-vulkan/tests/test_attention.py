@@ -228,6 +228,8 @@ def test_numbers_that_the_device_would_misread(name):
     for misread in (arrays[name].astype(">f4"), packed["x"]):
         with pytest.raises(ValueError, match=f"{name} must be aligned and of the machine's byte"):
             attn_vulkan.attention(**arrays | {name: misread})
+    with pytest.raises(ValueError, match=f"the strides of {name} must not be negative"):
+        attn_vulkan.attention(**arrays | {name: arrays[name][:, ::-1]})
     with pytest.raises(ValueError, match=f"{name} must be an array of 4 dim.*, got NoneType"):
         attn_vulkan.attention(**arrays | {name: None})
 

@@ -158,7 +158,8 @@ def accum_dtype_for(
     v: torch.Tensor, accum_dtype: torch.dtype | None, state: EvoState | None
 ) -> torch.dtype:
     """Return the dtype of the sums: float32 unless v, the state or the caller have float64."""
-    if accum_dtype not in (None, *ACCUM_DTYPES):
+    is_dtype = isinstance(accum_dtype, torch.dtype)
+    if accum_dtype is not None and not (is_dtype and accum_dtype in ACCUM_DTYPES):
         raise ValueError(f"accum_dtype must be None, float32 or float64, got {accum_dtype}")
     least = torch.promote_types(v.dtype, torch.float32)
     chosen = accum_dtype or (least if state is None else state.sums.dtype)

@@ -23,7 +23,7 @@ _AUTOTUNE_MODES = {"0": "off", "1": "on", "off": "off", "on": "on", "force": "fo
 
 def requested_backend(backend: str) -> str:
     """Return the backend a call asks for: its own, that of ``EVO_BACKEND``, or ``"auto"``."""
-    if backend != "auto" or os.environ.get(environment.BACKEND):
+    if not isinstance(backend, str) or backend != "auto" or os.environ.get(environment.BACKEND):
         return backend
     return os.environ.get(BACKEND, "").lower() or backend
 

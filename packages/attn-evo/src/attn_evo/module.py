@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from attn_core import backends
-from attn_core.checks import require_multiple, require_positive, require_rank
+from attn_core.checks import flag, require_dtype, require_multiple, require_positive, require_rank
 from attn_evo.api import evo_attention, evo_attention_step
+from attn_evo.checks import DTYPES
 from attn_evo.reference import NORM_EPSILON
 from attn_evo.state import EvoState
 from attn_evo.weights import EvoWeights
@@ -76,6 +77,7 @@ class EvoAttention(nn.Module):
         require_positive("embed_dim", embed_dim)
         require_positive("num_heads", num_heads)
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
+        bias = flag("bias", bias)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -89,7 +91,7 @@ class EvoAttention(nn.Module):
         self.global_stat_gate_proj = linear(self.head_dim)
         self.final_gate_proj = linear(self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim, NORM_EPSILON, device=device, dtype=dtype)
-        if out_proj:
+        if flag("out_proj", out_proj):
             self.out_proj: nn.Module = linear(embed_dim, bias)
         elif bias:
             self.out_proj = _Bias(embed_dim, device=device, dtype=dtype)
@@ -174,6 +176,7 @@ class EvoAttention(nn.Module):
         require_rank("x", x, "(B, L, E)")
         if x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have shape (B, L, {self.embed_dim}), got {tuple(x.shape)}")
+        require_dtype("x", x, DTYPES)
         heads: torch.Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
         return heads.transpose(1, 2)
 

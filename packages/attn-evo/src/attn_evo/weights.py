@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from attn_core.checks import require_positive
+
 
 class EvoWeights(NamedTuple):
     """Parameters of `evo_attention`, shared by all heads; D is the head dimension.
@@ -73,6 +75,8 @@ class EvoWeights(NamedTuple):
         EvoWeights
             The same at every call. Its matrices are one tensor, and so are its biases.
         """
+        if not isinstance(head_dim, torch.SymInt):
+            require_positive("head_dim", head_dim)
         matrix = torch.eye(head_dim, dtype=dtype, device=device)
         zeros = torch.zeros(head_dim, dtype=dtype, device=device)
         ones = torch.ones(head_dim, dtype=dtype, device=device)

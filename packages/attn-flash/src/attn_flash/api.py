@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attn_core import backends
+from attn_core import arguments, backends
 from attn_core.checks import (
     flag,
     require_dtype,
@@ -553,7 +553,7 @@ def flash_attention(
     """
     _require_heads_first(q, k, v)
     return_lse = flag("return_lse", return_lse)
-    reach = checks.reach(window_size)
+    reach = arguments.reach(window_size)
     if rot_cos is not None or rot_sin is not None:
         backend = extras.get("backend", backends.AUTO)
         tables = ("rot_cos", "rot_sin")
@@ -732,7 +732,7 @@ def _options(
 ) -> Options:
     """Put together what does not depend on shapes, with defaults in place."""
     require_tensor("q", q)
-    left, right = checks.window(causal, window_size)
+    left, right = arguments.window(causal, window_size)
     dropout_p = checks.dropout_p(dropout_p)
     return Options(
         alibi_slopes=alibi_slopes,
@@ -740,10 +740,10 @@ def _options(
         key_mask=key_mask,
         sinks=sinks,
         rng_state=checks.rng_state(rng_state, dropout_p, q.device),
-        scale=checks.softmax_scale(softmax_scale, q.shape[-1] if q.dim() else 1),
+        scale=arguments.softmax_scale(softmax_scale, q.shape[-1] if q.dim() else 1),
         window_left=left,
         window_right=right,
-        softcap=checks.softcap(softcap),
+        softcap=arguments.softcap(softcap),
         dropout_p=dropout_p,
         deterministic=flag("deterministic", deterministic),
         **ragged,

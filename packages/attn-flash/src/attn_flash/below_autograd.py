@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_core import backends
+from attn_core import arguments, backends
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
 from attn_flash.options import Options
@@ -33,7 +33,7 @@ def options(
     block_table: torch.Tensor | None = None,
 ) -> Options:
     """Validate what an attention pass takes beside its large tensors."""
-    left, right = checks.window(causal, window)
+    left, right = arguments.window(causal, window)
     dropout_p = checks.dropout_p(dropout_p)
     is_varlen = cu_seqlens_q is not None
     return Options(
@@ -45,10 +45,10 @@ def options(
         block_table=block_table,
         max_seqlen_q=max_seqlen_q if is_varlen else 0,
         max_seqlen_k=max_seqlen_k if is_varlen else 0,
-        scale=checks.softmax_scale(softmax_scale, q.shape[-1]),
+        scale=arguments.softmax_scale(softmax_scale, q.shape[-1]),
         window_left=left,
         window_right=right,
-        softcap=checks.softcap(softcap),
+        softcap=arguments.softcap(softcap),
         dropout_p=dropout_p,
         deterministic=deterministic,
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -85,52 +83,11 @@ def describe(
     )
 
 
-def softmax_scale(value: float | None, head_dim: int) -> float:
-    """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
-    if value is None:
-        default: float = float(max(head_dim, 1)) ** -0.5
-        return default
-    if not checks.is_number(value) or not math.isfinite(value):
-        raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
-    return float(value)
-
-
-def softcap(value: Any) -> float:
-    """Return the cap of the scores, 0 for none."""
-    if not checks.is_number(value) or not 0.0 <= value < math.inf:
-        raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
-    return float(value)
-
-
 def dropout_p(value: Any) -> float:
     """Return the probability that a weight is dropped."""
     if not checks.is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(f"dropout_p must be a number from 0 to below 1, got {value!r}")
     return float(value)
-
-
-def window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
-    """Return (left, right) with -1 for an open side; causal closes the right side at 0."""
-    try:
-        left, right = (operator.index(side) for side in window_size)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"window_size must be two integers (left, right), got {window_size!r}"
-        ) from None
-    if checks.flag("causal", causal):
-        right = 0
-    return (left if left >= 0 else -1), (right if right >= 0 else -1)
-
-
-def reach(window_size: int) -> int:
-    """Return how many keys before its own a query sees, from their number with it; -1 for all."""
-    try:
-        number = operator.index(window_size)
-    except TypeError:
-        raise ValueError(f"window_size must be an integer, got {window_size!r}") from None
-    if number == 0:
-        raise ValueError("window_size must be positive, or negative for no window, got 0")
-    return number - 1 if number > 0 else -1
 
 
 def length(name: str, value: Any) -> int:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from attn_core import backends
+from attn_core import arguments, backends
 from attn_core.checks import flag
-from attn_flash import checks, kvcache_checks, kvcache_ops
+from attn_core.replay import repeatable
+from attn_flash import kvcache_checks, kvcache_ops
 
 
+@repeatable
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -128,9 +130,9 @@ def flash_attn_with_kvcache(
     return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     splits = kvcache_checks.num_splits(num_splits)
     capacity = kvcache_checks.capacity(k_cache, block_table)
-    window = checks.window(causal, window_size)
+    window = arguments.window(causal, window_size)
     window = kvcache_checks.binding_window(window, capacity)
-    softcap = checks.softcap(softcap)
+    softcap = arguments.softcap(softcap)
     seqlens, length = kvcache_checks.cache_length(cache_seqlens, k, capacity)
     cache = kvcache_checks.Cache(seqlens, length, cache_batch_idx, cache_leftpad, block_table)
     problem = kvcache_checks.kvcache_problem(
@@ -146,7 +148,7 @@ def flash_attn_with_kvcache(
         window,
         softcap,
     )
-    scale = checks.softmax_scale(softmax_scale, problem.head_dim)
+    scale = arguments.softmax_scale(softmax_scale, problem.head_dim)
     rotary = (rotary_cos, rotary_sin, flag("rotary_interleaved", rotary_interleaved))
     name = backends.resolve(kvcache_ops.ATTENTION, problem, backend)
     if k is not None:

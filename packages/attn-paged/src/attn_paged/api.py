@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attn_core import backends
+from attn_core import arguments, backends
 from attn_core.checks import flag, require_rank
 from attn_paged import checks, ops
 from attn_paged.options import AppendOptions, AttentionOptions
@@ -148,18 +148,18 @@ def paged_attention(
     window, is_causal = checks.window(causal, window_size)
     require_rank("q", q, "(T, H, D)")
     options = AttentionOptions(
-        checks.softmax_scale(softmax_scale, q.shape[2]),
+        arguments.softmax_scale(softmax_scale, q.shape[2]),
         window,
-        checks.softcap(softcap),
+        arguments.softcap(softcap),
         *(cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, is_causal, tree_mask),
         flag("batch_invariant", batch_invariant),
         flag("shared_prefix", shared_prefix),
     )
-    arguments = (q, k_cache, v_cache, block_tables, context_lens)
-    problem = checks.attention_problem(*arguments, options)
+    tensors = (q, k_cache, v_cache, block_tables, context_lens)
+    problem = checks.attention_problem(*tensors, options)
     name = backends.resolve(ops.ATTENTION, problem, backend)
     out, lse = ops.attention(
-        *arguments,
+        *tensors,
         *(cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, is_causal, tree_mask),
         *(options.scale, *window, options.softcap, options.batch_invariant, options.shared_prefix),
         name,
@@ -224,7 +224,7 @@ def flash_attention_paged(
         block_tables,
         context_lens,
         softmax_scale=scale,
-        window_size=(checks.reach(window_size), 0),
+        window_size=(arguments.reach(window_size), 0),
         backend=backend,
     )
     return out.unsqueeze(2)
@@ -300,11 +300,11 @@ def append_to_cache(
     """
     rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
     rotary = checks.rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
-    arguments = (k, v, k_cache, v_cache, slot_mapping)
-    problem = checks.append_problem(*arguments, AppendOptions(k_scale, v_scale, rotary))
+    tensors = (k, v, k_cache, v_cache, slot_mapping)
+    problem = checks.append_problem(*tensors, AppendOptions(k_scale, v_scale, rotary))
     name = backends.resolve(ops.APPEND, problem, backend)
     ops.append_to_cache(
-        *arguments,
+        *tensors,
         *(k_scale, v_scale, rotary_cos, rotary_sin, positions, rotary_interleaved),
         name,
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from attn_core import checks, environment
+from attn_core import arguments, checks, environment
 from attn_core.errors import UnsupportedProblemError
 from attn_paged.options import QUANTISED_DTYPES, AppendOptions, AttentionOptions, Rotary
 
@@ -223,50 +221,13 @@ def require_no_grad(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def softmax_scale(value: Any, head_dim: int) -> float:
-    """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
-    if value is None:
-        return 1.0 / math.sqrt(max(head_dim, 1))
-    if not checks.is_number(value) or not math.isfinite(value):
-        raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
-    return float(value)
-
-
-def softcap(value: Any) -> float:
-    """Return the cap of the scores, 0 for none."""
-    if not checks.is_number(value) or not 0.0 <= value < math.inf:
-        raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
-    return float(value)
-
-
 def window(
     causal: bool | torch.Tensor, window_size: Sequence[int]
 ) -> tuple[tuple[int, int], torch.Tensor | None]:
     """Return (left, right), -1 for an open side, and which sequences close the right one at 0."""
-    try:
-        left, right = (max(operator.index(side), -1) for side in window_size)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"window_size must be two integers (left, right), got {window_size!r}"
-        ) from None
     if isinstance(causal, torch.Tensor):
-        return (left, right), causal
-    if not isinstance(causal, bool):
-        raise ValueError(
-            f"causal must be True, False or a tensor of them, got {type(causal).__name__}"
-        )
-    return (left, 0 if causal else right), None
-
-
-def reach(window_size: Any) -> int:
-    """Return how many keys before its own a query sees, from their number with it; -1 for all."""
-    try:
-        number = operator.index(window_size)
-    except TypeError:
-        raise ValueError(f"window_size must be an integer, got {window_size!r}") from None
-    if number == 0:
-        raise ValueError("window_size must be positive, or negative for no window, got 0")
-    return number - 1 if number > 0 else -1
+        return arguments.window(False, window_size), causal
+    return arguments.window(causal, window_size), None
 
 
 def _check_caches(

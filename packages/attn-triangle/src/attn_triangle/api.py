@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
+from attn_core.checks import flag
 from attn_triangle import checks, ops
 
 
@@ -100,8 +101,8 @@ def triangle_attention(
     torch.Size([1, 4, 50, 50, 32])
     """
     problem = checks.triangle_problem(q, k, v, bias, mask, scale, masked_rows)
-    checks.require_bool("deterministic", deterministic)
-    checks.require_bool("return_lse", return_lse)
+    deterministic = flag("deterministic", deterministic)
+    return_lse = flag("return_lse", return_lse)
     name = backends.resolve(ops.ATTENTION, problem, backend)
     batch = q.shape[:-4]
     out, lse = ops.attention(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from attn_core import checks
+from attn_core import arguments, checks
 from attn_triangle.layout import is_aligned
 
 MAX_HEAD_DIM = 128
@@ -72,11 +72,11 @@ def triangle_problem(
     _require_bias(bias, q, (*batch, heads, len_q, len_k))
     if mask is not None:
         _require_mask(mask, q, (*batch, rows, len_k))
-    if masked_rows not in MASKED_ROWS:
+    if not isinstance(masked_rows, str) or masked_rows not in MASKED_ROWS:
         raise ValueError(f"masked_rows must be one of {MASKED_ROWS}, got {masked_rows!r}")
     tensors = (q, k, v, bias) if mask is None else (q, k, v, bias, mask)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    scale = softmax_scale(scale, head_dim)
+    scale = arguments.softmax_scale(scale, head_dim, "scale")
     return describe(q, k, v, bias, mask, scale, masked_rows, needs_grad)
 
 
@@ -110,21 +110,6 @@ def describe(
         torch.compiler.is_compiling() or all(is_aligned(x) for x in (q, k, v)),
         scale,
     )
-
-
-def softmax_scale(value: object, head_dim: int) -> float:
-    """Return the scale, ``1 / sqrt(head_dim)`` where none is given."""
-    if value is None:
-        return 1.0 / math.sqrt(head_dim)
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"scale must be a finite number or None, got {value!r}")
-    return float(value)
-
-
-def require_bool(name: str, value: object) -> None:
-    """Check that an argument is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _require_bias(bias: torch.Tensor, q: torch.Tensor, full: Sequence[int]) -> None:

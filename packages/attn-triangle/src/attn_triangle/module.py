@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attn_core import backends
-from attn_core.checks import require_shape, require_tensor
+from attn_core.checks import flag, require_shape, require_tensor
 from attn_triangle._gating import sigmoid_gate
 from attn_triangle.api import triangle_attention
 from attn_triangle.state_dicts import convert_state_dict, sizes_of
@@ -73,7 +73,7 @@ class TriangleAttention(nn.Module):
         for name, size in (("c_in", c_in), ("c_hidden", c_hidden), ("no_heads", no_heads)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        self.starting = starting
+        self.starting = flag("starting", starting)
         self.layer_norm = nn.LayerNorm(c_in)
         self.linear = nn.Linear(c_in, no_heads, bias=False)
         self.mha = _GatedAttention(c_in, c_hidden, no_heads, deterministic, backend)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from attn_core import checks
+from attn_core import arguments, checks
 from attn_vulkan import launch, variants
 from attn_vulkan._vk.errors import VulkanError
 from attn_vulkan.launch import Array
@@ -99,14 +97,14 @@ def attention(
     import numpy as np
 
     return_lse = checks.flag("return_lse", return_lse)
-    window = _window(causal, window_size)
+    window = arguments.window(causal, window_size)
     optional = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays, problem = _described(q, k, v, window, softcap, optional)
-    scale = _softmax_scale(softmax_scale, problem.head_dim)
+    scale = arguments.softmax_scale(softmax_scale, problem.head_dim)
     batch, len_q, heads, _ = q.shape
     out = np.empty((batch, len_q, heads, v.shape[3]), q.dtype)
     lse = np.empty((batch, heads, len_q), np.float32)
-    arrays |= {"out": _array(out), "lse": _array(lse)}
+    arrays |= {"out": _array("out", out), "lse": _array("lse", lse)}
     launch.forward(_opened(device, problem), _aligned(problem, arrays), arrays, scale)
     return (out, lse) if return_lse else out
 
@@ -165,10 +163,10 @@ def attention_backward(
     """
     import numpy as np
 
-    window = _window(causal, window_size)
+    window = arguments.window(causal, window_size)
     optional = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": None}
     arrays, problem = _described(q, k, v, window, softcap, optional)
-    scale = _softmax_scale(softmax_scale, problem.head_dim)
+    scale = arguments.softmax_scale(softmax_scale, problem.head_dim)
     batch, len_q, heads, _ = q.shape
     _require_shape("dout", dout, "(B, M, H, D)", (batch, len_q, heads, v.shape[3]))
     _require_shape("out", out, "(B, M, H, D)", dout.shape)
@@ -177,7 +175,7 @@ def attention_backward(
         _require_dtype(name, array, np.dtype(dtype).name)
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     given = {"dout": dout, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    arrays |= {name: _array(array) for name, array in given.items()}
+    arrays |= {name: _array(name, array) for name, array in given.items()}
     launch.backward(_opened(device, problem), _aligned(problem, arrays), arrays, scale)
     return dq, dk, dv
 
@@ -200,14 +198,13 @@ def _described(
     checks.require_multiple("the number of heads of q", heads, "that of k and v", heads_kv)
     checks.require_range("the head dimension of q", head_dim, 1, MAX_HEAD_DIM)
     checks.require_range("the head dimension of v", v.shape[3], 1, MAX_HEAD_DIM)
-    if not checks.is_number(softcap) or not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number, 0 or more, got {softcap!r}")
-    arrays = {"q": _array(q), "k": _array(k), "v": _array(v)}
+    softcap = arguments.softcap(softcap)
+    arrays = {name: _array(name, array) for name, array in (("q", q), ("k", k), ("v", v))}
     shapes = {"bias": (batch, heads, len_q, len_k), "slopes": (batch, heads), "sinks": (heads,)}
     dtypes = {"bias": q.dtype, "slopes": np.float32, "sinks": np.float32}
     for name, array in zip(shapes, optional.values(), strict=True):
         if array is not None:
-            arrays[name] = _array(_broadcast(name, array, shapes[name], dtypes[name]))
+            arrays[name] = _broadcast(name, array, shapes[name], dtypes[name])
     problem = Problem(
         dtype=q.dtype.name,
         batches=batch,
@@ -218,7 +215,7 @@ def _described(
         head_dim=head_dim,
         head_dim_v=v.shape[3],
         window=window,
-        softcap=float(softcap),
+        softcap=softcap,
         has_bias="bias" in arrays,
         has_slopes="slopes" in arrays,
         has_sinks="sinks" in arrays,
@@ -226,17 +223,18 @@ def _described(
     return arrays, problem
 
 
-def _broadcast(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+def _broadcast(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     import numpy as np
 
     public = {"slopes": "alibi_slopes"}.get(name, name)
     _require_dtype(public, array, np.dtype(dtype).name)
     try:
-        return np.broadcast_to(array, shape)
+        whole = np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(
             f"{public} must have a shape that broadcasts to {shape}, got {array.shape}"
         ) from None
+    return _array(public, whole)
 
 
 def _aligned(problem: Problem, arrays: dict[str, Array]) -> Problem:
@@ -251,29 +249,13 @@ def _opened(device: int | None, problem: Problem) -> Context:
     return context
 
 
-def _array(array: Any) -> Array:
+def _array(name: str, array: Any) -> Array:
     strides = tuple(stride // array.itemsize for stride in array.strides)
     if any(stride < 0 for stride in strides):
-        raise ValueError(f"strides must not be negative, got {array.strides}: copy the array")
-    return Array(array.ctypes.data, array.shape, strides, array.itemsize, array)
-
-
-def _window(causal: bool, window_size: Sequence[int]) -> tuple[int, int]:
-    try:
-        left, right = (max(operator.index(side), -1) for side in window_size)
-    except (TypeError, ValueError):
         raise ValueError(
-            f"window_size must be two integers (left, right), got {window_size!r}"
-        ) from None
-    return left, 0 if checks.flag("causal", causal) else right
-
-
-def _softmax_scale(value: float | None, head_dim: int) -> float:
-    if value is None:
-        return 1.0 / math.sqrt(head_dim)
-    if not checks.is_number(value) or not math.isfinite(value):
-        raise ValueError(f"softmax_scale must be a finite number or None, got {value!r}")
-    return float(value)
+            f"the strides of {name} must not be negative, got {array.strides}: copy the array"
+        )
+    return Array(array.ctypes.data, array.shape, strides, array.itemsize, array)
 
 
 def _require_shape(name: str, array: Any, symbols: str, expected: tuple[int, ...]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from attn_core.checks import require_dtype, require_rank, require_shape, require_tensor
-from attn_triangle import _torch, api, checks
+from attn_core import arguments
+from attn_core.checks import flag, require_dtype, require_rank, require_shape, require_tensor
+from attn_triangle import _torch, api
 
 FALLBACK_THRESHOLD = 0
 """Length up to which the other package leaves its kernel; ours takes any."""
@@ -70,7 +71,7 @@ def triangle_attention(
     """
     if mask is not None and kv_lengths is not None:
         raise ValueError("mask must be None where kv_lengths is given, got both")
-    checks.require_bool("return_aux", return_aux)
+    return_aux = flag("return_aux", return_aux)
     require_tensor("q", q)
     lifted = q.dim() == 4
     q, k, v = (
@@ -102,7 +103,7 @@ def triangle_attention(
     if not return_aux:
         return out  # type: ignore[no-any-return]
     with torch.no_grad():
-        factor = checks.softmax_scale(scale, q.shape[-1])
+        factor = arguments.softmax_scale(scale, q.shape[-1], "scale")
         largest = _torch.largest_score(q, k, bias, hidden, factor)
     return out, lse.detach().transpose(1, 2), largest.transpose(1, 2)
 
@@ -171,6 +172,6 @@ def _keys_like(keep: torch.Tensor) -> torch.Tensor:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
