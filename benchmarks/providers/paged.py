@@ -17,6 +17,7 @@ _CHECKED_SEQUENCES = 4
 _WORKSPACE_BYTES = 128 << 20
 _VLLM_SEGMENTS = 16  # of a sequence, and the programs below which vLLM cuts one into them
 _VLLM_PROGRAMS = 128
+_PASSES = ("forward", "host")
 
 
 class Inputs(NamedTuple):
@@ -60,6 +61,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     shared = case["prefix"] // case["block"]
     tables[:, :shared] = tables[0, :shared].clone()
     lens = torch.tensor(lengths(case), dtype=torch.int32, device=device)
+    if case["latent"]:
+        v_cache = k_cache[..., : case["latent"]]
     inputs = Inputs(q, k_cache, v_cache, tables, lens)
     if case["prefills"]:
         bounds = torch.tensor([0, *query_lengths(case)], device=device).cumsum(0).int()
@@ -103,21 +106,23 @@ def reference(case: Case, inputs: Inputs, gradients: bool) -> list[Expected]:
 
 
 def flops(case: Case, pass_: str) -> float | None:
-    """Count two products of D multiplications and additions for each query head and visible key."""
+    """Count the multiplications and additions of both products for each head and visible key."""
     pairs = sum(
         len_q * len_k - len_q * (len_q - 1) / 2
         for len_q, len_k in zip(query_lengths(case), lengths(case), strict=True)
     )
-    return 4 * pairs * case["H"] * case["D"]
+    return 2 * pairs * case["H"] * (case["D"] + (case["latent"] or case["D"]))
 
 
 def traffic(case: Case, pass_: str) -> float:
     """Count the bytes of the keys and values in use, of q and of the output."""
+    rows = 1 if case["latent"] else 2  # of a token
     size = getattr(torch, case["cache"]).itemsize if case["cache"] else case.dtype.itemsize
     tokens = sum(lengths(case)) - case["prefix"] * (case["B"] - 1)
     scales = 8 * case["H_KV"] if case["cache"] else 0
-    keys = tokens * (2 * case["H_KV"] * case["D"] * size + scales)
-    return keys + 2 * sum(query_lengths(case)) * case["H"] * case["D"] * case.dtype.itemsize
+    keys = tokens * (rows * case["H_KV"] * case["D"] * size + scales)
+    width = case["D"] + (case["latent"] or case["D"])  # of a query and its output
+    return keys + sum(query_lengths(case)) * case["H"] * width * case.dtype.itemsize
 
 
 def _gather(
@@ -155,8 +160,8 @@ def _contiguous(case: Case, inputs: Inputs) -> Call:
     """Torch over the same keys lying one after the other: what paging costs, at best nothing."""
     if case["ragged"] or case["prefills"]:
         raise UnsupportedProblemError("sequences of unequal length do not fit one dense tensor")
-    if case["cache"]:
-        raise UnsupportedProblemError("keys are not dequantised")
+    if case["cache"] or case["latent"]:
+        raise UnsupportedProblemError("keys are neither dequantised nor taken for values")
     k, v = (
         cache[inputs.block_tables.long()].flatten(1, 2)[:, : case["N"]].transpose(1, 2)
         for cache in inputs[1:3]
@@ -173,32 +178,74 @@ def _require_decoding(case: Case) -> None:
         raise UnsupportedProblemError("only decoding from a cache of q's dtype is compared")
 
 
-def _flashinfer(case: Case, inputs: Inputs) -> Call:
-    import flashinfer
-
+def _require_own_values(case: Case) -> None:
     _require_decoding(case)
+    if case["latent"]:
+        raise UnsupportedProblemError("values lie in a cache of their own")
+
+
+def _pages(case: Case, inputs: Inputs) -> list[torch.Tensor]:
+    """Blocks as FlashInfer lists them: where each sequence's begin, all ids, keys of the last."""
     lens = torch.tensor(lengths(case))
     used = torch.ceil(lens / case["block"]).int()  # blocks of each sequence
     indptr = F.pad(used.cumsum(0), (1, 0)).int()
     indices = torch.cat([row[:n] for row, n in zip(inputs.block_tables, used, strict=True)])
     last = (lens - (used - 1) * case["block"]).int()
-    device = inputs.q.device
-    workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    return [tensor.to(inputs.q.device) for tensor in (indptr, indices, last)]
+
+
+def _flashinfer(case: Case, inputs: Inputs, plans_each_call: bool = False) -> Call:
+    import flashinfer
+
+    _require_decoding(case)
+    if case["latent"]:
+        return _flashinfer_latent(case, inputs)
+    pages = _pages(case, inputs)
+    workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     heads = (case["H"], case["H_KV"], case["D"], case["block"])
+    dtypes = {"q_data_type": case.dtype, "kv_data_type": case.dtype}
+    wrapper.plan(*pages, *heads, **dtypes)
+
+    def attend() -> torch.Tensor:
+        if plans_each_call:
+            wrapper.plan(*pages, *heads, **dtypes)
+        return wrapper.run(inputs.q, inputs[1:3])
+
+    return Call(attend)
+
+
+def _flashinfer_planned(case: Case, inputs: Inputs) -> Call:
+    """Plan for the lengths of every batch, as serving has to; on the host, so not in a graph."""
+    if not case["ragged"]:
+        raise UnsupportedProblemError("only ragged batches are planned in each call")
+    return _flashinfer(case, inputs, plans_each_call=True)
+
+
+def _flashinfer_latent(case: Case, inputs: Inputs) -> Call:
+    import flashinfer
+
+    device, value = inputs.q.device, case["latent"]
+    workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(workspace, backend="fa2")
+    indptr, indices, _ = _pages(case, inputs)
+    queries = torch.arange(case["B"] + 1, dtype=torch.int32, device=device)
     wrapper.plan(
-        *(tensor.to(device) for tensor in (indptr, indices, last)),
-        *heads,
-        q_data_type=case.dtype,
-        kv_data_type=case.dtype,
+        *(queries, indptr, indices, inputs.context_lens),
+        *(case["H"], value, case["D"] - value, case["block"]),
+        *(False, case["D"] ** -0.5, case.dtype, case.dtype),
     )
-    return Call(lambda: wrapper.run(inputs.q, inputs[1:3]))
+    parts = [
+        tensor.squeeze(2) for tensor in (inputs.k_cache[..., :value], inputs.k_cache[..., value:])
+    ]
+    q_parts = (inputs.q[..., :value], inputs.q[..., value:])
+    return Call(lambda: wrapper.run(*q_parts, *parts))
 
 
 def _xqa(case: Case, inputs: Inputs) -> Call:
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
-    _require_decoding(case)
+    _require_own_values(case)
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device)
     return Call(
         lambda: xqa_batch_decode_with_kv_cache(
@@ -219,6 +266,8 @@ def _vllm(case: Case, inputs: Inputs) -> Call:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
     from vllm.v1.kv_cache_interface import KVQuantMode
 
+    if case["latent"]:
+        raise UnsupportedProblemError("its kernel is not made for keys of 576 numbers")
     q, k, v, tables, lens, bounds, k_scale, v_scale = inputs
     device = q.device
     if bounds is None:
@@ -254,17 +303,17 @@ def _vllm(case: Case, inputs: Inputs) -> Call:
 def _aule(case: Case, inputs: Inputs) -> Call:
     from aule.triton_flash_amd import flash_attention_paged_amd  # plain Triton, on any GPU
 
-    _require_decoding(case)
+    _require_own_values(case)
     return Call(lambda: flash_attention_paged_amd(*inputs[:5]))
 
 
 def _backend(name: str, **options: Any) -> Provider:
     prepare = functools.partial(_ours, name)
-    return Provider(name, prepare, "ours", "attn_paged", passes=("forward",), **options)
+    return Provider(name, prepare, "ours", "attn_paged", passes=_PASSES, **options)
 
 
 def _peer(name: str, prepare: Any, module: str, distribution: str, **options: Any) -> Provider:
-    return Provider(name, prepare, "peer", module, distribution, passes=("forward",), **options)
+    return Provider(name, prepare, "peer", module, distribution, passes=_PASSES, **options)
 
 
 SUBJECT = Subject(
@@ -276,6 +325,10 @@ SUBJECT = Subject(
         Provider("plain", _plain, "bound", "attn_paged", passes=("forward",)),
         Provider("contiguous", _contiguous, "bound", devices=("cpu", "cuda")),
         _peer("flashinfer", _flashinfer, "flashinfer", "flashinfer-python"),
+        _peer(
+            *("flashinfer-plan", _flashinfer_planned, "flashinfer", "flashinfer-python"),
+            graph=False,
+        ),
         _peer("xqa", _xqa, "flashinfer", "flashinfer-python"),
         _peer("vllm", _vllm, "vllm.v1.attention.ops.triton_unified_attention", "vllm"),
         _peer("aule", _aule, "aule", "aule-attention", graph=False),
