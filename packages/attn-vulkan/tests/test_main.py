@@ -47,5 +47,6 @@ def test_self_test_and_benchmark(monkeypatch, capsys):
     assert main(["--self-test", "--benchmark"]) == 0
     text = capsys.readouterr().out
     assert "0: float32, causal=True: ok, largest error" in text
+    assert "0: submit and wait:" in text
     for name in ("forward", "backward"):
         assert f"0: {name} float32 n 16 d 64 scalar:" in text

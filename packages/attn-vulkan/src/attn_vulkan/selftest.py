@@ -28,6 +28,8 @@ _TIMED_LENGTH = {"cpu": 256}
 _LONG = 4096
 _TIMED_DIMS = (128, 64)
 _REPEATS = 8
+_ROUND_TRIPS = 200
+_LSE_BYTES = 4
 # An idle GPU has lowered its clocks, to a fifth on an H200.
 _WARMING_SECONDS = 0.3
 
@@ -71,8 +73,9 @@ def check(device: Device) -> Iterator[Outcome]:
 
 
 def benchmark(device: Device) -> Iterator[str]:
-    """Time the forward and backward pass of a problem with each variant, 16-bit dtypes first."""
+    """Time a round trip, and both passes of a problem with each variant, 16-bit dtypes first."""
     context = open_context(device.index)
+    yield f"submit and wait: {round_trip(context) * 1e6:.3g} us"
     length = _TIMED_LENGTH.get(device.type, _LONG)
     for dtype, dim in itertools.product(
         sorted(ITEM_BYTES, key=ITEM_BYTES.__getitem__), _TIMED_DIMS
@@ -94,39 +97,87 @@ _PASSES: dict[str, Any] = {
 }
 
 
+def round_trip(context: Context) -> float:
+    """Seconds of the host from recording a barrier to the device's word that it has ended."""
+    times = []
+    for _ in range(_ROUND_TRIPS):
+        start = time.perf_counter()
+        with context.commands() as commands:
+            commands.barrier()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def time_pass(context: Context, problem: Problem, record: Callable[..., Any]) -> float:
     """Seconds of one pass by the device's own clock, once it runs at its full speed."""
-    heads, dim = problem.heads, problem.head_dim
-    count = problem.batches * max(problem.len_q, problem.len_k) * heads * dim
-    strides = (problem.len_q * heads * dim, heads * dim, dim, 1)
-    contents = _normal(problem.dtype, count)
-    with ExitStack() as stack, context.in_use():
-        fields: dict[str, Any] = {}
-        for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse"):
-            buffer = context.memory.allocate(len(contents))
-            stack.callback(context.memory.release, buffer)
-            _fill(context, buffer, contents)
-            fields[name] = View(buffer.address, strides)
-        lse_strides = (heads * problem.len_q, 1, problem.len_q, 0)
-        fields["lse"] = View(fields["lse"].address, lse_strides)
+    with Timer(context, problem) as timer:
         start = time.monotonic()
         while True:
-            seconds = _median_seconds(context, problem, Tensors(**fields), record)
+            seconds = statistics.median(timer.seconds(record, _REPEATS))
             if time.monotonic() - start > _WARMING_SECONDS:
                 return seconds
 
 
-def _median_seconds(
-    context: Context, problem: Problem, tensors: Tensors, record: Callable[..., Any]
-) -> float:
-    times: list[float] = []
-    with context.commands() as commands:
-        commands.timestamp()
-        for _ in range(_REPEATS):
-            record(context, commands, problem, tensors, problem.head_dim**-0.5)
+class Timer:
+    """Normal numbers for one problem on a device, and the device's times of passes over them.
+
+    Parameters
+    ----------
+    context : Context
+        The device.
+    problem : Problem
+        Sequences are contiguous, and head_dim_v is head_dim.
+    """
+
+    def __init__(self, context: Context, problem: Problem) -> None:
+        self._context = context
+        self._problem = problem
+        self._stack = ExitStack()
+        self._fields: dict[str, Any] = {}
+
+    def __enter__(self) -> Timer:
+        """Allocate and fill the tensors."""
+        problem = self._problem
+        with self._stack:
+            self._stack.enter_context(self._context.in_use())
+            for name in ("q", "out", "dout", "dq"):
+                self._fields[name] = self._tensor(problem.len_q, problem.heads)
+            for name in ("k", "v", "dk", "dv"):
+                self._fields[name] = self._tensor(problem.len_k, problem.heads_kv)
+            lse = self._allocate(problem.batches * problem.heads * problem.len_q * _LSE_BYTES)
+            strides = (problem.heads * problem.len_q, 1, problem.len_q, 0)
+            self._fields["lse"] = View(lse.address, strides)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release them."""
+        self._stack.close()
+
+    def seconds(self, record: Callable[..., Any], repeats: int) -> list[float]:
+        """Times of `repeats` passes in a row; `record` is that of `launch`."""
+        times: list[float] = []
+        tensors, scale = Tensors(**self._fields), self._problem.head_dim**-0.5
+        with self._context.commands() as commands:
             commands.timestamp()
-        commands.then(lambda: times.extend(commands.seconds()))
-    return statistics.median(end - start for start, end in itertools.pairwise(times))
+            for _ in range(repeats):
+                record(self._context, commands, self._problem, tensors, scale)
+                commands.timestamp()
+            commands.then(lambda: times.extend(commands.seconds()))
+        return [end - start for start, end in itertools.pairwise(times)]
+
+    def _tensor(self, length: int, heads: int) -> View:
+        problem = self._problem
+        contents = _normal(problem.dtype, problem.batches * length * heads * problem.head_dim)
+        buffer = self._allocate(len(contents))
+        _fill(self._context, buffer, contents)
+        row = heads * problem.head_dim
+        return View(buffer.address, (length * row, row, problem.head_dim, 1))
+
+    def _allocate(self, size: int) -> Buffer:
+        buffer = self._context.memory.allocate(size)
+        self._stack.callback(self._context.memory.release, buffer)
+        return buffer
 
 
 def _normal(dtype: str, count: int) -> bytes:
