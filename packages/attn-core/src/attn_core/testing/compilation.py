@@ -42,7 +42,6 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-_OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def compile_ahead(
 class LaunchRecorder:
     """Takes the place of a ``triton.jit`` kernel and writes down its last launch.
 
-    `args`, `constexprs` and `options` (num_warps, num_stages) exist once there was one. Tensors on
+    `args`, `constexprs` and `options` (num_warps, num_stages, ...) exist once there was one. Tensors on
     the meta device will do, so no memory and no GPU is needed to see what a launcher starts.
     """
 
@@ -143,8 +142,9 @@ class LaunchRecorder:
     def __call__(self, *args: Any, **keywords: Any) -> None:
         """Write down what is launched, in place of launching it."""
         self.args = args
-        self.options = {name: keywords.pop(name) for name in _OPTIONS}
-        self.constexprs = keywords
+        names = self.kernel.arg_names
+        self.options = {name: value for name, value in keywords.items() if name not in names}
+        self.constexprs = {name: value for name, value in keywords.items() if name in names}
 
     def compile(self, target: str) -> CompiledKernel:
         """Compile the kernel as Triton would for this launch; errors as in `compile_ahead`."""
