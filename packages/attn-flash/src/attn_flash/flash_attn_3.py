@@ -1,10 +1,9 @@
 """FlashAttention-3's functions, whose arguments differ from FlashAttention-2's in name and order.
 
-`compat.install_as_flash_attn` puts them in the place of the module ``flash_attn_interface``. What
-FlashAttention-3 has of features that FlashAttention-2 has not is refused: 8-bit floats with their
-scales, `qv`, `attention_chunk`, and ragged queries over a cache. Hints for its scheduler,
-`num_splits` of a call without cache, `pack_gqa`, `sm_margin` and `scheduler_metadata`, change no
-result and are not needed here.
+`compat.install_as_flash_attn` puts them in the place of the module ``flash_attn_interface``. 8-bit
+floats with their scales and `qv` are refused. Hints for its scheduler, `num_splits` of a call
+without cache, `pack_gqa`, `sm_margin` and `scheduler_metadata`, change no result and are not needed
+here. A mask is made for `attention_chunk`, in M times N memory; no kernel skips what it hides.
 """
 
 from __future__ import annotations
@@ -14,17 +13,19 @@ from typing import Any
 
 import torch
 
+from attn_core import arguments
 from attn_core.checks import (
     flag,
-    is_number,
     require_dtype,
     require_rank,
     require_shape,
     require_writable,
 )
 from attn_core.errors import UnsupportedProblemError
-from attn_flash import api, kvcache
+from attn_flash import api, kvcache, kvcache_checks, ragged_cache
 from attn_flash.checks import DTYPES, length
+from attn_flash.chunks import chunk_mask
+from attn_flash.ragged_queries import check_used, unused_last
 
 __all__ = [
     "flash_attn_combine",
@@ -64,7 +65,8 @@ def flash_attn_func(
     qv, q_descale, k_descale, v_descale : None
         Not supported.
     attention_chunk : int, default 0
-        Must be 0.
+        Positions are cut into chunks of so many, and a query sees the keys of its own alone; its
+        position is aligned at the bottom right. 0 for none.
     num_splits, pack_gqa, sm_margin
         Hints that change no result.
     return_attn_probs : bool, default False
@@ -95,7 +97,7 @@ def flash_attn_func(
     """
     del num_splits, pack_gqa, sm_margin
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    _refuse_chunks(attention_chunk)
+    chunk = length("attention_chunk", attention_chunk)
     out, lse, _ = api.flash_attn_func(
         q,
         k,
@@ -106,6 +108,7 @@ def flash_attn_func(
         softcap=softcap,
         deterministic=deterministic,
         return_attn_probs=True,
+        attn_bias=_dense_chunks(q, k, chunk) if chunk else None,
     )
     return (out, lse) if flag("return_attn_probs", return_attn_probs) else out
 
@@ -183,7 +186,7 @@ def flash_attn_varlen_func(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    seqused_q: None = None,
+    seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -206,8 +209,8 @@ def flash_attn_varlen_func(
     ----------
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
         As in `attn_flash.flash_attn_varlen_func`.
-    seqused_q : None
-        Not supported.
+    seqused_q : Tensor, shape (B,), int32, optional
+        Only so many of each sequence's queries count; the others have out 0 and lse -inf.
     softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk
         As in `flash_attn_func`.
     softcap, num_splits, pack_gqa, deterministic, sm_margin, return_attn_probs
@@ -237,9 +240,22 @@ def flash_attn_varlen_func(
     torch.Size([12, 4, 32])
     """
     del num_splits, pack_gqa, sm_margin
-    _refuse(seqused_q=seqused_q, qv=qv)
-    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    _refuse_chunks(attention_chunk)
+    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    chunk = length("attention_chunk", attention_chunk)
+    place = None
+    if seqused_q is not None:
+        require_rank("q", q, "(T_q, H, D)")
+        check_used("seqused_q", seqused_q, "cu_seqlens_q", cu_seqlens_q)
+        token, place, cu_seqlens_q = unused_last(cu_seqlens_q, seqused_q, q.shape[0])
+        q = q.index_select(0, token)
+    mask = None
+    if chunk:
+        require_rank("cu_seqlens_q", cu_seqlens_q, "(B + 1,)")
+        require_rank("cu_seqlens_k", cu_seqlens_k, "(B + 1,)")
+        lengths_k = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+        counts = cu_seqlens_q.diff()[:, None, None], lengths_k[:, None, None]
+        size = length("max_seqlen_q", max_seqlen_q), length("max_seqlen_k", max_seqlen_k)
+        mask = chunk_mask(chunk, *counts, size, cu_seqlens_q.device)
     out, lse, _ = api.flash_attn_varlen_func(
         q,
         k,
@@ -255,7 +271,10 @@ def flash_attn_varlen_func(
         deterministic=deterministic,
         return_attn_probs=True,
         seqused_k=seqused_k,
+        attn_bias=mask,
     )
+    if place is not None:
+        out, lse = out.index_select(0, place), lse.index_select(1, place)
     return (out, lse) if flag("return_attn_probs", return_attn_probs) else out
 
 
@@ -272,10 +291,10 @@ def flash_attn_with_kvcache(
     cache_batch_idx: torch.Tensor | None = None,
     cache_leftpad: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
-    cu_seqlens_q: None = None,
-    cu_seqlens_k_new: None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
-    rotary_seqlens: None = None,
+    rotary_seqlens: torch.Tensor | None = None,
     q_descale: None = None,
     k_descale: None = None,
     v_descale: None = None,
@@ -301,11 +320,17 @@ def flash_attn_with_kvcache(
         As there.
     page_table : Tensor, shape (B, max_pages), int32, optional
         What is called `block_table` there.
-    cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens : None
-        Not supported.
+    cu_seqlens_q, cu_seqlens_k_new : Tensor, shape (B + 1,), int32, optional
+        Queries (T_q, H, D), and new keys and values (T_new, H_KV, D), of all sequences lie one
+        after the other.
+    max_seqlen_q : int, optional
+        At least the number of queries of every sequence; needed with `cu_seqlens_q`.
+    rotary_seqlens : Tensor, shape (B,), int32, optional
+        The position that the first new token of each sequence is rotated to, in place of
+        `cache_seqlens`.
     qv, q_descale, k_descale, v_descale, attention_chunk
         As in `flash_attn_func`.
-    max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin
+    scheduler_metadata, pack_gqa, sm_margin
         Hints that change no result.
     return_softmax_lse : bool, default False
         Also return lse, and None twice for the parts that FlashAttention-3 hands out.
@@ -334,33 +359,73 @@ def flash_attn_with_kvcache(
     >>> flash_attn_with_kvcache(torch.randn(3, 1, 16, 64), k_cache, v_cache).shape
     torch.Size([3, 1, 16, 64])
     """
-    del max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin
+    del scheduler_metadata, pack_gqa, sm_margin
     return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    _refuse(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new)
-    _refuse(rotary_seqlens=rotary_seqlens)
-    _refuse_chunks(attention_chunk)
-    out, lse = kvcache.flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        page_table,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        rotary_interleaved,
-        num_splits=num_splits,
-        return_softmax_lse=True,
-    )
+    chunk = length("attention_chunk", attention_chunk)
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+    }
+    rotary = (rotary_cos, rotary_sin, rotary_interleaved)
+    place = (cache_seqlens, cache_batch_idx, cache_leftpad, page_table)
+    is_ragged = cu_seqlens_q is not None or cu_seqlens_k_new is not None
+    if is_ragged or chunk or (rotary_cos is not None and rotary_seqlens is not None):
+        ragged = (cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens)
+        out, lse = _composed(q, k_cache, v_cache, k, v, rotary, place, ragged, chunk, options)
+    else:
+        out, lse = kvcache.flash_attn_with_kvcache(
+            *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *place),
+            **options,
+            rotary_interleaved=rotary_interleaved,
+            num_splits=num_splits,
+            return_softmax_lse=True,
+        )
     return (out, lse, None, None) if return_softmax_lse else out
+
+
+def _composed(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    rotary: tuple[torch.Tensor | None, torch.Tensor | None, bool],
+    place: tuple[Any, ...],
+    ragged: tuple[Any, ...],
+    chunk: int,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate, write to the cache and attend to its pages, one step after the other."""
+    cache_seqlens, batch_idx, leftpad, page_table = place
+    starts_q, starts_new, max_seqlen_q, rotary_seqlens = ragged
+    capacity = kvcache_checks.capacity(k_cache, page_table)
+    seqlens, number = kvcache_checks.cache_length(cache_seqlens, k, capacity)
+    cache = kvcache_checks.Cache(seqlens, number, batch_idx, leftpad, page_table)
+    ragged_cache.check(q, k_cache, v_cache, k, v, cache, starts_q, starts_new)
+    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+    lengths = seqlens
+    if lengths is None:
+        lengths = torch.full((batch,), number, dtype=torch.int32, device=q.device)
+    if rotary[0] is not None:
+        first = lengths if rotary_seqlens is None else rotary_seqlens
+        window = arguments.window(options["causal"], options["window_size"])
+        advances = kvcache_checks.binding_window(window, capacity) != (-1, -1)
+        q = ragged_cache.rotated("q", q, rotary, first, starts_q, advances=advances)
+        k = ragged_cache.rotated("k", k, rotary, first, starts_new, advances=True)
+    if k is not None and v is not None:
+        ragged_cache.append(k, v, k_cache, v_cache, cache, lengths, starts_new)
+        lengths = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
+    over_cache = ragged_cache.over_cache(
+        q, k_cache, v_cache, cache, lengths, starts_q, max_seqlen_q, chunk
+    )
+    out, lse, _ = api.flash_attn_varlen_func(**over_cache, **options, return_attn_probs=True)
+    if starts_q is not None:
+        return out, lse
+    whole = q.shape[:2]
+    return out.unflatten(0, whole), lse.unflatten(1, whole).transpose(0, 1)
 
 
 def flash_attn_combine(
@@ -441,9 +506,11 @@ def _refuse(**arguments: object) -> None:
             raise UnsupportedProblemError(f"{name} must be None, got {type(value).__name__}")
 
 
-def _refuse_chunks(attention_chunk: int) -> None:
-    if not is_number(attention_chunk) or attention_chunk != 0:
-        raise UnsupportedProblemError(f"attention_chunk must be 0, got {attention_chunk!r}")
+def _dense_chunks(q: torch.Tensor, k: torch.Tensor, chunk: int) -> torch.Tensor:
+    require_rank("q", q, "(B, M, H, D)")
+    require_rank("k", k, "(B, N, H_KV, D)")
+    size = (q.shape[1], k.shape[1])
+    return chunk_mask(chunk, *size, size, q.device)
 
 
 def _unpacked(qkv: torch.Tensor, num_heads_q: int | None) -> Sequence[torch.Tensor]:

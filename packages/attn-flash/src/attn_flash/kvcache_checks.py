@@ -83,7 +83,7 @@ def kvcache_problem(
     _check_alibi_slopes(q, alibi_slopes)
     problem = describe(q, k_cache, v_cache, k, cache.block_table, rotary_cos, window, softcap)
     _check_lengths(cache, problem, k_cache.shape[0])
-    _require_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, alibi_slopes=alibi_slopes)
+    require_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, alibi_slopes=alibi_slopes)
     return problem
 
 
@@ -300,7 +300,7 @@ def _entries_in_use(cache: Cache, problem: KVCacheProblem) -> Iterator[tuple[str
         yield f"block_table[{row}]", cache.block_table[row, first:pages]
 
 
-def _require_no_grad(**tensors: torch.Tensor | None) -> None:
+def require_no_grad(**tensors: torch.Tensor | None) -> None:
     """Refuse tensors whose gradient autograd would ask for: serving has no backward pass."""
     if not torch.is_grad_enabled():
         return
