@@ -74,6 +74,18 @@ def test_nothing_to_tune_without_a_gpu(capsys):
     assert "NVIDIA and AMD GPUs" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_build_of_torch_without_gpus_is_no_crash(capsys):
+    assert tune.main([]) == 1
+    assert capsys.readouterr().err == "there is nothing to tune: torch finds no NVIDIA or AMD GPU\n"
+
+
+def test_an_unknown_device_is_named(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--device", "h200"])
+    assert "argument --device: must be cuda or cuda:N, got 'h200'" in capsys.readouterr().err
+
+
 def test_runs_as_a_module():
     ran = subprocess.run(
         [sys.executable, "-m", "attn_triangle.tune", "--dtype", "int8"],

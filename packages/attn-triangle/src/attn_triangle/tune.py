@@ -40,8 +40,8 @@ class Problem(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune, with a progress bar, and print a table of what won."""
     options = _parser().parse_args(arguments)
-    device = torch.device(options.device)
-    refusal = triton_refusal(device)
+    device = options.device
+    refusal = _refusal(device)
     if refusal is not None:
         sys.stderr.write(f"there is nothing to tune: {refusal}\n")
         return 1
@@ -54,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     _print_table(_tune_all(problems, device, options.force))
     return 0
+
+
+def _refusal(device: torch.device) -> str | None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no NVIDIA or AMD GPU"
+    return triton_refusal(device)
 
 
 def tune(problem: Problem, device: torch.device, force: bool = False) -> dict[str, Any]:
@@ -130,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--h", type=_integers, default=[4], help="heads, comma-separated")
     parser.add_argument("--d", type=_integers, default=[32], help="head dims, comma-separated")
-    parser.add_argument("--device", default="cuda", help="GPU to measure on (default: cuda)")
+    parser.add_argument(
+        "--device", type=_device, default="cuda", help="GPU to measure on (default: cuda)"
+    )
     parser.add_argument("--force", action="store_true", help="measure again what is on disk")
     return parser
 
@@ -140,6 +148,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cuda or cuda:N, got {text!r}") from None
 
 
 def _integers(text: str) -> list[int]:
