@@ -1,5 +1,7 @@
 """The launcher, with kernels that only write down how they were started."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,17 +10,26 @@ from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 
 CONFIG = TileConfig(64, 32, 4, 2)
+STREAM = 23
 CONSTEXPRS = {"BLOCK_M": 64, "HAS_LEFT": False, "PRECISION": "ieee"}
 
 
 class Compiled:
     """A compiled kernel, which knows its grid and its arguments and nothing else."""
 
+    function = 17
+    packed_metadata = (4, 1, 0)
+
     def __init__(self):
         self.starts = []
 
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        assert (stream, function, metadata) == (STREAM, self.function, self.packed_metadata)
+        assert launch_metadata is enter is leave is None
+        self.starts.append(((x, y, z), args))
+
     def __getitem__(self, grid):
-        return lambda *args: self.starts.append((grid, args))
+        return lambda *args: self.starts.append((grid, "watched", args))
 
 
 class Kernel:
@@ -48,8 +59,13 @@ class Interpreted(Kernel):
 
 
 @pytest.fixture(autouse=True)
-def triton_3_6(monkeypatch):
+def hooks(monkeypatch):
+    """Those of Triton 3.6, on a machine without it and without a stream."""
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]))
     monkeypatch.setattr(launch, "triton_version", lambda: (3, 6))
+    monkeypatch.setattr(launch, "_hooks", lambda: hooks)
+    monkeypatch.setattr(launch, "_stream", lambda device: STREAM)
+    return hooks
 
 
 @pytest.fixture
@@ -93,8 +109,19 @@ def test_later_starts_go_to_the_compiled_kernel(kernel):
     start(launcher, x, 10, 0.125, num_programs=2)
     assert len(kernel.launches) == 1
     assert kernel.compiled[0].starts == [
-        ((3, 1, 1), (x, 9, 0.25, 64, False, "ieee")),
-        ((2, 1, 1), (x, 10, 0.125, 64, False, "ieee")),
+        ((3, 1, 1), (x.data_ptr(), 9, 0.25, 64, False, "ieee")),
+        ((2, 1, 1), (x.data_ptr(), 10, 0.125, 64, False, "ieee")),
+    ]
+
+
+def test_profilers_see_the_kernel(kernel, hooks):
+    launcher = Launcher(kernel)
+    x = aligned()
+    start(launcher, x)
+    hooks.launch_enter_hook.calls.append(print)
+    start(launcher, x, num_programs=3)
+    assert kernel.compiled[0].starts == [
+        ((3, 1, 1), "watched", (x.data_ptr(), *CONSTEXPRS.values()))
     ]
 
 

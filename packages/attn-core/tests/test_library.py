@@ -5,8 +5,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
+from attn_core.eager import is_plain_eager, needs_grad
 from attn_core.errors import UnsupportedProblemError
-from attn_core.library import Operator, is_plain_eager, needs_grad
+from attn_core.library import Operator
 
 calls = []
 

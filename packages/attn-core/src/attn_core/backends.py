@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from attn_core import environment
+from attn_core import environment, replay
 from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
 
 AUTO = "auto"
@@ -93,6 +93,7 @@ def register(backend: Backend) -> None:
         _backends[op, backend.name] = backend
     _resolve.cache_clear()
     implementation.cache_clear()
+    replay.forget()
 
 
 def register_example(op: str, example: Callable[[torch.device], Problem]) -> None:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_NUMBERS = frozenset({bool, int, float})
 # Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
-_PLAIN_TYPES = _PLAIN_NUMBERS | _TENSORS | {torch.dtype, str, type(None)}
+_NOT_TENSORS = _PLAIN_NUMBERS | {torch.dtype, str, type(None)}
+_PLAIN_TYPES = _NOT_TENSORS | _TENSORS
 _SEQUENCES = frozenset({list, tuple})
 _ALIGNMENT = 16  # bytes: kernels are compiled, and chosen, for addresses that are less aligned
 
@@ -67,7 +68,9 @@ def needs_grad(args: Sequence[Any]) -> bool:
     """Whether autograd will ask for the gradient of a tensor among `args`."""
     if torch.is_grad_enabled():
         for arg in args:
-            if arg is not None and isinstance(arg, torch.Tensor) and arg.requires_grad:
+            if type(arg) in _NOT_TENSORS:
+                continue
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
                 return True
     return False
 

@@ -7,16 +7,19 @@ runs. A `Launcher` remembers the compiled kernel of each problem and starts it d
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from attn_core import replay
 from attn_core.device import triton_version
 from attn_core.tuning import TileConfig
 
 _MAX_REMEMBERED = 4096
 _POINTER_ALIGNMENT = 16  # bytes: Triton compiles another kernel for less
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 class Launcher:
@@ -67,13 +70,27 @@ class Launcher:
             Gives num_warps and num_stages; its blocks are among `constexprs`.
         """
         first: torch.Tensor = getattr(args[0], "base", args[0])
-        dtypes = _dtypes_if_aligned(args)
         constants = tuple(constexprs.values())
+        objects = [place for place, arg in enumerate(args) if type(arg) not in _NUMBERS]
+        places = [place for place in objects if isinstance(args[place], torch.Tensor)]
+        tensors = [args[place] for place in places]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        dtypes = tuple([tensor.dtype for tensor in tensors])
         key = (first.device, first.dtype, dtypes, strides, constants, config)
-        compiled = self._compiled.get(key)
+        # Triton compiles another kernel for addresses that are less aligned.
+        are_aligned = not any(pointer % _POINTER_ALIGNMENT for pointer in pointers)
+        compiled = self._compiled.get(key) if are_aligned else None
+        recording = replay.recording()
         with _on_device(first.device):
             if compiled is not None:
-                compiled[num_programs, 1, 1](*args, *constants)
+                start = _Start(compiled, num_programs, first.device, [*args, *constants], places)
+                start(pointers)
+                if recording is not None and places == objects:
+                    recording.launched(tensors, start)
+                    return
+            if recording is not None:  # a descriptor keeps an address, a compilation no start
+                recording.refuse()
+            if compiled is not None:
                 return
             if self._check is not None:
                 self._check(strides)
@@ -84,26 +101,59 @@ class Launcher:
                 num_stages=config.num_stages,
                 **self._options,
             )
-        if _can_restart(compiled) and dtypes is not None:
+        if are_aligned and _can_restart(compiled):
             if len(self._compiled) == _MAX_REMEMBERED:
                 self._compiled.clear()
             self._compiled[key] = compiled
 
 
+class _Start:
+    """A launch of a compiled kernel, complete but for addresses."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        num_programs: int,
+        device: torch.device,
+        args: list[Any],
+        places: Sequence[int],
+    ) -> None:
+        for place in places:
+            args[place] = None  # a launch that is remembered keeps no memory
+        self._kernel = kernel
+        self._num_programs = num_programs
+        self._device = device
+        self._args = args
+        self._places = places
+
+    def __call__(self, pointers: Sequence[int]) -> None:
+        """Start it with the addresses of its tensors; their device is the current one."""
+        args, kernel = self._args.copy(), self._kernel
+        for place, pointer in zip(self._places, pointers, strict=True):
+            args[place] = pointer
+        if _hooks().launch_enter_hook.calls:  # of a profiler, which wants to know the kernel
+            kernel[self._num_programs, 1, 1](*args)
+            return
+        kernel.run(
+            self._num_programs, 1, 1, _stream(self._device), kernel.function,
+            kernel.packed_metadata, None, None, None, *args,
+        )  # fmt: skip
+
+
 def _can_restart(compiled: Any) -> bool:
-    """Whether a compiled kernel takes its constants in place, as tried with Triton 3.6."""
+    """Whether a compiled kernel takes addresses and its constants in place, as tried with 3.6."""
     return compiled is not None and triton_version() == (3, 6)
 
 
-def _dtypes_if_aligned(args: Sequence[Any]) -> tuple[torch.dtype, ...] | None:
-    """Dtypes of the tensors among `args`; None where Triton compiles for the address of one."""
-    dtypes = []
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if arg.data_ptr() % _POINTER_ALIGNMENT:
-                return None
-            dtypes.append(arg.dtype)
-    return tuple(dtypes)
+@functools.cache
+def _hooks() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

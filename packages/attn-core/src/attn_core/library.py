@@ -2,7 +2,7 @@
 
 An `Operator` is defined in the dispatcher, so torch.compile, torch.export and opcheck see it. In
 plain eager mode a call goes straight to the implementation: the dispatcher would add tens of
-microseconds of Python and change nothing.
+microseconds of Python and change nothing. A call like an earlier one is repeated, see `replay`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from attn_core.eager import is_plain_eager, needs_grad
 from attn_core.errors import UnsupportedProblemError
+from attn_core.replay import Replayed
 
 _libraries: dict[str, torch.library.Library] = {}
-# Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
-_PLAIN_NUMBERS = frozenset({bool, int, float})
-_PLAIN_TYPES = _PLAIN_NUMBERS | {torch.Tensor, torch.nn.Parameter, torch.dtype, str, type(None)}
 
 
 class Operator:
@@ -53,7 +52,7 @@ class Operator:
         library.impl(base, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
         self._name = name
-        self._implementation = implementation
+        self._implementation = Replayed(implementation)
         self._autograd = autograd
         self.overload = getattr(getattr(torch.ops, namespace), base).default
         if autograd is not None:
@@ -89,34 +88,9 @@ class Operator:
         return self._autograd(*args)
 
 
-def needs_grad(args: tuple[Any, ...]) -> bool:
-    """Whether autograd will ask for the gradient of a tensor among `args`."""
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                return True
-    return False
-
-
 def _has_tangent(args: tuple[Any, ...]) -> bool:
     """Whether a forward-mode gradient of a tensor among `args` is under way."""
     return forward_ad._current_level >= 0 and any(
         isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
         for arg in args
     )
-
-
-def is_plain_eager(args: tuple[Any, ...]) -> bool:
-    """Whether nothing watches the call: no compiler, mode, transform or tensor subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and (_PLAIN_TYPES.issuperset(map(type, args)) or all(map(_is_plain, args)))
-    )
-
-
-def _is_plain(arg: Any) -> bool:
-    kind = type(arg)
-    return kind in _PLAIN_TYPES or (kind is list and _PLAIN_NUMBERS.issuperset(map(type, arg)))

@@ -21,7 +21,7 @@ from attn_core.eager import Observer, is_plain_eager, needs_grad, signature
 Start = Callable[[list[int]], None]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _aten = torch.ops.aten
-_ALLOCATIONS = frozenset(
+_EMPTY = frozenset(
     {
         _aten.empty.memory_format,
         _aten.empty_strided.default,
@@ -30,6 +30,8 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     }
 )
+_ZEROS = frozenset({_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default})
+_FULL = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.new_full.default: 2}  # the value
 _MAX_REMEMBERED = 4096
 _SEEN, _REFUSED = "seen once", "cannot be repeated"
 _memories: list[dict[Hashable, Any]] = []
@@ -42,22 +44,23 @@ def repeatable(function: _Function) -> _Function:
     Parameters
     ----------
     function : callable
-        Takes positional arguments, first a tensor. Its result follows from the signature of the
-        call, the values of its tensors on the GPU, and the environment variables ``ATTN_BACKEND``
-        and ``ATTN_CHECK_VALUES``.
+        Takes a tensor first. Its result follows from the signature of the call, the values of its
+        tensors on the GPU, and the environment variables ``ATTN_BACKEND`` and
+        ``ATTN_CHECK_VALUES``.
 
     Returns
     -------
     callable
         The same function. Operators repeat what is differentiated by themselves.
     """
-    replayed = Replayed(function)
+    replayed = Replayed(function, _environment)
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        if not is_plain_eager(args) or needs_grad(args):
-            return function(*args)
-        return replayed(args, environment.backend(), environment.checks_values())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        if not is_plain_eager(values) or needs_grad(values):
+            return function(*args, **kwargs)
+        return replayed(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
@@ -75,34 +78,37 @@ class Replayed:
     ----------
     function : callable
         Takes plain arguments, first a tensor. Returns new tensors, one or a tuple, or None.
+    context : callable, optional
+        Returns what the result follows from beside the arguments.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], context: Callable[[], Hashable] | None = None
+    ) -> None:
         self._function = function
+        self._context = context
         self._known: dict[Hashable, Any] = {}
         _memories.append(self._known)
 
-    def __call__(self, args: tuple[Any, ...], *context: Hashable) -> Any:
-        """Compute the function, which depends on `context` too."""
-        is_here = _launches_here(args[0]) and recording() is None
-        call = signature(args) if is_here else None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the function."""
+        values = (*args, *kwargs.values())
+        is_here = bool(values) and _launches_here(values[0]) and recording() is None
+        call = signature(values) if is_here else None
         if call is None:
-            return self._function(*args)
-        key = (call.key, context)
+            return self._function(*args, **kwargs)
+        key = (call.key, *kwargs, self._context and self._context())
         known = self._known.get(key)
         if isinstance(known, _Replay):
             return known.run(call.tensors, call.pointers)
         if known is _SEEN:
-            return self._record(key, call.tensors, args)
+            with Recording(call.tensors) as tape:
+                results = self._function(*args, **kwargs)
+            self._remember(key, tape.replay(results) or _REFUSED)
+            return results
         if known is None:  # most calls of a growing problem are the only ones of their kind
             self._remember(key, _SEEN)
-        return self._function(*args)
-
-    def _record(self, key: Hashable, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> Any:
-        with Recording(tensors) as recording:
-            results = self._function(*args)
-        self._remember(key, recording.replay(results) or _REFUSED)
-        return results
+        return self._function(*args, **kwargs)
 
     def _remember(self, key: Hashable, value: Any) -> None:
         if len(self._known) >= _MAX_REMEMBERED:
@@ -116,8 +122,11 @@ class Recording(Observer):
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._num_arguments = len(tensors)
-        self._tensors = list(tensors)  # then those that are allocated
+        self._tensors = list(tensors)  # then those that are made on the way, and how
+        self._makers: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self._is_watching = True
         self._starts: list[tuple[Start, list[_Place]]] = []
+        self._launched_on: set[int] = set()
         self._is_repeatable = len({tensor.device for tensor in tensors}) == 1
 
     def __enter__(self) -> Recording:
@@ -133,16 +142,33 @@ class Recording(Observer):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS and result.device == self._tensors[0].device:
-            self._tensors.append(result)
-        elif not func.is_view:
-            self._is_repeatable = False
+        if not self._is_watching or func.is_view:
+            return result
+        if func in _EMPTY:
+            self._made(result, _Memory.of(result).allocate)
+        elif func in _ZEROS:
+            self._made(result, _Memory.of(result, 0).allocate)
+        elif func in _FULL:
+            self._made(result, _Memory.of(result, args[_FULL[func]]).allocate)
+        else:
+            self.refuse()
         return result
+
+    def each_time(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Call `make`, as a replay will, whatever it does."""
+        self._is_watching = False
+        try:
+            tensor = make()
+        finally:
+            self._is_watching = True
+        self._made(tensor, lambda _: make())
+        return tensor
 
     def launched(self, tensors: Sequence[torch.Tensor], start: Start) -> None:
         """Note a launch: ``start`` repeats it, given the addresses of `tensors`."""
         places = [self._place(tensor) for tensor in tensors]
         self._starts.append((start, [place for place in places if place is not None]))
+        self._launched_on.update(place.number for place in places if place is not None)
 
     def refuse(self) -> None:
         """Note something that cannot be repeated."""
@@ -153,34 +179,40 @@ class Recording(Observer):
         is_single = isinstance(results, torch.Tensor)
         wanted = (results,) if is_single else results or ()
         outputs = [output for output in map(self._output, wanted) if output is not None]
-        if not self._is_repeatable or len(outputs) < len(wanted):
+        if not self._is_repeatable or not self._starts or len(outputs) < len(wanted):
             return None
-        first = self._tensors[0]
-        allocated = [_Memory.of(x) for x in self._tensors[self._num_arguments :]]
         pack = _only if is_single else tuple if outputs else _nothing
-        return _Replay(first.get_device(), allocated, self._starts, outputs, pack)
+        return _Replay(self._makers, self._starts, outputs, pack)
+
+    def _made(self, tensor: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if tensor.device != self._tensors[0].device:
+            self.refuse()
+        self._tensors.append(tensor)
+        self._makers.append(make)
 
     def _place(self, tensor: torch.Tensor) -> _Place | None:
-        """Find the memory of a tensor: it, or the only tensor it can be a view of."""
+        """Find the memory of a tensor: it, or the only address it can be a view of."""
         for number, known in enumerate(self._tensors):
             if known is tensor:
                 return _Place(number, 0)
         storage = tensor.untyped_storage().data_ptr()
-        numbers = [
-            number
+        numbers = {
+            known.data_ptr(): number
             for number, known in enumerate(self._tensors)
             if known.untyped_storage().data_ptr() == storage
-        ]
+        }
         if len(numbers) != 1 or tensor.numel() == 0:
-            self._is_repeatable = False
+            self.refuse()
             return None
-        [number] = numbers
-        return _Place(number, tensor.data_ptr() - self._tensors[number].data_ptr())
+        [(pointer, number)] = numbers.items()
+        return _Place(number, tensor.data_ptr() - pointer)
 
     def _output(self, tensor: Any) -> _Output | None:
         place = self._place(tensor) if isinstance(tensor, torch.Tensor) else None
         if place is None or place.number < self._num_arguments:
             return None
+        if tensor.numel() > 0 and place.number not in self._launched_on:
+            return None  # something that was not seen has written it
         source = self._tensors[place.number]
         if place.offset == 0 and _Memory.of(source) == _Memory.of(tensor):
             return _Output(place.number, None)
@@ -197,16 +229,24 @@ class _Place(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """What is allocated."""
+    """What is allocated, and the value it is filled with."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     is_contiguous: bool
+    value: float | None
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Memory:
-        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.is_contiguous())
+    def of(cls, x: torch.Tensor, value: float | None = None) -> _Memory:
+        return cls(x.shape, x.stride(), x.dtype, x.is_contiguous(), value)
+
+    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        if self.is_contiguous:
+            tensor = like.new_empty(self.shape, dtype=self.dtype)
+        else:
+            tensor = like.new_empty_strided(self.shape, self.stride, dtype=self.dtype)
+        return tensor if self.value is None else tensor.fill_(self.value)
 
 
 class _Output(NamedTuple):
@@ -219,20 +259,16 @@ class _Output(NamedTuple):
 class _Replay(NamedTuple):
     """A call that can be repeated."""
 
-    device: int
-    allocated: list[_Memory]
+    makers: list[Callable[[torch.Tensor], torch.Tensor]]
     starts: list[tuple[Start, list[_Place]]]
     outputs: list[_Output]
     pack: Callable[[list[torch.Tensor]], Any]
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
-        """Repeat it on other tensors, to which it adds those that it allocates."""
+        """Repeat it on other tensors, to which it adds those that it makes."""
         first = tensors[0]
-        for shape, stride, dtype, is_contiguous in self.allocated:
-            if is_contiguous:
-                tensor = first.new_empty(shape, dtype=dtype)
-            else:
-                tensor = first.new_empty_strided(shape, stride, dtype=dtype)
+        for make in self.makers:
+            tensor = make(first)
             tensors.append(tensor)
             pointers.append(tensor.data_ptr())
         for start, places in self.starts:
@@ -245,9 +281,30 @@ class _Replay(NamedTuple):
         )
 
 
+def each_time(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return ``make()``, which a replay calls too: it follows from more than the call.
+
+    Parameters
+    ----------
+    make : callable
+        Returns memory that kernels work in, such as that of the current stream.
+
+    Returns
+    -------
+    Tensor
+        What `make` returns.
+    """
+    tape = recording()
+    return make() if tape is None else tape.each_time(make)
+
+
 def recording() -> Recording | None:
     """Return the recording that is under way in this thread."""
     return getattr(_thread, "recording", None)
+
+
+def _environment() -> Hashable:
+    return environment.backend(), environment.checks_values()
 
 
 def _launches_here(tensor: Any) -> bool:

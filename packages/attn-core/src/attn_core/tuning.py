@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from attn_core import environment
+from attn_core import environment, replay
 from attn_core.device import DeviceInfo, device_info, triton_version
 
 Key = tuple[int | str, ...]
@@ -177,6 +177,7 @@ def tune(
     config = candidates[times.index(fastest)]
     _store(table, device_info(device), key, config)
     _picked[table, device, key] = config
+    replay.forget()
     return config
 
 
@@ -201,6 +202,7 @@ def measured(table: Table, device: torch.device) -> dict[Key, TileConfig]:
 def forget() -> None:
     """Drop what this process has picked; rows on disk stay and are read again."""
     _picked.clear()
+    replay.forget()
 
 
 def cache_file(table: Table, device: torch.device) -> Path:

@@ -18,6 +18,7 @@ from attn_core.checks import (
 )
 from attn_core.dropout import keep_mask
 from attn_core.errors import UnsupportedProblemError
+from attn_core.replay import repeatable
 from attn_flash import checks, ops
 from attn_flash.layers.rotary import rotate_heads_first
 from attn_flash.options import Options
@@ -26,6 +27,7 @@ from attn_flash.paging import gathered
 OPEN_WINDOW = (-1, -1)
 
 
+@repeatable
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -253,6 +255,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@repeatable
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_core import checks, environment
+from attn_core.eager import needs_grad
 from attn_core.errors import UnsupportedProblemError
 from attn_flash.options import Options
 
@@ -55,10 +56,8 @@ def attention_problem(
     _check_score_terms(q, k, batch, options)
     if is_varlen:
         _check_values(q, k, options)
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, options.attn_bias, options.sinks)
-    )
-    return describe(q, k, v, options, needs_grad)
+    differentiable = (q, k, v, options.attn_bias, options.sinks)
+    return describe(q, k, v, options, needs_grad(differentiable))
 
 
 def describe(

@@ -9,9 +9,11 @@ import torch
 
 from attn_core import arguments, backends
 from attn_core.checks import flag
+from attn_core.replay import repeatable
 from attn_flash import kvcache_checks, kvcache_ops
 
 
+@repeatable
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,

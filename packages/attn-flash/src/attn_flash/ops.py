@@ -82,23 +82,21 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = attention.below_autograd(*args)
-        ctx.save_for_backward(out, lse, *(arg for arg in args if isinstance(arg, torch.Tensor)))
-        ctx.static = [None if isinstance(arg, torch.Tensor) else (arg,) for arg in args]
+        ctx.save_for_backward(out, lse, *args[:_FIRST_STATIC])
+        ctx.static = args[_FIRST_STATIC:]
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        saved = iter(tensors)
-        q, k, v, *rest = (next(saved) if static is None else static[0] for static in ctx.static)
+        out, lse, q, k, v, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         needs = ctx.needs_input_grad
         dq, dk, dv, dbias, dsinks = attention_backward(
-            dout, dlse, q, k, v, out, lse, needs[_BIAS], *rest
+            dout, dlse, q, k, v, out, lse, needs[_BIAS], *tensors, *ctx.static
         )
-        grads = [dq, dk, dv, *(None for _ in rest)]
+        grads = [dq, dk, dv, *[None] * (len(needs) - 3)]
         grads[_BIAS] = dbias if needs[_BIAS] else None
         grads[_SINKS] = dsinks if needs[_SINKS] else None
         return tuple(grads)
@@ -106,6 +104,7 @@ class _Attention(torch.autograd.Function):
 
 _BIAS = 3 + Options._fields.index("attn_bias")
 _SINKS = 3 + Options._fields.index("sinks")
+_FIRST_STATIC = 3 + Options._fields.index("max_seqlen_q")  # what comes before are tensors, or None
 
 
 def _attention_backward_autograd(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.library import Operator, is_plain_eager
+from attn_core.eager import is_plain_eager
+from attn_core.library import Operator
 from attn_flash.rotary_checks import describe
 
 ROTATE = "attn_flash::rotate"

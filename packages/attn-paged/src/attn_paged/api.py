@@ -9,12 +9,14 @@ import torch
 
 from attn_core import arguments, backends
 from attn_core.checks import flag, require_rank
+from attn_core.replay import repeatable
 from attn_paged import checks, ops
 from attn_paged.options import AppendOptions, AttentionOptions
 
 OPEN_WINDOW = (-1, -1)
 
 
+@repeatable
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -230,6 +232,7 @@ def flash_attention_paged(
     return out.unsqueeze(2)
 
 
+@repeatable
 def append_to_cache(
     k: torch.Tensor,
     v: torch.Tensor,

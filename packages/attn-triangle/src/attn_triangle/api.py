@@ -10,9 +10,11 @@ import torch
 
 from attn_core import backends
 from attn_core.checks import flag
+from attn_core.replay import repeatable
 from attn_triangle import checks, ops
 
 
+@repeatable
 def triangle_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -15,6 +15,7 @@ from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+from attn_core import replay
 from attn_flash._hopper.descriptors import flat_descriptor, rows_descriptor
 
 _MAX_REMEMBERED = 4096
@@ -69,7 +70,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[Hashable, _Compiled] = {}
-        self._encoded: dict[Hashable, list[Any]] = {}
+        self._encoders: dict[Hashable, _Encoder] = {}
 
     def __call__(
         self,
@@ -85,23 +86,23 @@ class Launcher:
             with torch.cuda.device(device):
                 self(num_programs, rows, args, constants, maxnreg)
             return
+        recording = replay.recording()
         key = (device.index, rows[0].tensor.dtype, *constants.values())
         compiled = self._compiled.get(key)
-        if compiled is None or knobs.runtime.launch_enter_hook.calls:
+        if compiled is None:
+            if recording is not None:
+                recording.refuse()
             self._launch(key, num_programs, rows, args, constants, maxnreg)
             return
-        kernel = compiled.kernel
-        encoded = []
-        for argument, encoding in zip(rows, compiled.encodings, strict=True):
-            tensor, *tile = argument
-            tensor_key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, *tile)
-            known = self._encoded.get(tensor_key)
-            encoded += self._encode(tensor_key, argument, encoding) if known is None else known
-        compiled.start(
-            num_programs, 1, 1, torch._C._cuda_getCurrentRawStream(device.index), kernel.function,
-            False, False, None, None, kernel.packed_metadata, None, None, None,
-            *encoded, *args, *constants.values(),
-        )  # fmt: skip
+        encoders = [
+            self._encoder(argument, encoding)
+            for argument, encoding in zip(rows, compiled.encodings, strict=True)
+        ]
+        start = _Start(compiled, num_programs, device.index, encoders, [*args, *constants.values()])
+        tensors = [argument.tensor for argument in rows] + start.take_tensors()
+        start([tensor.data_ptr() for tensor in tensors])
+        if recording is not None:
+            recording.launched(tensors, start)
 
     def _launch(
         self,
@@ -127,26 +128,95 @@ class Launcher:
             self._compiled.clear()
         self._compiled[key] = _Compiled(kernel, start, kernel.metadata.tensordesc_meta)
 
-    def _encode(
-        self, key: Hashable, argument: Rows | Flat, encoding: Mapping[str, Any]
-    ) -> list[Any]:
+    def _encoder(self, argument: Rows | Flat, encoding: Mapping[str, Any]) -> _Encoder:
+        tensor, *tile = argument
+        key = (tensor.shape, tensor.stride(), tensor.dtype, *tile)
+        known = self._encoders.get(key)
+        if known is None:
+            if len(self._encoders) == _MAX_REMEMBERED:
+                self._encoders.clear()
+            known = self._encoders[key] = _Encoder(argument.describe(), encoding)
+        return known
+
+
+class _Start:
+    """A launch of a compiled kernel, complete but for addresses."""
+
+    def __init__(
+        self,
+        compiled: _Compiled,
+        num_programs: int,
+        device: int,
+        encoders: list[_Encoder],
+        args: list[Any],
+    ) -> None:
+        self._compiled = compiled
+        self._num_programs = num_programs
+        self._device = device
+        self._encoders = encoders
+        self._args = args
+        self._places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+
+    def take_tensors(self) -> list[torch.Tensor]:
+        """Return the tensors among the arguments: a launch that is remembered keeps none."""
+        tensors = [self._args[place] for place in self._places]
+        for place in self._places:
+            self._args[place] = None
+        return tensors
+
+    def __call__(self, pointers: Sequence[int]) -> None:
+        """Start it with the addresses of tensors to encode and of those among the arguments."""
+        encoded, args = [], self._args.copy()
+        addresses = iter(pointers)
+        for encoder in self._encoders:
+            encoded += encoder(next(addresses))
+        for place, pointer in zip(self._places, addresses, strict=True):
+            args[place] = pointer
+        kernel = self._compiled.kernel
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._compiled.start(
+            self._num_programs, 1, 1, stream, kernel.function, False, False, None, None,
+            kernel.packed_metadata, *self._watchers(stream), *encoded, *args,
+        )  # fmt: skip
+
+    def _watchers(self, stream: int) -> tuple[Any, ...]:
+        """What a profiler is told, and how before and after the launch."""
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if not enter.calls:
+            return None, None, None
+        grid = self._num_programs, 1, 1
+        return self._compiled.kernel.launch_metadata(grid, stream), enter, leave
+
+
+class _Encoder:
+    """Encodes tensors of one shape for the copy engine, each address once."""
+
+    def __init__(self, descriptor: TensorDescriptor, encoding: Mapping[str, Any]) -> None:
+        self._shape, self._strides = list(descriptor.shape), list(descriptor.strides)
+        self._encoding = encoding
+        self._known: dict[int, list[Any]] = {}
+
+    def __call__(self, pointer: int) -> list[Any]:
         """Return the tensor as the driver takes it: a tensor map, sizes and strides."""
-        descriptor = argument.describe()
+        known = self._known.get(pointer)
+        return self._encode(pointer) if known is None else known
+
+    def _encode(self, pointer: int) -> list[Any]:
+        encoding = self._encoding
         tensor_map = driver.active.utils.fill_tma_descriptor(
-            argument.tensor.data_ptr(),
+            pointer,
             encoding["swizzle"],
             encoding["elem_size"],
             _HOST_TYPES.get(encoding["elem_type"], encoding["elem_type"]),
             encoding["block_size"],
-            descriptor.shape,
-            descriptor.strides,
+            self._shape,
+            self._strides,
             _PADDING,
         )
-        encoded = [tensor_map, *descriptor.shape, *descriptor.strides]
-        if len(self._encoded) == _MAX_REMEMBERED:
-            self._encoded.clear()
-        self._encoded[key] = encoded
-        return encoded
+        if len(self._known) == _MAX_REMEMBERED:
+            self._known.clear()
+        self._known[pointer] = [tensor_map, *self._shape, *self._strides]
+        return self._known[pointer]
 
 
 # Numbers of element types that differ between the compiler and the driver.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from attn_core.device import device_info
+from attn_core.replay import each_time
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
@@ -81,6 +82,10 @@ def tile_counter(device: torch.device) -> torch.Tensor:
     Kernels on two streams may run at once, so each stream has its own; what a graph captures keeps
     belongs to the graph.
     """
+    return each_time(functools.partial(_current_counter, device))
+
+
+def _current_counter(device: torch.device) -> torch.Tensor:
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     stream = torch._C._cuda_getCurrentRawStream(device.index)

@@ -18,10 +18,15 @@ _PROGRAMS = 64
 _CONFIG = TileConfig(1, 1024, 4, 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "width"])
-def _zero_rest_kernel(x_ptr, end_ptr, tokens, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero x [tokens, width], contiguous, from token end on."""
-    first = tl.load(end_ptr).to(tl.int64) * width
+@triton.jit(do_not_specialize=["stride_s", "B", "tokens", "width"])
+def _zero_rest_kernel(
+    x_ptr,  # [tokens, width], contiguous
+    starts_ptr, stride_s,  # [B + 1]
+    B, tokens, width,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Zero x from the end of the last sequence on."""
+    first = tl.load(starts_ptr + B * stride_s).to(tl.int64) * width
     size = tl.cast(tokens, tl.int64) * width
     offs = tl.arange(0, BLOCK)
     for start in range(first + tl.program_id(0) * BLOCK, size, PROGRAMS * BLOCK):
@@ -62,7 +67,9 @@ def _zero_rest(x: torch.Tensor, starts: torch.Tensor) -> None:
     _launch(
         _PROGRAMS,
         strides=(),
-        args=(x, starts[-1:], x.shape[0], x.shape[1] * x.shape[2]),
+        args=(
+            x, starts, starts.stride(0), starts.shape[0] - 1, x.shape[0], x.shape[1] * x.shape[2]
+        ),
         constexprs={"PROGRAMS": _PROGRAMS, "BLOCK": _CONFIG.block_n},
         config=_CONFIG,
-    )
+    )  # fmt: skip

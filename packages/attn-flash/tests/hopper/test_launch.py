@@ -1,0 +1,152 @@
+"""The launcher, with kernels and a driver that only write down what they are given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+from attn_core import replay
+from attn_flash._hopper import launch
+from attn_flash._hopper.launch import Flat, Launcher, Rows
+
+STREAM = 23
+CONSTANTS = {"BLOCK_M": 128, "NEGATE": False}
+
+
+class Kernel:
+    """A kernel of gluon.jit whose compiled form keeps its arguments in `starts`."""
+
+    function = 17
+    packed_metadata = (4, 1, 0)
+
+    def __init__(self, arguments):
+        self.bound = 0
+        self.starts = []
+
+        def launcher(*args):
+            self.starts.append(args)
+
+        def encode(*args):  # as Triton does, which keeps the driver's function in the closure
+            launcher(*args)
+
+        encoding = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [1, 1, 64, 64]}
+        self.metadata = SimpleNamespace(tensordesc_meta=[encoding] * arguments)
+        self.run = SimpleNamespace(launch=encode, global_scratch_size=0, profile_scratch_size=0)
+
+    def __getitem__(self, grid):
+        def bind(*args, **options):
+            self.bound += 1
+            return self
+
+        return bind
+
+    def launch_metadata(self, grid, stream):
+        return grid, stream
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Addresses that the driver has encoded, one after another."""
+    addresses = []
+
+    def fill(pointer, swizzle, elem_size, elem_type, block_size, shape, strides, padding):
+        addresses.append(pointer)
+        return f"map of {pointer}"
+
+    utils = SimpleNamespace(fill_tma_descriptor=fill)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+    return addresses
+
+
+def tokens(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def start(launcher, x, out, number=5, constants=CONSTANTS):
+    launcher(3, (Rows(x, 64, 64),), (out, None, number), constants, maxnreg=168)
+
+
+def expected(x, out, number=5):
+    B, S, H, D = x.shape
+    b, s, h, d = x.stride()
+    return (
+        *(3, 1, 1, STREAM, Kernel.function, False, False, None, None, Kernel.packed_metadata),
+        *(None, None, None),
+        *(f"map of {x.data_ptr()}", B, H, S, D, b, h, s, d),
+        *(out.data_ptr(), None, number, *CONSTANTS.values()),
+    )
+
+
+def test_later_starts_go_to_the_driver(encoded):
+    kernel = Kernel(1)
+    launcher = Launcher(kernel)
+    out = tokens(1, 8, 2, 64)
+    xs = [tokens(1, 8, 2, 64) for _ in range(3)]
+    for x in (xs[0], *xs, *xs):
+        start(launcher, x, out)
+    assert kernel.bound == 1
+    assert kernel.starts == [expected(x, out) for x in (*xs, *xs)]
+    assert encoded == [x.data_ptr() for x in xs]
+
+
+def test_each_shape_is_encoded_by_itself(encoded):
+    launcher = Launcher(kernel := Kernel(1))
+    memory = tokens(1, 8, 4, 64)
+    views = (memory, memory[:, :4], memory[:, :, :2], memory.view(1, 16, 2, 64))
+    for x in (memory, *views):
+        start(launcher, x, memory)
+    assert kernel.starts == [expected(x, memory) for x in views]
+    assert encoded == [memory.data_ptr()] * len(views)
+
+
+def test_flat_arguments_are_encoded_too(encoded):
+    launcher = Launcher(kernel := Kernel(2))
+    x, sums = tokens(1, 8, 2, 64), torch.zeros(64, 32)
+    for _ in range(2):
+        launcher(3, (Rows(x, 64, 64), Flat(sums, (64, 32))), (5,), CONSTANTS, maxnreg=168)
+    [args] = kernel.starts
+    assert args[-8:] == (f"map of {sums.data_ptr()}", 64, 32, 32, 1, 5, 128, False)
+
+
+def test_other_constants_are_compiled_anew(encoded):
+    launcher = Launcher(kernel := Kernel(1))
+    x = tokens(1, 8, 2, 64)
+    for constants in (CONSTANTS, {**CONSTANTS, "NEGATE": True}):
+        start(launcher, x, x, constants=constants)
+    assert kernel.bound == 2
+
+
+def test_profilers_see_the_launch(encoded, monkeypatch):
+    launcher = Launcher(kernel := Kernel(1))
+    x = tokens(1, 8, 2, 64)
+    hooks = SimpleNamespace(
+        launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook="leave"
+    )
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=hooks))
+    for _ in range(2):
+        start(launcher, x, x)
+    [args] = kernel.starts
+    assert args[10:13] == (((3, 1, 1), STREAM), hooks.launch_enter_hook, "leave")
+
+
+def test_launch_is_repeated_on_other_tensors(encoded, monkeypatch):
+    monkeypatch.setattr(replay, "_launches_here", lambda tensor: True)
+    launcher = Launcher(kernel := Kernel(1))
+
+    def attend(x):
+        out = x.new_empty(x.shape)
+        start(launcher, x, out, number=len(computed))
+        computed.append(x)
+        return out
+
+    computed = []
+    attention = replay.Replayed(attend)
+    calls = [(x, attention(x)) for x in (tokens(1, 8, 2, 64) for _ in range(4))]
+    assert len(computed) == 2
+    assert kernel.starts == [expected(x, out, number=1) for x, out in calls[1:]]
