@@ -135,6 +135,7 @@ class LaunchRecorder:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> LaunchRecorder:
         return self
@@ -142,7 +143,7 @@ class LaunchRecorder:
     def __call__(self, *args: Any, **keywords: Any) -> None:
         """Write down what is launched, in place of launching it."""
         self.args = args
-        names = self.kernel.arg_names
+        names = self.arg_names
         self.options = {name: value for name, value in keywords.items() if name not in names}
         self.constexprs = {name: value for name, value in keywords.items() if name in names}
 
