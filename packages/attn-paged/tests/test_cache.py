@@ -244,10 +244,26 @@ def test_bad_numbers_are_named():
     cache = make_cache()
     with pytest.raises(ValueError, match="layer must be between 0 and 0, got 1"):
         cache.layer(1)
-    with pytest.raises(ValueError, match="limit must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="layer must be between 0 and 0, got 'first'"):
+        cache.scales("first")
+    with pytest.raises(ValueError, match="limit must be a positive integer, got 0"):
         cache.batch([], limit=0)
-    with pytest.raises(ValueError, match="num_layers must be between 1 and"):
-        make_cache(num_layers=0)
+    with pytest.raises(ValueError, match="batch must be a PagedBatch, got list"):
+        cache.attend(0, torch.randn(0, 4, 8), [1])
+
+
+@pytest.mark.parametrize("name", ["heads_kv", "head_dim", "head_dim_v", "num_layers"])
+@pytest.mark.parametrize("size", [0, -1, 1.5, "8", True])
+def test_a_size_is_a_positive_integer(name, size):
+    sizes = {"num_blocks": 8, "block_size": 4, "heads_kv": 2, "head_dim": 16}
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {size!r}"):
+        PagedKVCache(**sizes | {name: size})
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int32, torch.complex64])
+def test_a_dtype_that_no_cache_has_is_named(dtype):
+    with pytest.raises(ValueError, match=f"dtype must be one of .* or None, got {dtype!r}"):
+        PagedKVCache(8, 4, 2, 16, dtype=dtype)
 
 
 @pytest.mark.gpu

@@ -252,8 +252,9 @@ def test_defragment_moves_used_blocks_to_the_front():
         ((0, 4), "num_blocks must be an integer of at least 1, got 0"),
         ((4.0, 4), "num_blocks must be an integer of at least 1, got 4.0"),
         ((4, 0), "block_size must be an integer of at least 1, got 0"),
+        ((4, True), "block_size must be an integer of at least 1, got True"),
     ],
-    ids=["num_blocks", "fraction", "block_size"],
+    ids=["num_blocks", "fraction", "block_size", "bool"],
 )
 def test_bad_sizes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -271,6 +272,10 @@ def test_bad_numbers_are_named():
         manager.commit(sequence, 4)
     with pytest.raises(ValueError, match=r"between 0 and the length 3 .* got 2 and 4"):
         manager.slots(sequence, 2, 4)
+    with pytest.raises(ValueError, match=r"sequence must be one that is allocated, got \[1\]"):
+        manager.free([sequence])
+    with pytest.raises(ValueError, match="reuse_prefixes must be True or False, got 'no'"):
+        BlockManager(4, 2, reuse_prefixes="no")
 
 
 def corrupt_reference(manager, sequence):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.checks import require_range
+from attn_core.checks import require_positive
 from attn_paged.api import append_to_cache, paged_attention
+from attn_paged.checks import DTYPES
 from attn_paged.manager import BlockManager, Moves
 from attn_paged.options import QUANTISED_DTYPES
 
@@ -127,15 +127,22 @@ class PagedKVCache:
             num_host_blocks=num_host_blocks,
             reuse_prefixes=reuse_prefixes,
         )
-        require_range("num_layers", num_layers, 1, sys.maxsize)
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        sizes = {"heads_kv": heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
+        for name, size in {**sizes, "num_layers": num_layers}.items():
+            require_positive(name, size)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        allowed = (*DTYPES, *QUANTISED_DTYPES)
+        if not isinstance(dtype, torch.dtype) or dtype not in allowed:
+            raise ValueError(f"dtype must be one of {allowed} or None, got {dtype!r}")
         self.num_layers = num_layers
         self.backend = backend
         device = torch.device(device)
         # Each layer has memory of its own: a compiled model may then take the caches as inputs,
         # while PyTorch 2.13 mixes up inputs that share memory and are written to.
-        dims = (head_dim, head_dim if head_dim_v is None else head_dim_v) * num_layers
+        dims = (head_dim, head_dim_v) * num_layers
         slots = (block_size, heads_kv)
-        kinds: list[tuple[tuple[int, ...], torch.dtype | None]]
+        kinds: list[tuple[tuple[int, ...], torch.dtype]]
         kinds = [((*slots, dim), dtype) for dim in dims]
         if dtype in QUANTISED_DTYPES:
             kinds += [(slots, torch.float32)] * len(dims)
@@ -193,7 +200,7 @@ class PagedKVCache:
         v_cache : Tensor, shape (num_blocks, block_size, H_KV, D_v)
             Likewise.
         """
-        require_range("layer", index, 0, self.num_layers - 1)
+        self._require_layer(index)
         return self._storage[2 * index], self._storage[2 * index + 1]
 
     def scales(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -209,7 +216,7 @@ class PagedKVCache:
         k_scale, v_scale : Tensor, shape (num_blocks, block_size, H_KV), float32, or None
             The scales themselves, to read and to write; None where the cache is not quantised.
         """
-        require_range("layer", index, 0, self.num_layers - 1)
+        self._require_layer(index)
         if len(self._storage) == 2 * self.num_layers:
             return None, None
         first = 2 * (self.num_layers + index)
@@ -357,8 +364,8 @@ class PagedKVCache:
             Tensors on the cache's device. It holds until a block of its sequences is replaced: by
             `swap_out`, by `defragment`, or by the copy an append to a fork makes.
         """
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be at least 1 or None, got {limit}")
+        if limit is not None:
+            require_positive("limit", limit)
         with self._manager.lock:
             spans = [self._unwritten(name, limit) for name in sequences]
             slots = [
@@ -461,7 +468,14 @@ class PagedKVCache:
         """Check that no block is lost, freed twice or shared by mistake; see `BlockManager`."""
         self._manager.check_invariants()
 
+    def _require_layer(self, index: int) -> None:
+        is_layer = isinstance(index, int) and 0 <= index < self.num_layers
+        if not is_layer or isinstance(index, bool):
+            raise ValueError(f"layer must be between 0 and {self.num_layers - 1}, got {index!r}")
+
     def _require_current(self, batch: PagedBatch) -> None:
+        if not isinstance(batch, PagedBatch):
+            raise ValueError(f"batch must be a PagedBatch, got {type(batch).__name__}")
         for name, revision in zip(batch.sequences, batch._revisions, strict=True):
             if self._manager.revision(name) != revision:
                 raise ValueError(

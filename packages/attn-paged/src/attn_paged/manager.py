@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+from attn_core.checks import flag
 from attn_paged._pool import ROOT, Pool, PrefixIndex
 
 Moves = list[tuple[int, int]]
@@ -82,12 +83,12 @@ class BlockManager:
             ("block_size", block_size, 1),
             ("num_host_blocks", num_host_blocks, 0),
         ):
-            if not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
-        self.reuse_prefixes = reuse_prefixes
+        self.reuse_prefixes = flag("reuse_prefixes", reuse_prefixes)
         self.lock = threading.RLock()
         self._pool = Pool(num_blocks, "cache")
         self._host = Pool(num_host_blocks, "host")
@@ -397,7 +398,7 @@ class BlockManager:
             )
 
     def _find(self, sequence: int) -> _Sequence:
-        state = self._sequences.get(sequence)
+        state = self._sequences.get(sequence) if isinstance(sequence, Hashable) else None
         if state is None:
             raise ValueError(f"sequence must be one that is allocated, got {sequence!r}")
         return state
