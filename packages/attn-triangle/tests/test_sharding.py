@@ -75,3 +75,15 @@ def test_the_mesh_must_be_where_the_tensors_are():
     q, k, v, bias, _ = gen_tensors(3, 4, 1, False, "cpu", torch.float32)
     with pytest.raises(ValueError, match="device type of q, cpu, got cuda"):
         triangle_attention_sharded(q, k, v, bias, mesh=Mesh())
+    with pytest.raises(ValueError, match="q must be a tensor, got NoneType"):
+        triangle_attention_sharded(None, k, v, bias, mesh=Mesh())
+
+
+def test_a_dimension_that_the_mesh_lacks_is_named():
+    class Mesh:
+        device_type, mesh_dim_names = "cpu", ("rows",)
+
+    q, k, v, bias, _ = gen_tensors(3, 4, 1, False, "cpu", torch.float32)
+    message = r"mesh_dim must be a number or one of \('rows',\), got 'columns'"
+    with pytest.raises(ValueError, match=message):
+        triangle_attention_sharded(q, k, v, bias, mesh=Mesh(), mesh_dim="columns")

@@ -89,3 +89,8 @@ def test_other_weights_are_refused(change, message):
     change(wrong)
     with pytest.raises(ValueError, match=message):
         convert_state_dict(wrong)
+
+
+def test_weights_that_are_no_mapping_are_refused():
+    with pytest.raises(ValueError, match="state_dict must be a mapping, got list"):
+        convert_state_dict([*weights("openfold").values()])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_core.checks import require_tensor
 from attn_triangle.api import triangle_attention
 
 if TYPE_CHECKING:
@@ -65,11 +66,13 @@ def triangle_attention_sharded(
         q, k, v = (shard_rows(x, mesh) for x in (q, k, v))
         out = triangle_attention_sharded(q, k, v, bias, mesh=mesh)
     """
+    require_tensor("q", q)
+    require_tensor("bias", bias)
     if mesh.device_type != q.device.type:
         raise ValueError(
             f"mesh must be of the device type of q, {q.device.type}, got {mesh.device_type}"
         )
-    group = mesh.get_group(mesh_dim)
+    group = mesh.get_group(_index(mesh, mesh_dim))
     if bias.element_size() < 4:
         bias = bias.float()
     shared = _SumGradient.apply(bias, group)  # type: ignore[no-untyped-call]
@@ -103,7 +106,10 @@ def shard_rows(
 def _index(mesh: DeviceMesh, mesh_dim: int | str) -> int:
     if isinstance(mesh_dim, int):
         return mesh_dim
-    return (mesh.mesh_dim_names or ()).index(mesh_dim)
+    names = mesh.mesh_dim_names or ()
+    if mesh_dim not in names:
+        raise ValueError(f"mesh_dim must be a number or one of {names}, got {mesh_dim!r}")
+    return names.index(mesh_dim)
 
 
 class _SumGradient(torch.autograd.Function):

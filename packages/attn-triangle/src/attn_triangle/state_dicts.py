@@ -53,6 +53,8 @@ def convert_state_dict(
     >>> layer.load_state_dict(convert_state_dict(model, prefix="tri_att_end"))
     <All keys matched successfully>
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
     prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
     own = {
         name.removeprefix(prefix): tensor
