@@ -72,10 +72,10 @@ def triangle_attention_sharded(
         raise ValueError(
             f"mesh must be of the device type of q, {q.device.type}, got {mesh.device_type}"
         )
-    group = mesh.get_group(_index(mesh, mesh_dim))
+    index = _index(mesh, mesh_dim)
     if bias.element_size() < 4:
         bias = bias.float()
-    shared = _SumGradient.apply(bias, group)  # type: ignore[no-untyped-call]
+    shared = _SumGradient.apply(bias, mesh.get_group(index))  # type: ignore[no-untyped-call]
     return triangle_attention(q, k, v, shared, mask, **options)
 
 
