@@ -81,14 +81,14 @@ def tests(session: nox.Session) -> None:
 @triton_stack
 def tests_interpret(session: nox.Session, stack: str) -> None:
     """Run the Triton kernels on the CPU, in Triton's interpreter."""
-    run_tests(session, stack, "interpret", env={"TRITON_INTERPRET": "1"})
+    run_tests_side_by_side(session, stack, "interpret", env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session(name="tests-compile")
 @triton_stack
 def tests_compile(session: nox.Session, stack: str) -> None:
     """Compile every kernel for sm_80, sm_90, sm_100 and gfx942, without a GPU."""
-    run_tests(session, stack, "compile")
+    run_tests_side_by_side(session, stack, "compile")
 
 
 @nox.session(name="tests-cuda")
@@ -259,6 +259,18 @@ def run_tests(
         *(python(session), "-m", "pytest", "-m", markers, *folders, *options, *args),
         env={**install(session, stack, *requirements), **env},
     )
+
+
+def run_tests_side_by_side(
+    session: nox.Session, stack: str, markers: str, env: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Run long tests in a process for each core, where a session may install what that takes."""
+    if session.venv_backend == "none":
+        run_tests(session, stack, markers, env=env)
+        return
+    options = ("-n=auto", "--dist=worksteal")
+    env = {**env, "OMP_NUM_THREADS": "1"}
+    run_tests(session, stack, markers, *options, groups=("parallel",), env=env)
 
 
 def split(posargs: list[str]) -> tuple[list[str], list[str]]:
