@@ -139,8 +139,12 @@ class Wrapped(torch.Tensor):
         ([1, 2], True),
         ([torch.ones(1)], False),
         (torch.ones(1).as_subclass(Wrapped), False),
+        (torch.ones(1, dtype=torch.complex64).conj().imag, False),
     ],
-    ids=["tensor", "parameter", "number", "none", "dtype", "numbers", "tensors", "subclass"],
+    ids=[
+        *("tensor", "parameter", "number", "none", "dtype", "numbers"),
+        *("tensors", "subclass", "negated"),
+    ],
 )
 def test_is_plain_eager(argument, plain):
     assert is_plain_eager((argument,)) is plain
@@ -149,6 +153,28 @@ def test_is_plain_eager(argument, plain):
 def test_modes_are_not_plain_eager():
     with FakeTensorMode():
         assert not is_plain_eager(())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_view_that_is_negated_by_a_mark_is_negated(requires_grad):
+    seen = []
+
+    def watch(x, factor):
+        seen.append(x.is_neg())
+        return x * factor
+
+    class Watched(Scaled):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return watched.below_autograd(x, factor)
+
+    name = f"attn_core_tests::watched_{requires_grad}".lower()
+    watched = Operator(name, SCHEMA, watch, scaled_fake, autograd=Watched.apply)
+    x = torch.randn(5, dtype=torch.complex64).conj().imag.requires_grad_(requires_grad)
+    assert x.is_neg()
+    torch.testing.assert_close(watched(x, 2.0), 2.0 * x.resolve_neg())
+    assert seen == [False]
 
 
 def test_needs_grad(x):

@@ -43,13 +43,18 @@ class Observer(TorchDispatchMode):
 
 
 def is_plain_eager(args: Sequence[Any]) -> bool:
-    """Whether nothing watches the call: no compiler, mode, transform or tensor subclass."""
+    """Whether nothing watches the call: no compiler, mode, transform or tensor subclass.
+
+    Nor is a tensor negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and
+    the dispatcher negates its memory.
+    """
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
         and (torch._C._len_torch_dispatch_stack() == 0 or _is_only_observed())
         and torch._C._functorch.peek_interpreter_stack() is None
         and are_plain(args)
+        and not any(arg.is_neg() for arg in args if type(arg) in _TENSORS)
     )
 
 
