@@ -27,7 +27,8 @@ def check_forward(call: Call, expected: Expected, grad: bool) -> tuple[torch.Ten
 def check_backward(call: Call, out: torch.Tensor, expected: Sequence[Expected]) -> float:
     """Run the backward pass over poisoned memory; return the largest relative error."""
     poison(call.inputs)
-    grads = torch.autograd.grad(out, call.inputs, call.grad_out, retain_graph=True)
+    with call.context():
+        grads = torch.autograd.grad(out, call.inputs, call.grad_out, retain_graph=True)
     pairs = zip(grads, expected, strict=True)
     return max(judge(call.canonical(grad), wanted) for grad, wanted in pairs)
 

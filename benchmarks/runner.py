@@ -135,7 +135,10 @@ class Runner:
                 jobs[pass_] = self._forward(case, provider, call, rows[pass_])
             if "backward" in rows:
                 rows["backward"].error = checking.check_backward(call, out, expected[1:])
-                jobs["backward"] = timing.Job(functools.partial(_gradients, call, out))
+                gradients = functools.partial(_gradients, call, out)
+                jobs["backward"] = timing.Job(gradients, call.context, call.clocks.get("backward"))
+            for pass_ in call.clocks.keys() & rows.keys():
+                rows[pass_].timing = "timestamps"
             self._weigh(jobs, rows)
             if GRAPH in rows:
                 rows[GRAPH].timing = "graph"
@@ -160,7 +163,7 @@ class Runner:
         grad = wants_grad(case) and row.pass_ != "host"
         context = functools.partial(_surroundings, call, grad)
         if not (self._subject.graph and provider.graph and self._device.type == "cuda"):
-            return timing.Job(call.forward, context)
+            return timing.Job(call.forward, context, call.clocks.get(row.pass_))
         row.timing = "graph"
         with context():
             return timing.Job(timing.captured(call.forward))

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -114,6 +115,14 @@ class HostClock:
         return times
 
 
+class OtherClock(Protocol):
+    """The clock of a device that torch knows nothing of."""
+
+    def samples(self, call: Call, count: int) -> list[float]:
+        """Return the milliseconds of `count` calls."""
+        ...
+
+
 Clock = CpuClock | CudaClock | HostClock
 
 
@@ -124,10 +133,14 @@ def clock_for(device: torch.device) -> CpuClock | CudaClock:
 
 @dataclass(frozen=True)
 class Job:
-    """A call to time, and what has to surround it without being timed."""
+    """A call to time, and what has to surround it without being timed.
+
+    `clock` times it in place of that of the other calls, where it runs on another device.
+    """
 
     call: Call
     context: Context = contextlib.nullcontext
+    clock: OtherClock | None = None
 
 
 @dataclass
@@ -168,10 +181,11 @@ def interleave(
             if results[name].error is not None:
                 continue
             try:
+                call, own = jobs[name].call, jobs[name].clock or clock
                 with jobs[name].context():
                     if turn == 0:
-                        repeats[name] = _repeats(clock, jobs[name].call, effort)
-                    results[name].samples += clock.samples(jobs[name].call, repeats[name])
+                        repeats[name] = _repeats(own, call, effort)
+                    results[name].samples += own.samples(call, repeats[name])
             except Exception as error:
                 results[name].error = error
     return results
@@ -207,12 +221,12 @@ def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
     graph.replay()
 
 
-def _repeats(clock: Clock, call: Call, effort: Effort) -> int:
+def _repeats(clock: Clock | OtherClock, call: Call, effort: Effort) -> int:
     call()
     estimate = _median(clock, call)
     return max(1, min(effort.repeats, int(effort.milliseconds / effort.rounds / estimate)))
 
 
-def _median(clock: Clock, call: Call, count: int = 3) -> float:
+def _median(clock: Clock | OtherClock, call: Call, count: int = 3) -> float:
     clock.samples(call, 1)
     return statistics.median(clock.samples(call, count))

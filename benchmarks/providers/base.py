@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +35,9 @@ class Call:
     canonical : callable
         A view of an output or gradient in the reference's layout.
     context : callable
-        Makes the context manager under which `forward` runs.
+        Makes the context manager under which `forward` and its backward pass run.
+    clocks : mapping
+        By pass, the clock of a device of its own; `timing.OtherClock`.
     """
 
     forward: Callable[[], torch.Tensor]
@@ -43,6 +45,7 @@ class Call:
     grad_out: torch.Tensor | None = None
     canonical: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    clocks: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,43 @@
-"""attn-vulkan: softmax attention on a Vulkan device, beside torch and aule on the same GPU."""
+"""attn-vulkan: softmax attention on a Vulkan device, beside torch and aule on the same GPU.
+
+On a GPU its variants are timed by the timestamps of the device: between a kernel of CUDA and one of
+Vulkan it changes its context, which events of CUDA would count. `call` is the call that torch sees.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from attn_core import UnsupportedProblemError, backends
-from attn_vulkan import Device, _backend, variants
+from attn_vulkan import Device, _backend, launch, selftest, variants
+from attn_vulkan.problem import Problem
 from attn_vulkan.quirks import usable
-from attn_vulkan.runtime.context import choose_device
+from attn_vulkan.runtime.context import choose_device, open_context
 from benchmarks.problems import Case
 from benchmarks.providers import flash
-from benchmarks.providers.base import Call, Provider, Subject, leaf, wants_grad
+from benchmarks.providers.base import TIMED, Call, Provider, Subject, leaf, wants_grad
 from benchmarks.providers.flash import Inputs
 
 _AULE_HEAD_DIM = 64
+_IN_A_ROW = 8
 
 for backend in _backend.backends():  # also where only the source of the distribution is there
     backends.register(backend)
 
 
-def _ours(variant: str, case: Case, inputs: Inputs) -> Call:
+def _ours(variant: str | None, case: Case, inputs: Inputs) -> Call:
     """Inputs lie in memory that both APIs see, as a program that uses Vulkan would put them."""
     from attn_flash import flash_attn_func
 
     dtype = str(case.dtype).removeprefix("torch.")
-    if variant not in variants.available(_device(), dtype):
+    if variant and variant not in variants.available(_device(), dtype):
         raise UnsupportedProblemError(f"the device has no variant {variant} for {dtype}")
     q, k, v = (_shared(tensor).requires_grad_(wants_grad(case)) for tensor in inputs[:3])
 
@@ -43,8 +51,43 @@ def _ours(variant: str, case: Case, inputs: Inputs) -> Call:
         forward,
         (q, k, v),
         _shared(inputs.dout),
-        context=functools.partial(_fixed, variant),
+        context=functools.partial(_fixed, variant) if variant else contextlib.nullcontext,
+        clocks=_clocks(variant, case) if variant and q.is_cuda else {},
     )
+
+
+class _Timestamps:
+    """Times a pass over tensors of its own by the timestamps of the Vulkan device."""
+
+    def __init__(self, problem: Problem, record: Callable[..., Any]) -> None:
+        self._problem, self._record = problem, record
+
+    def samples(self, _: Callable[[], object], count: int) -> list[float]:
+        """Return the milliseconds of `count` passes."""
+        seconds: list[float] = []
+        while len(seconds) < count:
+            seconds += self._timer.seconds(self._record, min(count - len(seconds), _IN_A_ROW))
+        return [second * 1e3 for second in seconds]
+
+    @functools.cached_property
+    def _timer(self) -> selftest.Timer:
+        timer = selftest.Timer(open_context(), self._problem).__enter__()
+        weakref.finalize(self, timer.__exit__)
+        return timer
+
+
+def _clocks(variant: str, case: Case) -> dict[str, _Timestamps]:
+    problem = Problem(
+        str(case.dtype).removeprefix("torch."),
+        *(case[size] for size in ("B", "M", "N", "H", "H_KV", "D", "D")),
+        window=flash.window(case),
+        is_aligned=True,
+    )
+    records = {"forward": launch.record_forward, "backward": launch.record_backward}
+    return {
+        pass_: _Timestamps(problem, functools.partial(record, variant=variant))
+        for pass_, record in records.items()
+    }
 
 
 @contextlib.contextmanager
@@ -105,10 +148,12 @@ SUBJECT = Subject(
                 "ours",
                 "attn_vulkan",
                 devices=("cpu", "cuda"),
+                passes=("forward",) if name == "matrix2" else TIMED,
                 graph=False,
             )
             for name in variants.VARIANTS
         ),
+        Provider("call", functools.partial(_ours, None), "ours", "attn_vulkan", graph=False),
         Provider("torch", functools.partial(flash._ours, "torch"), devices=("cpu",)),
         Provider("cudnn", functools.partial(flash._sdpa, "CUDNN_ATTENTION")),
         Provider("flash", functools.partial(flash._sdpa, "FLASH_ATTENTION")),

@@ -19,9 +19,11 @@ SHAPE = "16x16x16"
 _FLOAT = 4
 _HALF = 2
 _SUBGROUP = 32
-# More workgroups than this do not make a device busier; decoding splits its keys to get there.
+# More workgroups than this do not make a device busier; decoding splits its keys to get there. None
+# is above MAX_SPLITS of combine.comp.
 _BUSY_WORKGROUPS = {"discrete": 1024, "integrated": 128, "virtual": 1024, "other": 128, "cpu": 8}
 _MIN_SPLIT_KEYS = 256
+_MIN_SPLITS = 4  # fewer do not make up for their merging
 _PACKED_ROWS = 64
 
 
@@ -269,6 +271,8 @@ def _packs(problem: Problem) -> bool:
 def _splits(device: Device, problem: Problem, rows: int, pack: int) -> int:
     groups = -(-problem.len_q * pack // rows) * (problem.heads // pack) * problem.batches
     wanted = _BUSY_WORKGROUPS[device.type] // max(groups, 1)
+    if wanted < _MIN_SPLITS:
+        return 1
     return max(1, min(wanted, problem.len_k // _MIN_SPLIT_KEYS))
 
 

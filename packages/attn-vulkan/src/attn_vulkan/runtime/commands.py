@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_uint64, c_void_p
+from ctypes import c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING
 
 from attn_vulkan._vk import registry as vk
@@ -205,3 +205,45 @@ class Commands:
             self._device, ctypes.addressof(info), None, ctypes.addressof(queries)
         )
         return queries.value
+
+
+class Submission:
+    """A VkSubmitInfo of one command buffer, filled again for each: making one takes longer."""
+
+    def __init__(self) -> None:
+        self._buffer = (c_void_p * 1)()
+        self._waits, self._wait_values = (c_uint64 * 1)(), (c_uint64 * 1)()
+        self._signals, self._signal_values = (c_uint64 * 2)(), (c_uint64 * 2)()
+        self._stages = (c_uint32 * 1)(vk.VK_PIPELINE_STAGE_ALL_COMMANDS_BIT)
+        self._values = vk.VkTimelineSemaphoreSubmitInfo(
+            pWaitSemaphoreValues=ctypes.addressof(self._wait_values),
+            pSignalSemaphoreValues=ctypes.addressof(self._signal_values),
+        )
+        self._info = vk.VkSubmitInfo(
+            pNext=ctypes.addressof(self._values),
+            pWaitSemaphores=ctypes.addressof(self._waits),
+            pWaitDstStageMask=ctypes.addressof(self._stages),
+            commandBufferCount=1,
+            pCommandBuffers=ctypes.addressof(self._buffer),
+            pSignalSemaphores=ctypes.addressof(self._signals),
+        )
+        self._address = ctypes.addressof(self._info)
+
+    def fill(
+        self,
+        commands: int,
+        wait: tuple[int, int] | None,
+        own: tuple[int, int],
+        signal: tuple[int, int] | None,
+    ) -> int:
+        """Return the address of what submits `commands`; pairs are (timeline semaphore, value)."""
+        self._buffer[0] = commands
+        if wait:
+            self._waits[0], self._wait_values[0] = wait
+        self._signals[0], self._signal_values[0] = own
+        if signal:
+            self._signals[1], self._signal_values[1] = signal
+        waits, signals = int(wait is not None), 1 + int(signal is not None)
+        self._info.waitSemaphoreCount = self._values.waitSemaphoreValueCount = waits
+        self._info.signalSemaphoreCount = self._values.signalSemaphoreValueCount = signals
+        return self._address

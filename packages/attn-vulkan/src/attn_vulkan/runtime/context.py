@@ -20,7 +20,7 @@ from attn_vulkan._vk.instance import Instance, create_instance
 from attn_vulkan.device import NO_DEVICE, Device, devices
 from attn_vulkan.parameters import Parameters
 from attn_vulkan.quirks import usable
-from attn_vulkan.runtime.commands import Commands
+from attn_vulkan.runtime.commands import Commands, Submission
 from attn_vulkan.runtime.memory import Memory
 from attn_vulkan.runtime.pipelines import Pipelines
 
@@ -69,6 +69,7 @@ class Context:
         self.host_alignment = self._host_alignment()
         self._lock = threading.Lock()  # of the queue and of what follows
         self._submitted = 0
+        self._submission = Submission()
         self._idle: list[Commands] = []
         self._users = 0
         self.is_closed = False
@@ -164,9 +165,7 @@ class Context:
         with self._lock:
             self._submitted += 1  # also where submitting fails: no value is signalled twice
             commands.pending = self._submitted
-            waits = [wait] if wait else []
-            signals = [(self._semaphore, commands.pending), *([signal] if signal else [])]
-            self._submit(commands, waits, signals)
+            self._submit(commands, wait, signal)
 
     def run(self, commands: Commands) -> None:
         """Submit what was recorded, wait for its end and call what was handed to `then`."""
@@ -256,33 +255,11 @@ class Context:
         return int(properties.minImportedHostPointerAlignment)
 
     def _submit(
-        self, commands: Commands, waits: list[tuple[int, int]], signals: list[tuple[int, int]]
+        self, commands: Commands, wait: tuple[int, int] | None, signal: tuple[int, int] | None
     ) -> None:
-        wait_handles = (c_uint64 * len(waits))(*[handle for handle, _ in waits])
-        wait_values = (c_uint64 * len(waits))(*[value for _, value in waits])
-        stages = (ctypes.c_uint32 * len(waits))(
-            *[vk.VK_PIPELINE_STAGE_ALL_COMMANDS_BIT] * len(waits)
-        )
-        signal_handles = (c_uint64 * len(signals))(*[handle for handle, _ in signals])
-        signal_values = (c_uint64 * len(signals))(*[value for _, value in signals])
-        buffers = (c_void_p * 1)(commands.handle)
-        values = vk.VkTimelineSemaphoreSubmitInfo(
-            waitSemaphoreValueCount=len(waits),
-            pWaitSemaphoreValues=ctypes.addressof(wait_values),
-            signalSemaphoreValueCount=len(signals),
-            pSignalSemaphoreValues=ctypes.addressof(signal_values),
-        )
-        info = vk.VkSubmitInfo(
-            pNext=ctypes.addressof(values),
-            waitSemaphoreCount=len(waits),
-            pWaitSemaphores=ctypes.addressof(wait_handles),
-            pWaitDstStageMask=ctypes.addressof(stages),
-            commandBufferCount=1,
-            pCommandBuffers=ctypes.addressof(buffers),
-            signalSemaphoreCount=len(signals),
-            pSignalSemaphores=ctypes.addressof(signal_handles),
-        )
-        self.functions.vkQueueSubmit(self._queue, 1, ctypes.addressof(info), 0)
+        own = self._semaphore, commands.pending
+        info = self._submission.fill(commands.handle, wait, own, signal)
+        self.functions.vkQueueSubmit(self._queue, 1, info, 0)
 
     def _finished(self) -> Commands | None:
         """Commands whose last use has ended, taken off the list."""

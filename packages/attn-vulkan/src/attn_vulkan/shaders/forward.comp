@@ -1,6 +1,7 @@
 // Attention, forward, in float32 arithmetic on any device.
 //
-// A workgroup owns BR rows of queries and walks over blocks of BC keys, FlashAttention-2's loop.
+// A workgroup owns BR rows of queries and walks over blocks of BC keys, FlashAttention-2's loop. The
+// next tile of keys or values is fetched while this one is multiplied.
 // Invocations form RG x CG: each computes TR x TC scores, and TR rows x DT columns of the output.
 // Row r of a workgroup is query r / PACK of head r % PACK: with PACK > 1 the query heads that share
 // a key head share its loads.
@@ -38,6 +39,9 @@ shared float s_rows[BR * CG];
 #endif
 
 #include "tiles.glsl"
+
+#define K_ADDRESS (PAGED ? key_address(p.k, s, head_kv, row, true) : row_at(k_rows, row))
+#define V_ADDRESS (PAGED ? key_address(p.v, s, head_kv, row, true) : row_at(v_rows, row))
 
 // Each row's maximum over its CG invocations.
 void reduce_max(inout float x[TR], uint rg, uint cg) {
@@ -107,10 +111,13 @@ void main() {
     Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
     Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
     float softmax_scale = p.softmax_scale;
-    for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
+    uint j_first = keys.x / BC * BC;
+    vec4 k_next[VECTORS(BC, D)], v_next[VECTORS(BC, DV)];
+    FETCH_TILE(k_next, BC, D, k_rows, j_first, K_ADDRESS)
+    for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
+        STORE_TILE(k_next, s_tile, BC, Q_STRIDE, D)
         barrier();
-        LOAD(s_tile, BC, Q_STRIDE, D, k_rows, j0, PAGED ? key_address(p.k, s, head_kv, row, true) : row_at(k_rows, row))
-        barrier();
+        FETCH_TILE(v_next, BC, DV, v_rows, j0, V_ADDRESS)
         float scores[TR][TC];
         MULTIPLY(scores, s_q, Q_STRIDE, D)
 
@@ -144,9 +151,11 @@ void main() {
         }
         SHARE(scores)
         barrier();
-        LOAD(s_tile, BC, V_STRIDE, DV, v_rows, j0, PAGED ? key_address(p.v, s, head_kv, row, true) : row_at(v_rows, row))
+        STORE_TILE(v_next, s_tile, BC, V_STRIDE, DV)
         barrier();
+        FETCH_TILE(k_next, BC, D, k_rows, j0 + BC, K_ADDRESS)
         ACCUMULATE(acc, V_STRIDE)
+        barrier();
     }
 
     reduce_sum(l, rg, cg);

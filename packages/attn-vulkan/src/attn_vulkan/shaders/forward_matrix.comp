@@ -74,7 +74,7 @@ void main() {
     float to_base_2 = PLAIN ? p.scale : 1.0;
 
     uint i_first = row0 / PACK, i_last = min((row0 + BR - 1) / PACK, s.len_q - 1);
-    uint my_first = my_row0 / PACK, my_last = (my_row0 + MY_ROWS - 1) / PACK;
+    uint my_first = my_row0 / PACK, my_last = min((my_row0 + MY_ROWS - 1) / PACK, s.len_q - 1);
     uvec2 keys = visible_keys(s, i_first, i_last);
     if (SPLIT) {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;

@@ -15,14 +15,40 @@ const uint P_STRIDE = BC / 4 + 1;
 
 shared vec4 s_weights[BR * P_STRIDE];
 
-// shared_tile = the tile of `tall` rows from row `start` on; `address` is that of `row`
+// Vectors of a tile that one invocation moves.
+#define VECTORS(tall, dim) (((tall) * (dim / 4) + WG - 1) / WG)
+
+// x = this invocation's vectors of the tile of `tall` rows from row `start` on, 0 past the end;
+// `address` is that of `row`. All are on their way before the first is waited for.
+#define FETCH_TILE(x, tall, dim, rows, start, address) \
+    [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
+        uint e = t + n * WG, row = (start) + e / (dim / 4); \
+        x[n] = vec4(0.0); \
+        if (e < (tall) * (dim / 4) && row < rows.count) \
+            x[n] = load4(address, rows.element, e % (dim / 4) * 4, rows.size, ALIGNED); \
+    }
+
+#define STORE_TILE(x, shared_tile, tall, stride, dim) \
+    [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
+        uint e = t + n * WG; \
+        if (e < (tall) * (dim / 4)) \
+            shared_tile[e / (dim / 4) * stride + e % (dim / 4)] = x[n]; \
+    }
+
+// Unaligned rows are loaded one by one, which keeps that code small.
 #define LOAD(shared_tile, tall, stride, dim, rows, start, address) \
-    for (uint x = t; x < (tall) * (dim / 4); x += WG) { \
-        uint row = (start) + x / (dim / 4), d = x % (dim / 4) * 4; \
-        vec4 value = vec4(0.0); \
-        if (row < rows.count) \
-            value = load4(address, rows.element, d, rows.size, ALIGNED); \
-        shared_tile[x / (dim / 4) * stride + d / 4] = value; \
+    if (ALIGNED) { \
+        vec4 x[VECTORS(tall, dim)]; \
+        FETCH_TILE(x, tall, dim, rows, start, address) \
+        STORE_TILE(x, shared_tile, tall, stride, dim) \
+    } else { \
+        for (uint e = t; e < (tall) * (dim / 4); e += WG) { \
+            uint row = (start) + e / (dim / 4); \
+            vec4 x = vec4(0.0); \
+            if (row < rows.count) \
+                x = load4(address, rows.element, e % (dim / 4) * 4, rows.size, ALIGNED); \
+            shared_tile[e / (dim / 4) * stride + e % (dim / 4)] = x; \
+        } \
     }
 
 // block[r][c] = row rg + r RG of `rows` times row cg + c CG of s_tile. Summed in two levels: one
