@@ -1,0 +1,46 @@
+"""The plan of a problem, which needs no device."""
+
+from __future__ import annotations
+
+import pytest
+
+from attn_vulkan import variants
+from attn_vulkan.device import Device, Features
+from attn_vulkan.problem import Problem
+
+
+def gpu(kind="discrete"):
+    return Device(0, "GPU", kind, "1.3.0", "driver", 32, 1 << 34, Features(), 48 << 10, 1024)
+
+
+def forward(variant, dtype, sizes, kind="discrete"):
+    batches, len_q, len_k, heads, heads_kv, dim = sizes
+    problem = Problem(dtype, batches, len_q, len_k, heads, heads_kv, dim, dim, is_aligned=True)
+    return variants.forward(gpu(kind), variant, problem, 0.125)
+
+
+@pytest.mark.parametrize("variant", ["matrix", "subgroup", "scalar"])
+def test_keys_are_split_where_queries_are_few(variant):
+    assert forward(variant, "float16", (8, 1, 8192, 64, 8, 128)).splits > 1
+    assert forward(variant, "float16", (1, 4096, 4096, 16, 16, 128)).splits == 1
+    assert forward(variant, "float16", (1, 1, 8, 1, 1, 64)).splits == 1
+
+
+def test_parts_have_room_where_they_are_merged():
+    """MAX_SPLITS of combine.comp."""
+    assert forward("matrix", "float16", (1, 1, 1 << 20, 1, 1, 64)).splits == 1024
+
+
+def test_two_parts_do_not_pay():
+    assert forward("matrix", "float16", (1, 512, 1 << 14, 64, 64, 128)).splits == 4
+    assert forward("matrix", "float16", (1, 1024, 1 << 14, 64, 64, 128)).splits == 1
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scalar_tiles_fit_the_shared_memory(dim, dtype):
+    problem = Problem(dtype, 1, 4096, 4096, 1, 1, dim, dim)
+    tile = variants._first_fitting(
+        variants._FORWARD_TILES, gpu(), 4096, problem, variants._forward_bytes
+    )
+    assert variants._forward_bytes(tile, problem) <= gpu().shared_memory
