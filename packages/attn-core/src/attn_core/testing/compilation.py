@@ -129,8 +129,9 @@ def compile_ahead(
 class LaunchRecorder:
     """Takes the place of a ``triton.jit`` kernel and writes down its last launch.
 
-    `args`, `constexprs` and `options` (num_warps, num_stages, ...) exist once there was one. Tensors on
-    the meta device will do, so no memory and no GPU is needed to see what a launcher starts.
+    `args`, `constexprs` and `options` (num_warps, num_stages, ...) exist once there was one.
+    Tensors on the meta device will do, so no memory and no GPU is needed to see what a launcher
+    starts.
     """
 
     def __init__(self, kernel: Any) -> None:
