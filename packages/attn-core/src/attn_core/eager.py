@@ -11,6 +11,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attn_core.tiling import allows_tf32
+
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_NUMBERS = frozenset({bool, int, float})
 # Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
@@ -101,7 +103,7 @@ def signature(args: Sequence[Any]) -> Signature | None:
         *described,
         *map(pointers.index, pointers),
         torch.is_grad_enabled(),
-        torch._C._get_cublas_allow_tf32(),
+        allows_tf32(),
         torch._C._get_deterministic_algorithms(),
     )
     return Signature(key, tensors, pointers)

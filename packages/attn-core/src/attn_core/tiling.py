@@ -6,6 +6,7 @@ import torch
 
 MIN_DOT = 16
 """The shortest side of a tile that ``tl.dot`` accepts."""
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # since torch 2.9
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -45,6 +46,17 @@ def dot_precision(tensor: torch.Tensor) -> str:
     str
         ``"tf32"`` or ``"ieee"``, the ``input_precision`` of ``tl.dot``.
     """
-    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+    return "tf32" if tensor.dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own matmuls may use TF32, by whichever of its two switches was set.
+
+    Returns
+    -------
+    bool
+        ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``, or ``allow_tf32`` is True.
+    """
+    if _fp32_precision is None:
+        return torch._C._get_cublas_allow_tf32()
+    return bool(_fp32_precision("cuda", "matmul") == "tf32")
