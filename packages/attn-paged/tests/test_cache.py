@@ -240,6 +240,19 @@ def test_an_empty_batch_does_nothing():
     assert cache.attend(0, torch.randn(0, 4, 8), batch).shape == (0, 4, 8)
 
 
+def test_torchs_default_device_changes_nothing():
+    with torch.device("meta"):
+        cache = make_cache(num_host_blocks=4)
+        first = cache.allocate(7)
+        batch = cache.batch([first])
+    k = torch.randn(7, 2, 8)
+    with torch.device("meta"):
+        cache.write(0, k, k, batch)
+        cache.swap_out(first)
+        cache.swap_in(first)
+    torch.testing.assert_close(read(cache, first)[0], k)
+
+
 def test_bad_numbers_are_named():
     cache = make_cache()
     with pytest.raises(ValueError, match="layer must be between 0 and 0, got 1"):

@@ -200,6 +200,16 @@ def test_shared_prefixes_change_nothing():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("option", ["plain", "batch_invariant", "shared_prefix"])
+def test_torchs_default_device_changes_nothing(option):
+    inputs = make() if option == "plain" else make() | {option: True}
+    wanted = paged_attention(**inputs, return_lse=True, backend="torch")
+    with torch.device("meta"):
+        results = paged_attention(**inputs, return_lse=True, backend="torch")
+    for x, y in zip(results, wanted, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("lens_q", [LENS_Q, (1,) * 5], ids=["mixed", "decode"])
 def test_a_sequence_has_the_same_bits_in_every_batch(lens_q):
     inputs = make(lens_q=lens_q, dtype=torch.float16)

@@ -143,7 +143,7 @@ def _each_alone(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence after the other, so that no one's sums depend on its neighbours."""
     out = q.new_zeros((*q.shape[:2], v_cache.shape[3]))
-    lse = torch.full(q.shape[1::-1], -torch.inf, dtype=_lse_dtype(q.dtype))
+    lse = q.new_full(q.shape[1::-1], -torch.inf, dtype=_lse_dtype(q.dtype))
     bounds = list(range(len(q) + 1))
     if options.cu_seqlens_q is not None:
         bounds = options.cu_seqlens_q.tolist()
@@ -156,7 +156,7 @@ def _each_alone(
             tree = tree[rows] if tree.ndim == 2 else tree[tree_start : tree_start + count**2]
         alone = options._replace(
             batch_invariant=False,
-            cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=q.device),
             alibi_slopes=slopes[row] if slopes is not None and slopes.ndim == 2 else slopes,
             is_causal=None if options.is_causal is None else options.is_causal[row],
             tree_mask=tree,

@@ -151,7 +151,7 @@ class PagedKVCache:
         ]
         is_pinned = device.type == "cuda"
         self._host_storage = [
-            torch.empty((num_host_blocks, *shape), dtype=kind, pin_memory=is_pinned)
+            torch.empty((num_host_blocks, *shape), dtype=kind, device="cpu", pin_memory=is_pinned)
             for shape, kind in kinds
         ]
 
@@ -487,7 +487,8 @@ class PagedKVCache:
         return range(start, stop if limit is None else min(stop, start + limit))
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        on_host = torch.tensor(values, dtype=dtype, device="cpu")
+        return on_host.to(self.device, non_blocking=True)
 
     def _move(self, moves: Moves) -> None:
         """Copy blocks within the cache; no block is both read and written."""
