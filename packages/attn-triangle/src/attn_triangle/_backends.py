@@ -12,7 +12,7 @@ from attn_triangle.ops import ATTENTION, ATTENTION_BACKWARD, GATE, GATE_BACKWARD
 # Gluon, the language of its kernels, changes with every version of Triton.
 _HOPPER_TRITON = (3, 6)
 _HOPPER_MAX_HEAD_DIM = 64
-_HOPPER_MIN_KEYS = 320  # with fewer, backend triton is as fast or faster
+_HOPPER_MIN_KEYS = 128  # with fewer, backend triton is as fast or faster
 # Far below any in use. Smaller ones would let keys that the mask hides reappear.
 _HOPPER_MIN_SCALE = 1e-3
 
@@ -39,8 +39,11 @@ def _hopper_supports(op: str, problem: TriangleProblem | GateProblem) -> str | N
 
 
 def _hopper_refusal(problem: TriangleProblem) -> str | None:
-    if problem.head_dim > _HOPPER_MAX_HEAD_DIM:
-        return f"it takes head dimensions to {_HOPPER_MAX_HEAD_DIM}, got {problem.head_dim}"
+    if problem.head_dim > _HOPPER_MAX_HEAD_DIM or problem.head_dim % 8:
+        return (
+            f"it takes head dimensions to {_HOPPER_MAX_HEAD_DIM} in steps of 8, got "
+            f"{problem.head_dim}"
+        )
     if problem.len_k < _HOPPER_MIN_KEYS:
         return f"it gains nothing below {_HOPPER_MIN_KEYS} keys, got {problem.len_k}"
     if problem.mask_is_additive:

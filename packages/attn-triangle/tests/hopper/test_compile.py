@@ -15,9 +15,9 @@ from attn_core.testing.compilation import compile_ahead
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attn_triangle._hopper import backward, forward, problem, redo, rows
+from attn_triangle._hopper import backward, forward, redo, rows
+from attn_triangle._hopper.launch import Tiles
 from attn_triangle._triton import backward as portable
 from attn_triangle._triton import keys
 
@@ -39,7 +39,6 @@ TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
 }
-REGISTERS = 168  # a thread, shared out among the warpgroups at run time
 
 
 class Case(NamedTuple):
@@ -66,8 +65,8 @@ CASES = [
 class Recorder:
     """A launcher that writes down what it is to start."""
 
-    def __call__(self, _num_programs, *, args, constexprs, config, **_):
-        self.args, self.constexprs, self.config = args, constexprs, config
+    def __call__(self, _num_programs, *, args, constants=None, maxnreg=None, **_):
+        self.args, self.constants, self.maxnreg = args, constants, maxnreg
 
 
 @pytest.fixture
@@ -105,8 +104,9 @@ def launches(monkeypatch):
 
 
 def type_of(value, *, hinted):
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+    if isinstance(value, Tiles):
+        layout = value.describe().layout
+        return f"tensordesc<{TYPES[value.tensor.dtype]}{list(value.block)},{layout!r}>"
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}:16"
     if isinstance(value, float):
@@ -135,16 +135,8 @@ def test_kernels_fit_and_overlap_their_products(case, name, launches, tmp_path):
         for parameter, value in zip(kernel.params, launch.args, strict=False)
     }
     compiled = compile_ahead(
-        kernel, signature, launch.constexprs, "sm_90",
-        num_warps=launch.config.num_warps, maxnreg=REGISTERS,
-    )  # fmt: skip
+        kernel, signature, launch.constants, "sm_90", num_warps=4, maxnreg=launch.maxnreg
+    )
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
-    assert compiled.registers == REGISTERS
+    assert compiled.registers == launch.maxnreg
     assert not re.search(r"C75\d\d", remarks(compiled, tmp_path))
-
-
-def test_bias_is_scaled_in_float32():
-    bias = torch.linspace(-9.0, 9.0, 2 * 3 * 5).bfloat16().view(1, 2, 3, 5)
-    scaled = problem.scaled_bias(bias, 7.3, 3, 5)
-    assert scaled.dtype == torch.float32
-    assert torch.equal(scaled, bias.float() * 7.3)

@@ -31,7 +31,8 @@ pytestmark = [
 
 # In the order in which they import one another.
 MODULES = (
-    "configs", "tiles", "problem", "redo", "rows", "forward", "dk_dv", "dq", "dbias", "backward",
+    "configs", "launch", "tiles", "problem", "redo", "rows", "forward", "dk_dv", "dq", "dbias",
+    "backward",
 )  # fmt: skip
 GLUON = {
     "forward": "_attention_forward_kernel",
@@ -151,7 +152,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(emulator, "_LATENESS", 5e-4)
     with emulator.emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
         modules = dict(zip(MODULES, found, strict=True))
-        modules["problem"].TensorDescriptor = Descriptor
+        modules["launch"].TensorDescriptor = Descriptor
         gl = modules["forward"].gl
         gl.__dict__.update(load=load, atomic_add=atomic_add, to_tensor=Integer, int8="i8")
         for name, kernel in GLUON.items():
@@ -165,11 +166,16 @@ def hopper(monkeypatch):
 def starter(kernel):
     """What does without the driver what a `Launcher` does."""
 
-    def start(num_programs, strides, args, constexprs, config):
-        args = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in args]
-        kernel[(num_programs,)](*args, **constexprs)
+    def start(num_programs, args, constants, maxnreg):
+        kernel[(num_programs,)](*map(argument, args), **constants)
 
     return start
+
+
+def argument(x):
+    if isinstance(x, torch.Tensor):
+        return Pointer.to(x)
+    return x.describe() if hasattr(x, "describe") else x
 
 
 def attend(hopper, case, inputs, mask, dout, dlse, wanted="dq dk_dv dbias"):

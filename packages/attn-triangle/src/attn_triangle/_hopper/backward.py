@@ -1,10 +1,11 @@
-"""Backward pass for Hopper GPUs: a kernel for dK and dV, one for dQ, and dB with it or by itself.
+"""Backward pass for Hopper GPUs: a kernel for dK and dV, one for dQ and one for dB.
 
 With P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse, in every row:
 
     dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO,
 
-and dB is the sum of dS over the rows. Seven products with atomic additions to dB, nine without.
+and dB is the sum of dS over the rows. Nine products: with atomic additions to dB there would be
+seven, but those take longer.
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.dbias import dbias as dbias_by_owner
 from attn_triangle._hopper.dk_dv import dk_dv
-from attn_triangle._hopper.dq import dq as dq_and_dbias
+from attn_triangle._hopper.dq import dq as fill_dq
 from attn_triangle._hopper.rows import add_unseeing, query_rows
 from attn_triangle.layout import new_heads_last, new_unwanted
 
@@ -46,17 +47,15 @@ def attention_backward(
             dbias = bias.new_zeros(bias.shape)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, new_unwanted(q)
     dout = problem.readable(dout)
+    readable = problem.readable_bias(bias, M, N)
     keys = problem.key_rows(mask, N, configs.LONGEST_BLOCK, is_mean=False, unread=lse)
     rows = query_rows(out, dout, lse, dlse)
     if "dk_dv" in wanted:
-        dk_dv(dk, dv, dout, q, k, v, bias, keys, rows, scale)
+        dk_dv(dk, dv, dout, q, k, v, readable, keys, rows, scale)
         if masked_rows == "mean":
             add_unseeing(dv, dout, lse)
-    scaled_bias = problem.scaled_bias(bias, 1.0 / scale, M, N)
-    by_atomics = "dbias" in wanted and "dq" in wanted and not deterministic
     if "dq" in wanted:
-        found = dq_and_dbias(dq, dout, q, k, v, bias, scaled_bias, keys, rows, scale, by_atomics)
-        dbias = dbias if found is None else found
-    if "dbias" in wanted and not by_atomics:
-        dbias = dbias_by_owner(dout, q, k, v, bias, scaled_bias, keys, rows, scale)
+        fill_dq(dq, dout, q, k, v, readable, keys, rows, scale)
+    if "dbias" in wanted:
+        dbias = dbias_by_owner(dout, q, k, v, bias, readable, keys, rows, scale)
     return dq, dk, dv, dbias, new_unwanted(q)

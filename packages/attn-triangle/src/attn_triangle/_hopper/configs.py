@@ -1,31 +1,54 @@
-"""Tiles of the Hopper kernels: queries or keys of a CTA, length of a streamed block, its stages.
+"""Tiles of the Hopper kernels.
 
-BLOCK_M counts the rows of both computing warpgroups, BLOCK_N those of a block that streams by.
+A CTA has three or four computing warpgroups, each with 64 rows of its own. Tiles of one row i share
+its keys and values, tiles of several rows the bias.
 """
 
-from attn_core.tuning import TileConfig
+from __future__ import annotations
 
-_WARPS = 4  # of the first computing warpgroup, the only one that a launch names
+from typing import NamedTuple
 
-FORWARD = {
-    16: TileConfig(128, 128, _WARPS, 2),
-    32: TileConfig(128, 128, _WARPS, 2),
-    64: TileConfig(128, 64, _WARPS, 2),
-}
-BACKWARD_DK_DV = {
-    16: TileConfig(128, 64, _WARPS, 3),
-    32: TileConfig(128, 64, _WARPS, 3),
-    64: TileConfig(128, 64, _WARPS, 2),
-}
-ROWS_OF_DK_DV = {16: 2, 32: 2, 64: 1}  # that share a tile of the bias
-BACKWARD_DQ = {
-    16: TileConfig(128, 64, _WARPS, 3),
-    32: TileConfig(128, 64, _WARPS, 3),
-    64: TileConfig(128, 32, _WARPS, 3),
-}
-BACKWARD_DBIAS = {
-    16: TileConfig(128, 128, _WARPS, 3),
-    32: TileConfig(128, 128, _WARPS, 3),
-    64: TileConfig(128, 64, _WARPS, 3),
-}
+import torch
+
+# A thread, of 64K for the computing warpgroups and that of the loading warp. What the latter gives
+# back the others get.
+_REGISTERS = {3: 128, 4: 96}
+
+
+class Plan(NamedTuple):
+    """How a CTA is laid out.
+
+    Attributes
+    ----------
+    tiles, rows : int
+        Tiles of 64 of one row i, and rows i. A warpgroup computes one tile of one row.
+    block : int
+        Length of the blocks that stream by.
+    stages : int
+        How many of them are loaded ahead.
+    """
+
+    tiles: int
+    rows: int
+    block: int
+    stages: int
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread at the start, before they are shared out."""
+        return _REGISTERS[self.tiles * self.rows]
+
+    def fit(self, rows: int, bias_dtype: torch.dtype) -> Plan:
+        """Leave space for a wide bias, or no warpgroup without work where rows are few."""
+        if bias_dtype == torch.float32:
+            return self._replace(stages=max(2, self.stages - 1))
+        if rows < self.rows:
+            return self._replace(tiles=self.tiles * self.rows, rows=1)
+        return self
+
+
+FORWARD = {16: Plan(2, 2, 64, 4), 32: Plan(2, 2, 64, 4), 64: Plan(2, 2, 64, 2)}
+BACKWARD_DK_DV = {16: Plan(1, 3, 64, 4), 32: Plan(1, 3, 64, 4), 64: Plan(1, 3, 32, 3)}
+BACKWARD_DQ = {16: Plan(1, 3, 64, 4), 32: Plan(1, 3, 64, 3), 64: Plan(1, 3, 64, 2)}
+BACKWARD_DBIAS = {16: Plan(3, 1, 64, 4), 32: Plan(3, 1, 64, 3), 64: Plan(3, 1, 64, 2)}
 LONGEST_BLOCK = 128  # of keys, among all of these

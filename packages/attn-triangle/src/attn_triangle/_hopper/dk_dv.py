@@ -1,9 +1,7 @@
-"""Gradients of keys and values for Hopper GPUs: a warpgroup owns 64 keys of one or two rows i.
-
-Two rows share a tile of the bias where there are registers for the results of both.
+"""Gradients of keys and values for Hopper GPUs: a warpgroup owns 64 keys of one row i.
 
 Tiles of scores are transposed, keys by queries, so that P^T and dS^T are the left operands of their
-products straight from registers. The bias is needed transposed too.
+products straight from registers. The bias is transposed on its way there.
 """
 
 import torch
@@ -18,77 +16,76 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core import tiling
 from attn_core.device import device_info
-from attn_core.launch import Launcher
-from attn_core.tiles.softmax import LOG2_E
+from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
+from attn_triangle._hopper.launch import Launcher
 from attn_triangle._hopper.tiles import (
+    LOG2_E,
     WG_ROWS,
     exp2,
     load_bias,
     load_rows,
+    load_wide,
     new_ring,
     num_steps,
-    scaled_bias,
     store_rows,
     tile_of,
+    visible_keys,
 )
-
-_BIAS_FACTOR = gl.constexpr(LOG2_E.value)
 
 
 @gluon.jit
 def _num_blocks(
-    range_ptr, strides, b, row0, row1, start_n, M,
-    HAS_RANGE: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr,
+    range_ptr, strides, b, row0, last, start_n, M,
+    HAS_RANGE: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Blocks of queries to go through: none for a tile of keys that neither row sees."""
+    """Blocks of queries to go through: none for a tile of keys that no row sees."""
     blocks = gl.cdiv(M, BLOCK)
     if HAS_RANGE:
-        stride_b, stride_r = strides
-        ptr0 = range_ptr + b * stride_b + row0 * stride_r
-        ptr1 = range_ptr + b * stride_b + row1 * stride_r
-        first = gl.minimum(gl.load(ptr0), gl.load(ptr1))
-        last = gl.maximum(gl.load(ptr0 + 1), gl.load(ptr1 + 1))
-        blocks = gl.where((start_n < last) & (start_n + TILE > first), blocks, 0)
+        start, end = visible_keys(range_ptr, strides, b, row0, last, ROWS)
+        blocks = gl.where((start_n < end) & (start_n + TILE > start), blocks, 0)
     return blocks
 
 
 # fmt: off
 @gluon.jit
 def _load(
-    descs, bufs, rings, sizes, M, range_ptr, strides,
-    HAS_RANGE: gl.constexpr, ROWS: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr,
+    args,
+    HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     # fmt: on
     """The loading warp: keys and values of a tile, then its blocks of queries and their rows."""
-    k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc = descs
+    descs, bufs, rings, sizes, M, range_ptr, strides = args
+    k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc, dk_desc, dv_desc = descs
     k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf = bufs
     k_full, k_empty, full, empty = rings
     range_strides, bias_strides = strides
     bias_b, bias_h = bias_strides
     H, R, num_tiles, num_groups, total = sizes
-    k_bytes: gl.constexpr = 2 * ROWS * WARPGROUPS * k_desc.block_type.nbytes
+    k_bytes: gl.constexpr = 2 * ROWS * TILES * k_desc.block_type.nbytes
     block_bytes: gl.constexpr = (
         2 * ROWS * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-        + WARPGROUPS * bias_desc.block_type.nbytes
+        + TILES * bias_desc.block_type.nbytes
     )
     count = 0
     for step in range(num_steps(sizes)):
-        b, h, row0, row1, tile = tile_of(step, sizes, ROWS)
-        start_n = tile * (WARPGROUPS * WG_ROWS)
+        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        start_n = tile * (TILES * WG_ROWS)
         bh_row = (b * H + h) * R
-        mbarrier.wait(k_empty.index(0), (step & 1) ^ 1)
-        mbarrier.expect(k_full.index(0), k_bytes)
-        for w in gl.static_range(WARPGROUPS):
-            n = start_n + w * WG_ROWS
-            for x in gl.static_range(ROWS):
-                row = row0 if x == 0 else row1
-                load_rows(k_desc, b, h, row, n, k_full.index(0), k_buf.index(w * ROWS + x))
-                load_rows(v_desc, b, h, row, n, k_full.index(0), v_buf.index(w * ROWS + x))
+        slot = step & 1
+        bar = k_full.index(slot)
+        mbarrier.wait(k_empty.index(slot), ((step >> 1) & 1) ^ 1)
+        mbarrier.expect(bar, k_bytes)
+        for x in gl.static_range(ROWS):
+            row = gl.minimum(row0 + x, last)
+            for w in gl.static_range(TILES):
+                own = (slot * ROWS + x) * TILES + w
+                load_rows(k_desc, b, h, row, start_n + w * WG_ROWS, bar, k_buf.index(own))
+                load_rows(v_desc, b, h, row, start_n + w * WG_ROWS, bar, v_buf.index(own))
         blocks = _num_blocks(
-            range_ptr, range_strides, b, row0, row1, start_n, M,
-            HAS_RANGE, WARPGROUPS * WG_ROWS, BLOCK_M,
+            range_ptr, range_strides, b, row0, last, start_n, M,
+            HAS_RANGE, ROWS, TILES * WG_ROWS, BLOCK_M,
         )  # fmt: skip
         for block in range(blocks):
             i = count % STAGES
@@ -96,235 +93,162 @@ def _load(
             start_m = block * BLOCK_M
             mbarrier.wait(empty.index(i), ((count // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, block_bytes)
-            for w in gl.static_range(WARPGROUPS):
-                load_bias(
-                    bias_desc, b * bias_b, h * bias_h, start_n + w * WG_ROWS, start_m,
-                    bar, bias_buf.index(i * WARPGROUPS + w),
-                )  # fmt: skip
             for x in gl.static_range(ROWS):
-                row = row0 if x == 0 else row1
-                load_rows(q_desc, b, h, row, start_m, bar, q_buf.index(i * ROWS + x))
-                load_rows(do_desc, b, h, row, start_m, bar, do_buf.index(i * ROWS + x))
+                row = gl.minimum(row0 + x, last)
+                own = i * ROWS + x
+                load_rows(q_desc, b, h, row, start_m, bar, q_buf.index(own))
+                load_rows(do_desc, b, h, row, start_m, bar, do_buf.index(own))
                 at = [bh_row + row, start_m]
-                tma.async_copy_global_to_shared(lse_desc, at, bar, lse_buf.index(i * ROWS + x))
-                tma.async_copy_global_to_shared(delta_desc, at, bar, delta_buf.index(i * ROWS + x))
+                tma.async_copy_global_to_shared(lse_desc, at, bar, lse_buf.index(own))
+                tma.async_copy_global_to_shared(delta_desc, at, bar, delta_buf.index(own))
+            for w in gl.static_range(TILES):
+                load_bias(
+                    bias_desc, b * bias_b, h * bias_h, start_m, start_n + w * WG_ROWS,
+                    bar, bias_buf.index(i * TILES + w),
+                )  # fmt: skip
             count += 1
 
 
-# fmt: off
 @gluon.jit
-def _store(
-    dk, dv, b, h, row, start_n, N, mask_ptr, mask_steps, columns,
-    dk_ptr, dk_strides, dv_ptr, dv_strides,
-    HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, LAYOUT: gl.constexpr,
+def _visible(
+    mask_ptr, mask_steps, columns, b, row, start_n, N, LAYOUT: gl.constexpr
 ):
-    # fmt: on
-    """Store what 64 keys of one row gathered.
-
-    The loop took every key for visible. Keys do not mix: what a hidden one gathered, NaN if its
-    scores overflowed, ends here.
-    """
-    if HAS_MASK:
-        step_b, step_r = mask_steps
-        mask_row = gl.to_tensor(b * step_b + row * step_r).to(gl.int64)
-        offs = start_n + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        shut = gl.load(mask_ptr + mask_row * columns + offs, mask=offs < N, other=0.0)
-        visible = gl.expand_dims(shut == 0.0, 1)
-        dk = gl.where(visible, dk, 0.0)
-        dv = gl.where(visible, dv, 0.0)
-    store_rows(dk, b, h, row, start_n, N, dk_ptr, dk_strides, HEAD_DIM, LAYOUT)
-    store_rows(dv, b, h, row, start_n, N, dv_ptr, dv_strides, HEAD_DIM, LAYOUT)
+    """Which of 64 keys the mask leaves visible, [64, 1]."""
+    step_b, step_r = mask_steps
+    mask_row = gl.to_tensor(b * step_b + row * step_r).to(gl.int64)
+    offs = start_n + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    shut = gl.load(mask_ptr + mask_row * columns + offs, mask=offs < N, other=0.0)
+    return gl.expand_dims(shut == 0.0, 1)
 
 
 # fmt: off
 @gluon.jit
 def _differentiate(
-    descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-    dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-    WARPGROUP: gl.constexpr, HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
-    HAS_RANGE: gl.constexpr, ROWS: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
+    WARPGROUP: gl.constexpr, args,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    """A computing warpgroup: 64 keys of both rows of each tile."""
+    """A computing warpgroup: 64 keys of one row of each tile."""
+    loading, N, mask, scale, scale_log2 = args
+    descs, bufs, rings, sizes, M, range_ptr, strides = loading
+    k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc, dk_desc, dv_desc = descs
     k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf = bufs
     k_full, k_empty, full, empty = rings
     range_strides, bias_strides = strides
-    dtype: gl.constexpr = k_buf.dtype
+    mask_ptr, mask_steps, columns = mask
+    dtype: gl.constexpr = k_desc.dtype
     BLOCK_D: gl.constexpr = k_buf.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    k0 = k_buf.index(WARPGROUP * ROWS)
-    v0 = v_buf.index(WARPGROUP * ROWS)
-    k1 = k_buf.index(WARPGROUP * ROWS + ROWS - 1)
-    v1 = v_buf.index(WARPGROUP * ROWS + ROWS - 1)
+    ROW: gl.constexpr = WARPGROUP // TILES
+    TILE: gl.constexpr = WARPGROUP % TILES
+    zero = gl.zeros([WG_ROWS, BLOCK_M], gl.float32, S_LAYOUT)
     count = 0
     for step in range(num_steps(sizes)):
-        b, h, row0, row1, tile = tile_of(step, sizes, ROWS)
-        start_n = (tile * WARPGROUPS + WARPGROUP) * WG_ROWS
-        mbarrier.wait(k_full.index(0), step & 1)
-        dk0 = gl.zeros([WG_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-        dv0 = dk0
-        dk1 = dk0
-        dv1 = dk0
+        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        row = gl.minimum(row0 + ROW, last)
+        start_n = (tile * TILES + TILE) * WG_ROWS
+        slot = step & 1
+        mbarrier.wait(k_full.index(slot), (step >> 1) & 1)
+        k = k_buf.index(slot * (ROWS * TILES) + WARPGROUP)
+        v = v_buf.index(slot * (ROWS * TILES) + WARPGROUP)
+        dk = gl.zeros([WG_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+        dv = dk
         blocks = _num_blocks(
-            range_ptr, range_strides, b, row0, row1, tile * (WARPGROUPS * WG_ROWS), M,
-            HAS_RANGE, WARPGROUPS * WG_ROWS, BLOCK_M,
+            range_ptr, range_strides, b, row0, last, tile * (TILES * WG_ROWS), M,
+            HAS_RANGE, ROWS, TILES * WG_ROWS, BLOCK_M,
         )  # fmt: skip
         for _ in range(blocks):
             i = count % STAGES
+            own = i * ROWS + ROW
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
-            bias = scaled_bias(
-                bias_buf.index(i * WARPGROUPS + WARPGROUP), _BIAS_FACTOR, S_LAYOUT
-            )
-            q0 = q_buf.index(i * ROWS)
-            do0 = do_buf.index(i * ROWS)
-            zero = gl.zeros([WG_ROWS, BLOCK_M], gl.float32, S_LAYOUT)
-            s0 = warpgroup_mma(k0, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
-            dp0 = warpgroup_mma(v0, do0.permute((1, 0)), zero, use_acc=False, is_async=True)
-            offset = bias - lse_buf.index(i * ROWS).load(S_LAYOUT)
-            s0 = warpgroup_mma_wait(1, deps=(s0,))
-            p0 = exp2(s0 * scale_log2 + offset)
-            p0_operand = gl.convert_layout(p0.to(dtype), P_LAYOUT, assert_trivial=True)
-            if ROWS == 1:
-                next_dv0 = warpgroup_mma(p0_operand, do0, dv0, is_async=True)
-                dp0 = warpgroup_mma_wait(1, deps=(dp0,))
-                ds0 = p0 * (dp0 - delta_buf.index(i * ROWS).load(S_LAYOUT))
-                ds0_operand = gl.convert_layout(ds0.to(dtype), P_LAYOUT, assert_trivial=True)
-                next_dk0 = warpgroup_mma(ds0_operand, q0, dk0, is_async=True)
-                dv0, dk0 = warpgroup_mma_wait(0, deps=(next_dv0, next_dk0))
-            else:
-                q1 = q_buf.index(i * ROWS + 1)
-                do1 = do_buf.index(i * ROWS + 1)
-                s1 = warpgroup_mma(k1, q1.permute((1, 0)), zero, use_acc=False, is_async=True)
-                next_dv0 = warpgroup_mma(p0_operand, do0, dv0, is_async=True)
-                dp0 = warpgroup_mma_wait(2, deps=(dp0,))
-                ds0 = p0 * (dp0 - delta_buf.index(i * ROWS).load(S_LAYOUT))
-                ds0_operand = gl.convert_layout(ds0.to(dtype), P_LAYOUT, assert_trivial=True)
-                next_dk0 = warpgroup_mma(ds0_operand, q0, dk0, is_async=True)
-                dp1 = warpgroup_mma(v1, do1.permute((1, 0)), zero, use_acc=False, is_async=True)
-                offset = bias - lse_buf.index(i * ROWS + 1).load(S_LAYOUT)
-                s1 = warpgroup_mma_wait(3, deps=(s1,))
-                p1 = exp2(s1 * scale_log2 + offset)
-                p1_operand = gl.convert_layout(p1.to(dtype), P_LAYOUT, assert_trivial=True)
-                next_dv1 = warpgroup_mma(p1_operand, do1, dv1, is_async=True)
-                dp1, dv0, dk0 = warpgroup_mma_wait(1, deps=(dp1, next_dv0, next_dk0))
-                ds1 = p1 * (dp1 - delta_buf.index(i * ROWS + 1).load(S_LAYOUT))
-                ds1_operand = gl.convert_layout(ds1.to(dtype), P_LAYOUT, assert_trivial=True)
-                next_dk1 = warpgroup_mma(ds1_operand, q1, dk1, is_async=True)
-                # Nothing may be in flight over the edge of the loop, or ptxas would put all
-                # products in sequence.
-                dv1, dk1 = warpgroup_mma_wait(0, deps=(next_dv1, next_dk1))
+            q = q_buf.index(own)
+            do = do_buf.index(own)
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+            bias = load_wide(bias_buf.index(i * TILES + TILE).permute((1, 0)), S_LAYOUT)
+            offset = bias * LOG2_E - lse_buf.index(own).load(S_LAYOUT)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            p = exp2(s * scale_log2 + offset)
+            p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT, assert_trivial=True)
+            next_dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = p * (dp - delta_buf.index(own).load(S_LAYOUT))
+            ds_operand = gl.convert_layout(ds.to(dtype), P_LAYOUT, assert_trivial=True)
+            next_dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+            # Nothing may be in flight over the edge of the loop: ptxas would put all in sequence.
+            dv, dk = warpgroup_mma_wait(0, deps=(next_dv, next_dk))
             mbarrier.arrive(empty.index(i), count=1)
             count += 1
-        mbarrier.arrive(k_empty.index(0), count=1)
-        _store(
-            dk0 * scale, dv0, b, h, row0, start_n, N, mask_ptr, mask_steps, columns,
-            dk_ptr, dk_strides, dv_ptr, dv_strides, HEAD_DIM, HAS_MASK, O_LAYOUT,
-        )  # fmt: skip
-        if ROWS == 2:
-            _store(
-                dk1 * scale, dv1, b, h, row1, start_n, N, mask_ptr, mask_steps, columns,
-                dk_ptr, dk_strides, dv_ptr, dv_strides, HEAD_DIM, HAS_MASK, O_LAYOUT,
-            )  # fmt: skip
+        if HAS_MASK:
+            # The loop took every key for visible. Keys do not mix: what a hidden one gathered, NaN
+            # if its scores overflowed, ends here.
+            visible = _visible(mask_ptr, mask_steps, columns, b, row, start_n, N, O_LAYOUT)
+            dk = gl.where(visible, dk, 0.0)
+            dv = gl.where(visible, dv, 0.0)
+        store_rows(dk * scale, k, dk_desc, b, h, row, start_n)
+        store_rows(dv, v, dv_desc, b, h, row, start_n)
+        tma.store_wait(0)
+        mbarrier.arrive(k_empty.index(slot), count=1)
 
 
 # fmt: off
-@gluon.jit
-def _differentiate_first(
-    descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-    dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-    HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
-    ROWS: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-):
-    _differentiate(
-        descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-        dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-        0, HEAD_DIM, HAS_MASK, HAS_RANGE, ROWS, WARPGROUPS, BLOCK_M, STAGES,
-    )
-
-
-@gluon.jit
-def _differentiate_second(
-    descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-    dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-    HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
-    ROWS: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-):
-    _differentiate(
-        descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-        dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-        1, HEAD_DIM, HAS_MASK, HAS_RANGE, ROWS, WARPGROUPS, BLOCK_M, STAGES,
-    )
-
-
 @gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_dk_dv_kernel(
     q_desc, k_desc, v_desc,
-    bias_desc, bias_b, bias_h,  # transposed; 1, or 0 where it is broadcast along batches, heads
+    bias_desc, bias_b, bias_h,  # strides of its batches and heads: 1, or 0 where it is broadcast
     mask_ptr, mask_b, mask_r, columns,  # [rows, columns], and rows between batches and rows i
     range_ptr, range_b, range_r,  # [B, R, 2]
     do_desc, lse_desc, delta_desc,
-    dk_ptr, stride_dkb, stride_dkh, stride_dkr, stride_dkn, stride_dkd,
-    dv_ptr, stride_dvb, stride_dvh, stride_dvr, stride_dvn, stride_dvd,
+    dk_desc, dv_desc,
     M, N, R, H, num_tiles, num_groups, total,
     scale, scale_log2,
-    HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr,
-    ROWS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
     dtype: gl.constexpr = q_desc.dtype
+    WARPGROUPS: gl.constexpr = TILES * ROWS
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
     BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_M * BITS // 8), BITS, rank=2)
-    own: gl.constexpr = [ROWS * WARPGROUPS, WG_ROWS, BLOCK_D]
+    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, WG_ROWS * BITS // 8), BITS, rank=2)
+    own: gl.constexpr = [2 * WARPGROUPS, WG_ROWS, BLOCK_D]
     streamed: gl.constexpr = [STAGES * ROWS, BLOCK_M, BLOCK_D]
     k_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
     v_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
     q_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
     do_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
     bias_buf = gl.allocate_shared_memory(
-        bias_desc.dtype, [STAGES * WARPGROUPS, WG_ROWS, BLOCK_M], BIAS_LAYOUT
+        bias_desc.dtype, [STAGES * TILES, BLOCK_M, WG_ROWS], BIAS_LAYOUT
     )
     lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 1, BLOCK_M], lse_desc.layout)
     delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 1, BLOCK_M], lse_desc.layout)
-    k_full, k_empty = new_ring(1, WARPGROUPS)
+    k_full, k_empty = new_ring(2, WARPGROUPS)
     full, empty = new_ring(STAGES, WARPGROUPS)
     gl.thread_barrier()
-    descs = (k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc)
+    descs = (k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc, dk_desc, dv_desc)
     bufs = (k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf)
     rings = (k_full, k_empty, full, empty)
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h))
-    mask_steps = (mask_b, mask_r)
-    dk_strides = (stride_dkb, stride_dkh, stride_dkr, stride_dkn, stride_dkd)
-    dv_strides = (stride_dvb, stride_dvh, stride_dvr, stride_dvn, stride_dvd)
+    mask = (mask_ptr, (mask_b, mask_r), columns)
+    loading = (descs, bufs, rings, sizes, M, range_ptr, strides)
+    computing = (loading, N, mask, scale, scale_log2)
     gl.warp_specialize(
         [
-            (_differentiate_first, (
-                descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-                dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-                HEAD_DIM, HAS_MASK, HAS_RANGE, ROWS, WARPGROUPS, BLOCK_M, STAGES,
-            )),
-            (_differentiate_second, (
-                descs, bufs, rings, sizes, M, N, range_ptr, strides, mask_ptr, mask_steps, columns,
-                dk_ptr, dk_strides, dv_ptr, dv_strides, scale, scale_log2,
-                HEAD_DIM, HAS_MASK, HAS_RANGE, ROWS, WARPGROUPS, BLOCK_M, STAGES,
-            )),
-            (_load, (
-                descs, bufs, rings, sizes, M, range_ptr, strides,
-                HAS_RANGE, ROWS, WARPGROUPS, BLOCK_M, STAGES,
-            )),
+            (_differentiate, (0, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_M, STAGES)),
+            (_differentiate, (1, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_M, STAGES)),
+            (_differentiate, (2, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_M, STAGES)),
+            (_load, (loading, HAS_RANGE, TILES, ROWS, BLOCK_M, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+        [4, 4, 1],
+        [160, 160, 24],
+    )
 
 
-# With 168 registers a thread to share out, both computing warpgroups can have 240.
-_launch = Launcher(_attention_backward_dk_dv_kernel, maxnreg=168)
+_launch = Launcher(_attention_backward_dk_dv_kernel)
 
 
 def dk_dv(
@@ -339,42 +263,36 @@ def dk_dv(
     rows: tuple[torch.Tensor, torch.Tensor],
     scale: float,
 ) -> None:
-    """Fill dk and dv; `rows` are those of `rows.query_rows`."""
+    """Fill dk and dv; `bias` is one of `problem.readable_bias`, `rows` of `rows.query_rows`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     block_d = tiling.padded_head_dim(D)
-    config = configs.BACKWARD_DK_DV[block_d]
-    block_m = config.block_n  # queries stream by
-    shared_by = configs.ROWS_OF_DK_DV[block_d]
-    # A row alone would pay in full for the conversion of what it reads.
-    prepare = problem.readable_bias if shared_by > 1 else problem.scaled_bias
-    bias_t = prepare(bias.mT, LOG2_E.value, N, M)
-    num_tiles, num_groups = tiling.ceil_div(N, config.block_m), tiling.ceil_div(R, shared_by)
+    plan = configs.BACKWARD_DK_DV[block_d].fit(R, bias.dtype)
+    block_m = plan.block
+    num_tiles, num_groups = tiling.ceil_div(N, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
     total = num_tiles * num_groups * B * H
     lse_log2, delta = rows
-    strides = (dk.stride(), dv.stride())
     _launch(
         min(total, device_info(q.device).num_sms),
-        strides=(bias_t.dtype, strides),
         args=(
-            problem.tile_descriptor(q, block_m, block_d),
-            problem.tile_descriptor(k, 64, block_d),
-            problem.tile_descriptor(v, 64, block_d),
-            problem.bias_descriptor(bias_t, 64, block_m), *problem.broadcast_steps(bias_t),
+            problem.tiles(q, block_m, block_d),
+            problem.tiles(k, 64, block_d),
+            problem.tiles(v, 64, block_d),
+            problem.bias_tiles(bias, block_m, 64), *problem.broadcast_steps(bias),
             keys.rows, *keys.steps, keys.rows.shape[1],
             keys.range, *keys.range_strides,
-            problem.tile_descriptor(dout, block_m, block_d),
-            problem.row_descriptor(lse_log2, block_m),
-            problem.row_descriptor(delta, block_m),
-            dk, *strides[0],
-            dv, *strides[1],
+            problem.tiles(dout, block_m, block_d),
+            problem.row_pieces(lse_log2, block_m),
+            problem.row_pieces(delta, block_m),
+            problem.tiles(dk, 64, block_d),
+            problem.tiles(dv, 64, block_d),
             M, N, R, H, num_tiles, num_groups, total,
-            scale, scale * LOG2_E.value,
+            scale, scale * _LOG2_E.value,
         ),
-        constexprs={
-            "HEAD_DIM": D, "HAS_MASK": keys.has_range, "HAS_RANGE": keys.has_range,
-            "ROWS": shared_by, "WARPGROUPS": config.block_m // 64,
-            "BLOCK_M": block_m, "BLOCK_D": block_d, "STAGES": config.num_stages,
+        constants={
+            "HAS_MASK": keys.has_range, "HAS_RANGE": keys.has_range,
+            "TILES": plan.tiles, "ROWS": plan.rows,
+            "BLOCK_M": block_m, "BLOCK_D": block_d, "STAGES": plan.stages,
         },
-        config=config,
+        maxnreg=plan.registers,
     )  # fmt: skip

@@ -1,14 +1,13 @@
-"""What the Hopper launchers derive from a problem: descriptors, readable biases, rows of masks."""
+"""What the Hopper launchers derive from a problem: tiles, readable biases, rows of masks."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attn_core.tiling import ceil_div
+from attn_triangle._hopper.launch import Tiles
 from attn_triangle._triton import keys
 from attn_triangle.layout import is_aligned
 
@@ -28,9 +27,6 @@ NOT_SPECIALIZED = [
     "num_groups",
     "total",
     "columns",
-    "dbias_b",
-    "dbias_h",
-    "dbias_blocks",
     "num_tiles_n",
     "num_heads",
     "rows_per_split",
@@ -44,32 +40,19 @@ def whole(length: int, block: int) -> int:
     return ceil_div(length, block) * block
 
 
-def tile_descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """Describe x, (B, H, R, N, D) of any aligned strides, by tiles of some rows."""
-    return _descriptor(x, [1, 1, 1, rows, block_d])
+def tiles(x: torch.Tensor, rows: int, block_d: int) -> Tiles:
+    """x, (B, H, R, N, D) of any aligned strides, in tiles of some rows."""
+    return Tiles(x, (1, 1, 1, rows, block_d))
 
 
-def bias_descriptor(bias: torch.Tensor, block_m: int, block_n: int) -> TensorDescriptor:
-    """Describe a bias (B, H, M, N), or one that is transposed in memory, by tiles."""
-    return _descriptor(bias, [1, 1, block_m, block_n])
+def bias_tiles(bias: torch.Tensor, block_m: int, block_n: int) -> Tiles:
+    """A bias (B, H, M, N) in tiles."""
+    return Tiles(bias, (1, 1, block_m, block_n))
 
 
-def row_descriptor(x: torch.Tensor, block: int) -> TensorDescriptor:
-    """Describe float32 numbers (rows, length), contiguous, by pieces of a row."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [1, block], layout)
-
-
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    swizzle = min(128, block[-1] * x.itemsize)
-    layout = gl.NVMMASharedLayout(
-        swizzle_byte_width=swizzle, element_bitwidth=8 * x.itemsize, rank=len(block)
-    )
-    unit = 16 // x.itemsize
-    strides = [
-        unit if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
-    ]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)
+def row_pieces(x: torch.Tensor, block: int) -> Tiles:
+    """Numbers of float32 (rows, length), contiguous, in pieces of a row."""
+    return Tiles(x, (1, block), is_swizzled=False)
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -82,30 +65,13 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return copy.copy_(x)
 
 
-def readable_bias(bias: torch.Tensor, factor: float, M: int, N: int) -> torch.Tensor:
-    """The bias (., ., M, N) as TMA can read it, in its own dtype; in float32, times a factor.
-
-    Half the traffic is worth a multiplication in the kernel, but one of float32 costs the same
-    either way.
-    """
-    if bias.dtype == torch.float32:
-        return scaled_bias(bias, factor, M, N)
+def readable_bias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
+    """The bias (., ., M, N) as TMA can read it: a copy where it is broadcast or odd."""
     is_whole = bias.shape[2:] == (M, N)
     if is_whole and is_aligned(bias) and bias.data_ptr() % 16 == 0:
         return bias
     packed = bias.new_empty((*bias.shape[:2], M, whole(N, 8)))[..., :N]
     return packed.copy_(bias)
-
-
-def scaled_bias(bias: torch.Tensor, factor: float, M: int, N: int) -> torch.Tensor:
-    """The bias (., ., M, N) times a factor, in float32 and as TMA can read it.
-
-    Every row i reads the bias: a copy that needs no arithmetic in the kernels is soon repaid.
-    """
-    columns = whole(N, 8)
-    scaled = bias.new_empty((*bias.shape[:2], M, columns), dtype=torch.float32)[..., :N]
-    # Converted first: a product of bfloat16 would be rounded to bfloat16.
-    return scaled.copy_(bias).mul_(factor)
 
 
 def broadcast_steps(x: torch.Tensor) -> tuple[int, int]:
@@ -149,8 +115,3 @@ def key_rows(
     rows = unread.new_zeros((1, whole(N, _COLUMNS)))
     rows[:, N:] = _ABSENT
     return KeyRows(rows, (0, 0), unread, (0, 0), True, False)
-
-
-def strides_of(*tensors: torch.Tensor) -> Any:
-    """Strides that a kernel is compiled for."""
-    return tuple(x.stride() for x in tensors)

@@ -1,17 +1,26 @@
 """Device functions and layouts that the Hopper kernels share.
 
-Every kernel is persistent: a CTA goes through tiles of 64 rows a warpgroup of one or two rows i of
-the pair tensor, one warp loads by TMA and each warpgroup computes on its own rows. In the forward
-pass and for dQ the rows of a tile are queries and the loop runs over keys; for dK and dV it is the
-other way round, and tiles of scores are transposed.
+Every kernel is persistent: a CTA goes through tiles, one warp loads by TMA and three or four
+warpgroups compute, each on 64 rows of its own. A warpgroup waits for its products before it goes
+on; the others have work meanwhile, and with registers for few tiles of scores there are enough of
+them. In the forward pass and for dQ the rows of a tile are queries and the loop runs over keys; for
+dK and dV it is the other way round, and tiles of scores are transposed; for dB a warpgroup owns a
+tile of scores and the loop runs over the rows i of the pair tensor.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
 
-ROWS = gl.constexpr(2)  # rows i that share a tile of the bias
+from attn_core.tiles.softmax import LOG2_E as _LOG2_E
+
 WG_ROWS = gl.constexpr(64)  # rows of one warpgroup's tile
+LOG2_E = gl.constexpr(_LOG2_E.value)
 
 # Added to scores. Powers of two: what is added to them rounds away, and their products with the
 # scale cancel exactly, so all hidden keys of a query have the same score.
@@ -30,13 +39,27 @@ def exp2(x):
 
 
 @gluon.jit
+def load_wide(buf, LAYOUT: gl.constexpr):
+    """Read a tile in float32. Of bfloat16 a number takes one instruction, by Triton's cast more."""
+    x = buf.load(LAYOUT)
+    if buf.dtype == gl.bfloat16:
+        wide = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        wide = x.to(gl.float32)
+    return wide
+
+
+@gluon.jit
 def thread_sums(x):
     """Sum each thread's own 8 columns of a [64, BLOCK] tile of scores: [64, 8], no shuffles."""
     return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), axis=1)
 
 
 @gluon.jit
-def tile_of(step, sizes, SHARED_BY: gl.constexpr = ROWS):
+def tile_of(step, sizes, ROWS: gl.constexpr):
     """Tile `step` of this CTA: batch, head, first and last row i, and number of the tile.
 
     The numbers rotate from time to time: tiles of masked keys cost nothing, and without it some
@@ -47,10 +70,10 @@ def tile_of(step, sizes, SHARED_BY: gl.constexpr = ROWS):
     group = t // num_tiles
     tile = (t + group // num_tiles) % num_tiles
     bh = group // num_groups
-    row0 = (group - bh * num_groups) * SHARED_BY
-    row1 = gl.minimum(row0 + SHARED_BY - 1, R - 1)
+    row0 = (group - bh * num_groups) * ROWS
+    last = gl.minimum(row0 + ROWS - 1, R - 1)
     b = bh // H
-    return b, bh - b * H, row0, row1, tile
+    return b, bh - b * H, row0, last, tile
 
 
 @gluon.jit
@@ -69,20 +92,24 @@ def load_rows(desc, b, h, row, start, bar, buf):
 
 
 @gluon.jit
+def store_rows(x, buf, desc, b, h, row, start):
+    """Store 64 rows of a result (B, H, R, N, D) by way of `buf`, as many as there are.
+
+    The copy engine still reads `buf` when this returns.
+    """
+    buf.store(x.to(desc.dtype))
+    fence_async_shared()
+    shape: gl.constexpr = desc.block_type.shape
+    view = buf._reinterpret(desc.dtype, shape, desc.layout)
+    tma.async_copy_shared_to_global(desc, [b, h, row, start, 0], view)
+
+
+@gluon.jit
 def load_bias(desc, b, h, start_m, start_n, bar, buf):
     """Load a tile of a bias (B, H, M, N)."""
     shape: gl.constexpr = desc.block_type.shape
     view = buf._reinterpret(desc.dtype, shape, desc.layout)
     tma.async_copy_global_to_shared(desc, [b, h, start_m, start_n], bar, view)
-
-
-@gluon.jit
-def scaled_bias(buf, factor, LAYOUT: gl.constexpr):
-    """Read a loaded tile of a bias, times `factor`; see `problem.readable_bias`."""
-    bias = buf.load(LAYOUT)
-    if buf.dtype != gl.float32:
-        bias = bias.to(gl.float32) * factor
-    return bias
 
 
 @gluon.jit
@@ -93,27 +120,45 @@ def load_mask(desc, steps, b, row, start_n, bar, buf):
 
 
 @gluon.jit
-def key_blocks(range_ptr, strides, b, row0, row1, N, HAS_RANGE: gl.constexpr, BLOCK: gl.constexpr):
-    """The blocks of keys that either row sees."""
+def visible_keys(range_ptr, strides, b, row0, last, ROWS: gl.constexpr):
+    """From which key to which the rows of a group see any."""
+    stride_b, stride_r = strides
+    range_ptr += b * stride_b
+    start = gl.load(range_ptr + row0 * stride_r)
+    end = gl.load(range_ptr + row0 * stride_r + 1)
+    for x in gl.static_range(1, ROWS):
+        ptr = range_ptr + gl.minimum(row0 + x, last) * stride_r
+        start = gl.minimum(start, gl.load(ptr))
+        end = gl.maximum(end, gl.load(ptr + 1))
+    return start, end
+
+
+# fmt: off
+@gluon.jit
+def key_blocks(
+    range_ptr, strides, b, row0, last, N,
+    HAS_RANGE: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+):
+    # fmt: on
+    """The blocks of keys that any row of a group sees."""
     lo = 0
     hi = gl.cdiv(N, BLOCK)
     if HAS_RANGE:
-        stride_b, stride_r = strides
-        ptr0 = range_ptr + b * stride_b + row0 * stride_r
-        ptr1 = range_ptr + b * stride_b + row1 * stride_r
-        lo = gl.minimum(gl.load(ptr0), gl.load(ptr1)) // BLOCK
-        hi = gl.maximum(gl.cdiv(gl.maximum(gl.load(ptr0 + 1), gl.load(ptr1 + 1)), BLOCK), lo)
+        start, end = visible_keys(range_ptr, strides, b, row0, last, ROWS)
+        lo = start // BLOCK
+        hi = gl.maximum(gl.cdiv(end, BLOCK), lo)
     return lo, hi
 
 
 # fmt: off
 @gluon.jit
 def load_keys(
-    descs, bufs, ring, steps, count, b, h, row0, row1, start_m, lo, hi,
-    HAS_MASK: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    descs, bufs, ring, steps, count, b, h, row0, last, start_m, lo, hi,
+    HAS_MASK: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     # fmt: on
-    """Load blocks of keys and values of both rows, with the bias and mask of a tile of queries.
+    """Load blocks of the keys and values of all rows, with the bias and mask of their queries.
 
     `count` blocks were loaded before. Returns how many there are now.
     """
@@ -122,32 +167,39 @@ def load_keys(
     full, empty = ring
     bias_steps, mask_steps = steps
     bias_b, bias_h = bias_steps
-    mask_bytes: gl.constexpr = ROWS * mask_desc.block_type.nbytes if HAS_MASK else 0
-    block_bytes: gl.constexpr = (
-        ROWS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        + WARPGROUPS * bias_desc.block_type.nbytes
-        + mask_bytes
-    )
+    mask_bytes: gl.constexpr = mask_desc.block_type.nbytes if HAS_MASK else 0
+    row_bytes: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes + mask_bytes
+    block_bytes: gl.constexpr = ROWS * row_bytes + TILES * bias_desc.block_type.nbytes
     for block in range(lo, hi):
         i = count % STAGES
         bar = full.index(i)
         start_n = block * BLOCK_N
         mbarrier.wait(empty.index(i), ((count // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, block_bytes)
-        for w in gl.static_range(WARPGROUPS):
+        for x in gl.static_range(ROWS):
+            row = gl.minimum(row0 + x, last)
+            load_rows(k_desc, b, h, row, start_n, bar, k_buf.index(i * ROWS + x))
+            load_rows(v_desc, b, h, row, start_n, bar, v_buf.index(i * ROWS + x))
+            if HAS_MASK:
+                load_mask(mask_desc, mask_steps, b, row, start_n, bar, mask_buf.index(i * ROWS + x))
+        for w in gl.static_range(TILES):
             load_bias(
                 bias_desc, b * bias_b, h * bias_h, start_m + w * WG_ROWS, start_n,
-                bar, bias_buf.index(i * WARPGROUPS + w),
+                bar, bias_buf.index(i * TILES + w),
             )  # fmt: skip
-        for x in gl.static_range(ROWS):
-            row = row0 if x == 0 else row1
-            own = i * ROWS + x
-            if HAS_MASK:
-                load_mask(mask_desc, mask_steps, b, row, start_n, bar, mask_buf.index(own))
-            load_rows(k_desc, b, h, row, start_n, bar, k_buf.index(own))
-            load_rows(v_desc, b, h, row, start_n, bar, v_buf.index(own))
         count += 1
     return count
+
+
+@gluon.jit
+def start_scores(q, k, mask, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Begin the product of queries and keys, on top of what the mask adds, [64, BLOCK_N]."""
+    zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, LAYOUT)
+    if HAS_MASK:
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero + mask.load(LAYOUT), is_async=True)
+    else:
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return scores
 
 
 @gluon.jit
@@ -159,20 +211,3 @@ def new_ring(stages: gl.constexpr, readers: gl.constexpr):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=readers)
     return full, empty
-
-
-# fmt: off
-@gluon.jit
-def store_rows(
-    x, b, h, row, start, length, ptr, strides, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr
-):
-    # fmt: on
-    """Store 64 rows of a result (B, H, R, length, D), as many as there are."""
-    stride_b, stride_h, stride_r, stride_n, stride_d = strides
-    ptr += gl.to_tensor(b).to(gl.int64) * stride_b + gl.to_tensor(h).to(gl.int64) * stride_h
-    ptr += gl.to_tensor(row).to(gl.int64) * stride_r + gl.to_tensor(start).to(gl.int64) * stride_n
-    offs_n = gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    offs = gl.expand_dims(offs_n * stride_n, 1) + gl.expand_dims(offs_d * stride_d, 0)
-    mask = (gl.expand_dims(offs_n, 1) < length - start) & (gl.expand_dims(offs_d, 0) < HEAD_DIM)
-    gl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=mask)
