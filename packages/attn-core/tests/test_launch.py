@@ -20,29 +20,53 @@ class Compiled:
     function = 17
     packed_metadata = (4, 1, 0)
 
-    def __init__(self):
+    def __init__(self, scratch=0):
         self.starts = []
-
-    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
-        assert (stream, function, metadata) == (STREAM, self.function, self.packed_metadata)
-        assert launch_metadata is enter is leave is None
-        self.starts.append(((x, y, z), args))
+        self.run = CudaLauncher(self.starts, scratch)
 
     def __getitem__(self, grid):
         return lambda *args: self.starts.append((grid, "watched", args))
 
 
+class CudaLauncher:
+    """Triton's: it allocates scratch memory and calls a function in C."""
+
+    profile_scratch_size = 0
+    launch_cooperative_grid = False
+    launch_pdl = True
+
+    def __init__(self, starts, scratch):
+        self.starts = starts
+        self.global_scratch_size = scratch
+
+    def __call__(self, x, y, z, stream, function, metadata, *args):
+        assert self.global_scratch_size > 0
+        self.note(x, y, z, stream, function, metadata, *args)
+
+    def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, *args):
+        assert self.global_scratch_size == 0
+        assert (cooperative, pdl, scratch, profile) == (False, True, None, None)
+        self.note(x, y, z, stream, function, *args)
+
+    def note(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        assert (stream, function) == (STREAM, Compiled.function)
+        assert metadata == Compiled.packed_metadata
+        assert launch_metadata is enter is leave is None
+        self.starts.append(((x, y, z), args))
+
+
 class Kernel:
     """A kernel that is compiled anew at every launch that goes through it."""
 
-    def __init__(self):
+    def __init__(self, scratch=0):
+        self.scratch = scratch
         self.launches = []
         self.compiled = []
 
     def __getitem__(self, grid):
         def start(*args, **options):
             self.launches.append((grid, args, options))
-            self.compiled.append(Compiled())
+            self.compiled.append(Compiled(self.scratch))
             return self.compiled[-1]
 
         return start
@@ -112,6 +136,14 @@ def test_later_starts_go_to_the_compiled_kernel(kernel):
         ((3, 1, 1), (x.data_ptr(), 9, 0.25, 64, False, "ieee")),
         ((2, 1, 1), (x.data_ptr(), 10, 0.125, 64, False, "ieee")),
     ]
+
+
+def test_scratch_memory_is_left_to_triton():
+    launcher = Launcher(kernel := Kernel(scratch=128))
+    x = aligned()
+    for _ in range(2):
+        start(launcher, x)
+    assert kernel.compiled[0].starts == [((8, 1, 1), (x.data_ptr(), *CONSTEXPRS.values()))]
 
 
 def test_profilers_see_the_kernel(kernel, hooks):

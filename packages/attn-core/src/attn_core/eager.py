@@ -62,13 +62,7 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
 
 def are_plain(args: Sequence[Any]) -> bool:
     """Whether arguments are tensors as such, None, names, dtypes, numbers and lists of numbers."""
-    kinds = set(map(type, args)) - _PLAIN_TYPES
-    return not kinds or (
-        kinds <= _SEQUENCES
-        and all(
-            _PLAIN_NUMBERS.issuperset(map(type, arg)) for arg in args if type(arg) in _SEQUENCES
-        )
-    )
+    return _PLAIN_TYPES.issuperset(map(type, args)) or all(map(_is_plain, args))
 
 
 def needs_grad(args: Sequence[Any]) -> bool:
@@ -112,6 +106,13 @@ def signature(args: Sequence[Any]) -> Signature | None:
 def _is_only_observed() -> bool:
     modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
     return all(isinstance(mode, Observer) for mode in modes)
+
+
+def _is_plain(arg: Any) -> bool:
+    kind = type(arg)
+    return kind in _PLAIN_TYPES or (
+        kind in _SEQUENCES and _PLAIN_NUMBERS.issuperset(map(type, arg))
+    )
 
 
 def _by_value(numbers: Sequence[Any]) -> Hashable:

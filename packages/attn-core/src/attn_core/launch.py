@@ -19,6 +19,7 @@ from attn_core.tuning import TileConfig
 
 _MAX_REMEMBERED = 4096
 _POINTER_ALIGNMENT = 16  # bytes: Triton compiles another kernel for less
+_STREAM = 3  # its place among the arguments of a start, after the grid
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
@@ -121,23 +122,34 @@ class _Start:
         for place in places:
             args[place] = None  # a launch that is remembered keeps no memory
         self._kernel = kernel
-        self._num_programs = num_programs
         self._device = device
-        self._args = args
-        self._places = places
+        self._start, scratch = _driver_function(kernel.run)
+        head = [num_programs, 1, 1, None, kernel.function, *scratch, kernel.packed_metadata]
+        self._args = [*head, None, None, None, *args]
+        self._first = len(self._args) - len(args)
+        self._places = [self._first + place for place in places]
 
     def __call__(self, pointers: Sequence[int]) -> None:
         """Start it with the addresses of its tensors; their device is the current one."""
-        args, kernel = self._args.copy(), self._kernel
+        args = self._args.copy()
+        args[_STREAM] = _stream(self._device)
         for place, pointer in zip(self._places, pointers, strict=True):
             args[place] = pointer
         if _hooks().launch_enter_hook.calls:  # of a profiler, which wants to know the kernel
-            kernel[self._num_programs, 1, 1](*args)
+            self._kernel[tuple(args[:_STREAM])](*args[self._first :])
             return
-        kernel.run(
-            self._num_programs, 1, 1, _stream(self._device), kernel.function,
-            kernel.packed_metadata, None, None, None, *args,
-        )  # fmt: skip
+        self._start(*args)
+
+
+def _driver_function(launcher: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what starts a kernel, and what it takes after its function.
+
+    For CUDA that is Triton's function in C, unless it has scratch memory to allocate first.
+    """
+    is_bare = not (getattr(launcher, "global_scratch_size", True) or launcher.profile_scratch_size)
+    if not is_bare:
+        return launcher, ()
+    return launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
 
 
 def _can_restart(compiled: Any) -> bool:

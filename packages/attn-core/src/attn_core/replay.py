@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from operator import methodcaller
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from attn_core import environment
 from attn_core.eager import Observer, is_plain_eager, needs_grad, signature
 
 Start = Callable[[list[int]], None]
+_Make = Callable[[torch.Tensor], torch.Tensor]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _aten = torch.ops.aten
 _EMPTY = frozenset(
@@ -123,10 +125,10 @@ class Recording(Observer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._num_arguments = len(tensors)
         self._tensors = list(tensors)  # then those that are made on the way, and how
-        self._makers: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self._makers: list[_Make] = []
         self._is_watching = True
-        self._starts: list[tuple[Start, list[_Place]]] = []
-        self._launched_on: set[int] = set()
+        self._steps: list[_Launch | _Copy] = []
+        self._written: set[int] = set()
         self._is_repeatable = len({tensor.device for tensor in tensors}) == 1
 
     def __enter__(self) -> Recording:
@@ -145,11 +147,13 @@ class Recording(Observer):
         if not self._is_watching or func.is_view:
             return result
         if func in _EMPTY:
-            self._made(result, _Memory.of(result).allocate)
+            self._made(result, self._allocation(result))
         elif func in _ZEROS:
-            self._made(result, _Memory.of(result, 0).allocate)
+            self._made(result, self._allocation(result, 0))
         elif func in _FULL:
-            self._made(result, _Memory.of(result, args[_FULL[func]]).allocate)
+            self._made(result, self._allocation(result, args[_FULL[func]]))
+        elif func is _aten.copy_.default:
+            self._copied(*args[:2])
         else:
             self.refuse()
         return result
@@ -166,9 +170,9 @@ class Recording(Observer):
 
     def launched(self, tensors: Sequence[torch.Tensor], start: Start) -> None:
         """Note a launch: ``start`` repeats it, given the addresses of `tensors`."""
-        places = [self._place(tensor) for tensor in tensors]
-        self._starts.append((start, [place for place in places if place is not None]))
-        self._launched_on.update(place.number for place in places if place is not None)
+        places = [place for place in map(self._place, tensors) if place is not None]
+        self._steps.append(_Launch(start, places))
+        self._written.update(place.number for place in places)
 
     def refuse(self) -> None:
         """Note something that cannot be repeated."""
@@ -178,13 +182,33 @@ class Recording(Observer):
         """Return what repeats the call that gave `results`, or None."""
         is_single = isinstance(results, torch.Tensor)
         wanted = (results,) if is_single else results or ()
-        outputs = [output for output in map(self._output, wanted) if output is not None]
-        if not self._is_repeatable or not self._starts or len(outputs) < len(wanted):
+        outputs = [view for view in map(self._view, wanted) if view is not None]
+        if not self._is_repeatable or not self._steps or len(outputs) < len(wanted):
+            return None
+        if not all(map(self._is_new, wanted, outputs)):
             return None
         pack = _only if is_single else tuple if outputs else _nothing
-        return _Replay(self._makers, self._starts, outputs, pack)
+        return _Replay(self._makers, self._steps, outputs, pack)
 
-    def _made(self, tensor: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        to, what = self._view(target), self._view(source)
+        if to is None or what is None:
+            self.refuse()
+            return
+        self._steps.append(_Copy(to, what))
+        self._written.add(to.number)
+
+    def _allocation(self, x: torch.Tensor, value: float | None = None) -> _Make:
+        """What makes memory like that of x, filled with a value, from the first argument."""
+        options = {} if x.dtype == self._tensors[0].dtype else {"dtype": x.dtype}
+        if not x.is_contiguous():
+            empty = methodcaller("new_empty_strided", x.shape, x.stride(), **options)
+            return empty if value is None else lambda like: empty(like).fill_(value)
+        if value is None:
+            return methodcaller("new_empty", x.shape, **options)
+        return methodcaller("new_full", x.shape, value, **options)
+
+    def _made(self, tensor: torch.Tensor, make: _Make) -> None:
         if tensor.device != self._tensors[0].device:
             self.refuse()
         self._tensors.append(tensor)
@@ -207,18 +231,23 @@ class Recording(Observer):
         [(pointer, number)] = numbers.items()
         return _Place(number, tensor.data_ptr() - pointer)
 
-    def _output(self, tensor: Any) -> _Output | None:
+    def _view(self, tensor: Any) -> _View | None:
+        """Describe a tensor as a view of memory that is known."""
         place = self._place(tensor) if isinstance(tensor, torch.Tensor) else None
-        if place is None or place.number < self._num_arguments:
+        if place is None:
             return None
-        if tensor.numel() > 0 and place.number not in self._launched_on:
-            return None  # something that was not seen has written it
-        source = self._tensors[place.number]
-        if place.offset == 0 and _Memory.of(source) == _Memory.of(tensor):
-            return _Output(place.number, None)
-        if tensor.dtype != source.dtype:
+        known = self._tensors[place.number]
+        if tensor is known:
+            return _View(place.number, None)
+        if tensor.dtype != known.dtype:
             return None
-        return _Output(place.number, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        offset = place.offset // tensor.element_size()
+        return _View(place.number, (tensor.shape, tensor.stride(), offset))
+
+    def _is_new(self, tensor: torch.Tensor, view: _View) -> bool:
+        """Whether memory was made on the way, and all that has written it was seen."""
+        is_written = view.number in self._written or tensor.numel() == 0
+        return view.number >= self._num_arguments and is_written
 
 
 class _Place(NamedTuple):
@@ -228,40 +257,46 @@ class _Place(NamedTuple):
     offset: int
 
 
-class _Memory(NamedTuple):
-    """What is allocated, and the value it is filled with."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    is_contiguous: bool
-    value: float | None
-
-    @classmethod
-    def of(cls, x: torch.Tensor, value: float | None = None) -> _Memory:
-        return cls(x.shape, x.stride(), x.dtype, x.is_contiguous(), value)
-
-    def allocate(self, like: torch.Tensor) -> torch.Tensor:
-        if self.is_contiguous:
-            tensor = like.new_empty(self.shape, dtype=self.dtype)
-        else:
-            tensor = like.new_empty_strided(self.shape, self.stride, dtype=self.dtype)
-        return tensor if self.value is None else tensor.fill_(self.value)
-
-
-class _Output(NamedTuple):
-    """A result: an allocated tensor by its number, or a view of it (shape, stride, offset)."""
+class _View(NamedTuple):
+    """A tensor by its number, or a view of it: shape, strides, and the elements before it."""
 
     number: int
-    view: tuple[Any, ...] | None
+    layout: tuple[torch.Size, tuple[int, ...], int] | None
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        tensor = tensors[self.number]
+        if self.layout is None:
+            return tensor
+        shape, stride, offset = self.layout
+        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+
+
+class _Launch(NamedTuple):
+    """The launch of a kernel."""
+
+    start: Start
+    places: list[_Place]
+
+    def run(self, _: Sequence[torch.Tensor], pointers: Sequence[int]) -> None:
+        self.start([pointers[number] + offset for number, offset in self.places])
+
+
+class _Copy(NamedTuple):
+    """A copy from one tensor to another."""
+
+    target: _View
+    source: _View
+
+    def run(self, tensors: Sequence[torch.Tensor], _: Sequence[int]) -> None:
+        self.target.of(tensors).copy_(self.source.of(tensors))
 
 
 class _Replay(NamedTuple):
     """A call that can be repeated."""
 
-    makers: list[Callable[[torch.Tensor], torch.Tensor]]
-    starts: list[tuple[Start, list[_Place]]]
-    outputs: list[_Output]
+    makers: list[_Make]
+    steps: list[_Launch | _Copy]
+    outputs: list[_View]
     pack: Callable[[list[torch.Tensor]], Any]
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
@@ -271,14 +306,9 @@ class _Replay(NamedTuple):
             tensor = make(first)
             tensors.append(tensor)
             pointers.append(tensor.data_ptr())
-        for start, places in self.starts:
-            start([pointers[number] + offset for number, offset in places])
-        return self.pack(
-            [
-                tensors[number] if view is None else tensors[number].as_strided(*view)
-                for number, view in self.outputs
-            ]
-        )
+        for step in self.steps:
+            step.run(tensors, pointers)
+        return self.pack([view.of(tensors) for view in self.outputs])
 
 
 def each_time(make: Callable[[], torch.Tensor]) -> torch.Tensor:
