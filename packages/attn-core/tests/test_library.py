@@ -177,6 +177,26 @@ def test_a_view_that_is_negated_by_a_mark_is_negated(requires_grad):
     assert seen == [False]
 
 
+def test_autocast_stays_outside(x):
+    def product(x, factor):
+        return factor * x @ x.mT
+
+    class Product(Scaled):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return products.below_autograd(x, factor)
+
+    name, fake = "attn_core_tests::product", lambda x, factor: x.new_empty(len(x), len(x))
+    products = Operator(name, SCHEMA, product, fake, autograd=Product.apply)
+    for tensor in (x, x.detach()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (tensor @ tensor.mT).dtype == torch.bfloat16
+            out, dispatched = products(tensor, 2.0), products.overload(tensor, 2.0)
+        assert torch.equal(out, 2.0 * x @ x.mT)
+        assert torch.equal(dispatched, out)
+
+
 def test_needs_grad(x):
     assert needs_grad((1, None, x))
     assert not needs_grad((1, None, x.detach()))

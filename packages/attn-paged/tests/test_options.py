@@ -200,11 +200,20 @@ def test_shared_prefixes_change_nothing():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("option", ["plain", "batch_invariant", "shared_prefix"])
-def test_torchs_default_device_changes_nothing(option):
-    inputs = make() if option == "plain" else make() | {option: True}
+@pytest.mark.parametrize(
+    "settings",
+    [lambda: torch.device("meta"), lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["default-device", "autocast"],
+)
+@pytest.mark.parametrize("option", ["plain", "decode", "batch_invariant", "shared_prefix"])
+def test_settings_of_torch_change_nothing(option, settings):
+    inputs = make(lens_q=(1,) * 5 if option == "decode" else LENS_Q)
+    if option in ("batch_invariant", "shared_prefix"):
+        inputs[option] = True
+    if option == "decode":
+        del inputs["cu_seqlens_q"]
     wanted = paged_attention(**inputs, return_lse=True, backend="torch")
-    with torch.device("meta"):
+    with settings():
         results = paged_attention(**inputs, return_lse=True, backend="torch")
     for x, y in zip(results, wanted, strict=True):
         assert torch.equal(x, y)

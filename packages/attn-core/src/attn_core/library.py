@@ -3,10 +3,12 @@
 An `Operator` is defined in the dispatcher, so torch.compile, torch.export and opcheck see it. In
 plain eager mode a call goes straight to the implementation: the dispatcher would add tens of
 microseconds of Python and change nothing. A call like an earlier one is repeated, see `replay`.
+Autocast stays outside: an operator computes in the dtypes it is given.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,8 @@ class Operator:
     ) -> None:
         namespace, base = name.split("::")
         library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+        implementation = _outside_autocast(implementation)
+        autograd = None if autograd is None else _outside_autocast(autograd)
         library.define(base + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(base, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
@@ -86,6 +90,17 @@ class Operator:
                 "with torch.autograd; torch.vmap around that runs"
             )
         return self._autograd(*args)
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch._C._DisableAutocast():
+            return function(*args)
+
+    return call
 
 
 def _has_tangent(args: tuple[Any, ...]) -> bool:

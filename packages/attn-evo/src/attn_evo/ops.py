@@ -7,7 +7,6 @@ and the sums up to the last token. `tiles` is as in `checks.AttentionProblem`.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +45,7 @@ def _call(v: torch.Tensor, *args: Any) -> _Call:
 def _attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _call(*args)
     compute = _implementation(ATTENTION, call)
-    with _full_precision(call.v):
-        return compute(*call[:-1])  # type: ignore[no-any-return]
+    return compute(*call[:-1])  # type: ignore[no-any-return]
 
 
 def _attention_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,8 +58,7 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, ...]:
     call = _call(*args)
     compute = _implementation(ATTENTION_BACKWARD, call)
-    with _full_precision(call.v):
-        dv, dsums, dweights = compute(dout, dsums_after, *call[:-1])
+    dv, dsums, dweights = compute(dout, dsums_after, *call[:-1])
     return dv, dsums, *dweights
 
 
@@ -102,7 +99,7 @@ def _attention_backward_autograd(
     """Gradients that can be differentiated again: those of the plain formula, recomputed."""
     call = _call(*args)
     sums = torch.zeros_like(_empty_sums(call)) if call.sums is None else call.sums
-    with torch.enable_grad(), _full_precision(call.v):
+    with torch.enable_grad():
         # One tensor may serve as several arguments, each of which has a gradient of its own.
         inputs = [_node(tensor) for tensor in (call.v, sums, *call.weights)]
         v, sums, *weights = (tensor.to(call.accum_dtype) for tensor in inputs)
@@ -115,13 +112,6 @@ def _attention_backward_autograd(
         return torch.autograd.grad(
             outputs, inputs, grads, create_graph=True, materialize_grads=True
         )
-
-
-def _full_precision(v: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Keep autocast out of the formula, whose poles would magnify the rounding."""
-    if not torch._C._is_any_autocast_enabled():
-        return contextlib.nullcontext()
-    return torch.autocast(v.device.type, enabled=False)
 
 
 def _node(tensor: torch.Tensor) -> torch.Tensor:
