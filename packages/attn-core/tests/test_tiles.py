@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 tiles = pytest.importorskip("attn_core.tiles")
 
-from attn_core.tiles.dropout import keep_tile  # noqa: E402
+from attn_core.tiles.dropout import draw_words, keep_tile  # noqa: E402
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks  # noqa: E402
 from attn_core.tiles.merge import merge_states  # noqa: E402
 from attn_core.tiles.offsets import load_tile, tile_offsets  # noqa: E402
@@ -63,7 +63,8 @@ def keep_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_n = tl.program_id(1) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    keep = keep_tile(seed, offset, b, h, offs_m, start_n, threshold, BLOCK_M, BLOCK_N, TRANSPOSED)
+    words = draw_words(seed, offset, b, h, offs_m, start_n, BLOCK_M, BLOCK_N)
+    keep = keep_tile(words, threshold, BLOCK_M, BLOCK_N, TRANSPOSED)
     if TRANSPOSED:
         keep = tl.trans(keep)
     cells = (tl.program_id(2) * M + offs_m[:, None]) * N + offs_n[None, :]

@@ -7,7 +7,7 @@ from attn_core.testing.compilation import TARGETS, compile_ahead
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from attn_core.tiles.dropout import keep_tile  # noqa: E402
+from attn_core.tiles.dropout import draw_words, keep_tile  # noqa: E402
 from attn_core.tiles.merge import merge_states  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -21,7 +21,8 @@ def merge_dropped_kernel(
     cells = out_ptr + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     out, lse = tl.load(cells), tl.load(lse_ptr + rows)
     b, h = tl.program_id(1), tl.program_id(2)
-    keep = keep_tile(seed, 0, b, h, rows, 0, threshold, BLOCK_M, BLOCK_D)
+    words = draw_words(seed, 0, b, h, rows, 0, BLOCK_M, BLOCK_D)
+    keep = keep_tile(words, threshold, BLOCK_M, BLOCK_D)
     out, lse = merge_states(out, lse, tl.where(keep, out, 0.0), lse)
     tl.store(cells, out)
     tl.store(lse_ptr + rows, lse)

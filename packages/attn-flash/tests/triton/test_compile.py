@@ -68,6 +68,9 @@ class Case(NamedTuple):
             "alibi": {"alibi_slopes": torch.empty(4, device="meta")},
             "key_mask": {"key_mask": torch.empty(2, self.S, dtype=torch.bool, device="meta")},
             "bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").to(self.dtype)},
+            "bias-of-queries": {
+                "attn_bias": torch.empty(1, 4, self.S, 1, device="meta").to(self.dtype)
+            },
             "dropout": {
                 "dropout_p": 0.1,
                 "rng_state": torch.empty(2, dtype=torch.int64, device="meta"),
@@ -102,8 +105,8 @@ HOPPER = [
 ]
 # The kernel for the gradient of a bias, with the tiles of every head dimension.
 BIAS = [
-    *(Case(torch.bfloat16, D, S=1024, term="bias") for D in (16, 32, 64, 128, 256)),
-    *(Case(torch.float32, D, OPEN, term="bias", tf32=True) for D in (64, 128, 256)),
+    *(Case(torch.bfloat16, D, S=1024, term="bias-of-queries") for D in (16, 32, 64, 128, 256)),
+    *(Case(torch.float32, D, OPEN, term="bias-of-queries", tf32=True) for D in (64, 128, 256)),
 ]
 VARLEN = Case(torch.bfloat16, 128, term="varlen")
 TERMS = [

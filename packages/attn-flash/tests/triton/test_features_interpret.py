@@ -114,6 +114,12 @@ def test_dense(name, window):
     check(q, k, v, options)
 
 
+def test_gradient_of_a_bias_that_is_not_written_down_before_it_is_summed(monkeypatch):
+    monkeypatch.setattr(backward, "_MOST_COPIES", 0)
+    monkeypatch.setattr(backward, "_MOST_EXPANDED", 0)
+    test_dense("bias-of-a-head", "window")
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 @pytest.mark.parametrize("name", ["alibi", "bool-bias", "everything"])
 def test_scales_that_are_not_positive(name, scale):

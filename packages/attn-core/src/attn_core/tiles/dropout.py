@@ -9,17 +9,41 @@ import triton.language as tl
 
 
 @triton.jit
+def draw_words(seed, offset, b, h, offs_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Draw the random numbers of a tile, of which `keep_tile` makes its mask.
+
+    The columns are start_n ... start_n + BLOCK_N - 1; start_n is a multiple of BLOCK_N, which is a
+    power of 2 from 16 on. Returns [BLOCK_M, BLOCK_N / 2] uint32: each low half is of a column, the
+    high half of the next.
+    """
+    IS_HALF: tl.constexpr = BLOCK_N == 16  # of the 32 columns that 4 calls are for
+    numbers = start_n // 32 * 4 + tl.arange(0, 4 if IS_HALF else BLOCK_N // 8)
+    row = offs_m.to(tl.uint32)[:, None]
+    number = numbers.to(tl.uint32)[None, :]
+    zero = row * 0 + number * 0
+    call = tl.cast(offset, tl.uint32)
+    head = tl.cast(b, tl.uint32) * 65536 + tl.cast(h, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, number + zero, row + zero, call + zero, head + zero, 7)
+    if IS_HALF:
+        is_second = start_n % 32 != 0
+        words = tl.join(tl.where(is_second, w2, w0), tl.where(is_second, w3, w1))
+        words = tl.permute(words, [0, 2, 1])
+    else:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        words = tl.permute(tl.reshape(words, [BLOCK_M, BLOCK_N // 32, 4, 4]), [0, 1, 3, 2])
+    return tl.reshape(words, [BLOCK_M, BLOCK_N // 2])
+
+
+@triton.jit
 def keep_tile(
-    seed, offset, b, h, offs_m, start_n, threshold,
+    words, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
     """Return [BLOCK_M, BLOCK_N] bool, or transposed, True where the weight stays.
 
-    The columns are start_n ... start_n + BLOCK_N - 1; start_n is a multiple of BLOCK_N, which is a
-    power of 2 from 16 on. `threshold` is `attn_core.dropout.threshold(p)`.
+    `words` are those of `draw_words`, `threshold` is `attn_core.dropout.threshold(p)`.
     """
     limit = tl.cast(threshold, tl.uint32) << 16
-    words = _word_tile(seed, offset, b, h, offs_m, start_n, BLOCK_M, BLOCK_N)
     if TRANSPOSED:
         # Words are repeated before they are compared: half as many travel to the threads that hold
         # the weights, and as whole registers.
@@ -39,24 +63,3 @@ def drop(weights, keep, threshold):
     # numbers of 16 bits, which takes it two instructions more.
     zero = tl.cast(tl.minimum(threshold, 0), tl.float32)
     return tl.where(keep, weights, zero)
-
-
-@triton.jit
-def _word_tile(seed, offset, b, h, offs_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return [BLOCK_M, BLOCK_N / 2] uint32: each low half is of a column, the high of the next."""
-    IS_HALF: tl.constexpr = BLOCK_N == 16  # of the 32 columns that 4 calls are for
-    numbers = start_n // 32 * 4 + tl.arange(0, 4 if IS_HALF else BLOCK_N // 8)
-    row = offs_m.to(tl.uint32)[:, None]
-    number = numbers.to(tl.uint32)[None, :]
-    zero = row * 0 + number * 0
-    call = tl.cast(offset, tl.uint32)
-    head = tl.cast(b, tl.uint32) * 65536 + tl.cast(h, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, number + zero, row + zero, call + zero, head + zero, 7)
-    if IS_HALF:
-        is_second = start_n % 32 != 0
-        words = tl.join(tl.where(is_second, w2, w0), tl.where(is_second, w3, w1))
-        words = tl.permute(words, [0, 2, 1])
-    else:
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        words = tl.permute(tl.reshape(words, [BLOCK_M, BLOCK_N // 32, 4, 4]), [0, 1, 3, 2])
-    return tl.reshape(words, [BLOCK_M, BLOCK_N // 2])

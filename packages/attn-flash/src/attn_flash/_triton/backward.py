@@ -7,9 +7,12 @@ and C the damping of softcapping, 1 without it:
 
 The first kernel owns BLOCK_M queries, computes their delta and dQ; the second owns BLOCK_N keys,
 reads delta and computes dK and dV. S and dP are computed twice: seven products for the five of a
-single pass with atomics. Dao, "FlashAttention-2", 2023, algorithm 2. The gradient of a bias is in
-`backward_bias`; that of a sink is -sum of exp(sink - lse) delta.
+single pass with atomics. Dao, "FlashAttention-2", 2023, algorithm 2. The gradient of a bias is dS
+without C: the first kernel writes it where there is memory for all of it, else `backward_bias`
+computes it again. That of a sink is -sum of exp(sink - lse) delta.
 """
+
+import math
 
 import torch
 import triton
@@ -17,7 +20,7 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import drop, keep_tile
+from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
@@ -26,6 +29,8 @@ from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.backward_bias import bias_gradient
 from attn_flash._triton.scores import (
     BOOLEAN,
+    as_term,
+    first_products,
     is_shown,
     load_slope,
     load_state,
@@ -36,6 +41,10 @@ from attn_flash._triton.scores import (
 from attn_flash._triton.sequences import ragged_bounds
 from attn_flash.options import Options
 
+# What the gradient of a bias may take before it is summed: in copies of the bias, or in elements.
+_MOST_COPIES = 8
+_MOST_EXPANDED = 1 << 29
+
 
 # fmt: off
 @triton.jit
@@ -45,12 +54,14 @@ def _accumulate_dq(
     v_ptr, stride_vn, stride_vd,
     bias_ptr, stride_bn,
     key_mask_ptr, stride_mn,
+    dbias_ptr, dbias_rows, mask_m,
     lo, hi, M, N, b, h,
     scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    STORES_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -74,6 +85,13 @@ def _accumulate_dq(
         key_mask_ptrs = key_mask_ptr + tl.cast(lo, tl.int64) * stride_mn + offs_n * stride_mn
     position_f = (rows + (N - M)).to(tl.float32)
     offs_nf = offs_n.to(tl.float32)
+    # What the next tile needs beside keys and values is made while products of this one run.
+    next_key_mask = 0.0
+    if HAS_KEY_MASK > 0:
+        next_key_mask = load_term(key_mask_ptrs, offs_n < N - lo, True)
+    words = 0
+    if HAS_DROPOUT:
+        words = draw_words(seed, offset, b, h, rows, lo, BLOCK_M, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
@@ -83,8 +101,9 @@ def _accumulate_dq(
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
             bias_ptr += BLOCK_N * stride_bn
         if HAS_KEY_MASK > 0:
-            key_mask = load_term(key_mask_ptrs, mask_n, MASKED)[None, :]
-            key_mask_ptrs += BLOCK_N * stride_mn
+            key_mask = next_key_mask[None, :]
+            key_mask_ptrs += tl.where(start_n + BLOCK_N < hi, BLOCK_N, 0) * stride_mn
+            next_key_mask = load_term(key_mask_ptrs, offs_n < N - start_n - BLOCK_N, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         distance = (position_f - start_n)[:, None] - offs_nf[None, :]
@@ -102,14 +121,21 @@ def _accumulate_dq(
         if MASKED or IS_BOOLEAN:
             p = tl.where(is_shown(visible, bias, key_mask, HAS_BIAS, HAS_KEY_MASK), p, 0.0)
         if HAS_DROPOUT:
-            keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
-            dp = keep_scale * drop(dp, keep, threshold)
+            dp = keep_scale * drop(dp, keep_tile(words, threshold, BLOCK_M, BLOCK_N), threshold)
         ds = p * (dp - delta[:, None])
+        if STORES_DBIAS:
+            dbias_ptrs = dbias_ptr + dbias_rows[:, None] + (start_n + offs_n)[None, :]
+            mask = mask_m[:, None]
+            if MASKED:
+                mask = mask & mask_n[None, :]
+            tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=mask)
         if SOFTCAP > 0:
             ds *= damping
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_kn
         v_ptr += BLOCK_N * stride_vn
+        if HAS_DROPOUT:
+            words = draw_words(seed, offset, b, h, rows, start_n + BLOCK_N, BLOCK_M, BLOCK_N)
     return dq
 
 
@@ -130,6 +156,7 @@ def _attention_backward_dq_kernel(
     rng_ptr,  # [2]
     dq_ptr, stride_dqb, stride_dqm, stride_dqh, stride_dqd,
     rows_ptr,  # lse's shape and 2, contiguous: lse in units of log2, and delta
+    dbias_ptr, stride_dbb, stride_dbh, stride_dbm,  # [B, H, M, N], with STORES_DBIAS
     M, N, H, num_tiles, num_heads, heads_per_group,
     scale, scale_log2, softcap_log2, threshold, keep_scale, left, right,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -137,7 +164,7 @@ def _attention_backward_dq_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr, STORES_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -205,40 +232,69 @@ def _attention_backward_dq_kernel(
     lo, full_lo, full_hi, hi = key_blocks(
         start_m, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    dbias_rows = offs_m
+    if STORES_DBIAS:
+        dbias_rows = offs_m * stride_dbm
+        dbias_ptr += b * stride_dbb + h * stride_dbh + start_m.to(tl.int64) * stride_dbm
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_LEFT:
         dq = _accumulate_dq(
             dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
             k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            bias_ptr, stride_bn, key_mask_ptr, stride_mn, lo, full_lo, M, N, b, h,
+            bias_ptr, stride_bn, key_mask_ptr, stride_mn,
+            dbias_ptr, dbias_rows, mask_m, lo, full_lo, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
         k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, key_mask_ptr, stride_mn, full_lo, full_hi, M, N, b, h,
+        bias_ptr, stride_bn, key_mask_ptr, stride_mn,
+        dbias_ptr, dbias_rows, mask_m, full_lo, full_hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
         HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
-        k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, key_mask_ptr, stride_mn, full_hi, hi, M, N, b, h,
-        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
-        HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
-        BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    # Without this branch ptxas cannot overlap the products where the loops also store (C7515).
+    if (full_hi < hi) | (not STORES_DBIAS):
+        dq = _accumulate_dq(
+            dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
+            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
+            bias_ptr, stride_bn, key_mask_ptr, stride_mn,
+            dbias_ptr, dbias_rows, mask_m, full_hi, hi, M, N, b, h,
+            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
+            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
+            BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
     dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dqm, offs_d, stride_dqd)
     mask = mask_m[:, None] & mask_d[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_pairs(pairs_ptr, offs_m, mask_m, IS_MASKED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Load a pair of numbers for each row; return two [BLOCK_M].
+
+    Each pair is asked for four times: a load of fewer elements than threads would be made by every
+    thread, and its addresses were an eighth of the instructions of the loop.
+    """
+    ptrs = pairs_ptr + 2 * offs_m[:, None] + tl.arange(0, 8)[None, :] % 2
+    pairs = load_tile(ptrs, mask_m, mask_m, IS_MASKED, False)  # [BLOCK_M, 8]
+    first, second = tl.split(tl.reshape(pairs, [BLOCK_M, 2, 2, 2]))
+    return _first_of_four(first), _first_of_four(second)
+
+
+@triton.jit
+def _first_of_four(x):
+    x, _ = tl.split(x)
+    x, _ = tl.split(x)
+    return x
 
 
 # fmt: off
@@ -270,7 +326,10 @@ def _accumulate_dk_dv(
     mask_dv = offs_dv < HEAD_DIM_V
     PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
     PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
-    IS_BOOLEAN: tl.constexpr = (HAS_BIAS == BOOLEAN) | (HAS_KEY_MASK == BOOLEAN)
+    # A bias in registers of its own would make the program spill.
+    STARTS_FROM_BIAS: tl.constexpr = HAS_BIAS > 0 and SOFTCAP == 0
+    HAS_BIAS_LEFT: tl.constexpr = 0 if STARTS_FROM_BIAS else HAS_BIAS
+    IS_BOOLEAN: tl.constexpr = (HAS_BIAS_LEFT == BOOLEAN) | (HAS_KEY_MASK == BOOLEAN)
     q_offs = tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
     do_offs = tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
@@ -280,30 +339,35 @@ def _accumulate_dk_dv(
         bias_ptr += tl.cast(lo, tl.int64) * stride_bm
     distance_f = (N - M) - offs_key.to(tl.float32)
     offs_mf = offs_m.to(tl.float32)
+    next_bias = 0.0
+    if HAS_BIAS > 0:  # as it lies in memory, rows of adjacent elements, and a tile ahead
+        next_bias = tl.load(bias_ptr + bias_offs, mask=(offs_m < M - lo)[:, None], other=0)
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
         q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_ptr + do_offs, mask_m, mask_dv, IS_TAIL, PAD_DV)  # [BLOCK_M, BLOCK_DV]
-        # Both in one load: two loads of BLOCK_M numbers would be made by every thread.
-        row_ptrs = row_ptr + 2 * (start_m + offs_m)[:, None] + tl.arange(0, 2)[None, :]
-        row = load_tile(row_ptrs, mask_m, mask_m, IS_TAIL, False)  # [BLOCK_M, 2]
-        lse_log2, delta = tl.split(row)
+        lse_log2, delta = _load_pairs(row_ptr, start_m + offs_m, mask_m, IS_TAIL, BLOCK_M)
         bias_t = 0.0
         if HAS_BIAS > 0:
-            # Loaded as it lies in memory: rows of adjacent elements.
-            bias_t = tl.trans(load_term(bias_ptr + bias_offs, mask_m[:, None], IS_TAIL))
+            bias_t = tl.trans(as_term(next_bias))
             bias_ptr += BLOCK_M * stride_bm
-        products_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            mask_next = (offs_m < M - BLOCK_M - start_m)[:, None]
+            next_bias = tl.load(bias_ptr + bias_offs, mask=mask_next, other=0)
+        if STARTS_FROM_BIAS:
+            first_t = first_products(bias_t, scale_log2, HAS_BIAS)  # [BLOCK_N, BLOCK_M]
+            products_t = tl.dot(k, tl.trans(q), first_t, input_precision=PRECISION)
+        else:
+            products_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         distance_t = (distance_f + start_m)[:, None] + offs_mf[None, :]
         scores_t, factor, damping = modify_scores(
             products_t, distance_t, bias_t, key_mask, scale_log2, softcap_log2, slope_log2,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS_LEFT, HAS_KEY_MASK,
         )  # fmt: skip
         p_t = tl.math.exp2(scores_t * factor - lse_log2[None, :])
         if IS_BOOLEAN:
             anything = tl.full([1, 1], True, tl.int1)
-            shown = is_shown(anything, bias_t, key_mask, HAS_BIAS, HAS_KEY_MASK)
+            shown = is_shown(anything, bias_t, key_mask, HAS_BIAS_LEFT, HAS_KEY_MASK)
             p_t = tl.where(shown, p_t, 0.0)
         position = start_m + offs_m + (N - M)
         if IS_TAIL:
@@ -320,9 +384,8 @@ def _accumulate_dk_dv(
         kept_t = p_t
         if HAS_DROPOUT:
             rows = start_m + offs_m
-            keep_t = keep_tile(
-                seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True
-            )
+            words = draw_words(seed, offset, b, h, rows, start_n, BLOCK_M, BLOCK_N)
+            keep_t = keep_tile(words, threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True)
             kept_t = drop(p_t, keep_t, threshold)
             dp_t = keep_scale * drop(dp_t, keep_t, threshold)
         dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -487,10 +550,12 @@ def attention_backward(
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
     terms = problem.score_terms(q, size, options)
-    dq = _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options)
+    dbias = None if bias is None else _expanded_dbias(bias, size, options)
+    dq = _dq(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options)
     dk, dv = _dk_dv(dout, q, k, v, rows, size, terms, options)
-    dbias = None
-    if bias is not None:
+    if dbias is not None:
+        dbias = dbias.sum_to_size(bias.shape)
+    elif bias is not None:
         dbias = bias_gradient(dout, q, k, v, rows, size, terms, options)
     return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows)
 
@@ -511,16 +576,27 @@ def _dsinks(sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return (grad.sum(0) if grad.dim() == 2 else grad).to(sinks.dtype)
 
 
-def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
-    """Compute dq, and fill `rows` for the other kernels."""
+def _expanded_dbias(bias, size, options):
+    """Memory for the gradient of a bias (B, H, M, N) before it is summed, or None for too much."""
+    whole = (size.B, size.H, size.M, size.N)
+    limit = max(_MOST_COPIES * bias.numel(), _MOST_EXPANDED)
+    if bias.shape[2:] != whole[2:] or math.prod(whole) > limit:
+        return None
+    is_all_written = options.window == (-1, -1) and not options.is_varlen
+    return bias.new_empty(whole) if is_all_written else bias.new_zeros(whole)
+
+
+def _dq(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options):
+    """Compute dq, and fill `rows` for the other kernels and `dbias` (B, H, M, N) if it is there."""
     left, right = options.window
     dq = ragged.new_gradient(q, options.cu_seqlens_q)
     config = configs.tiles(configs.BACKWARD_DQ, q, size, options.window)
     num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out, dout, dq))
+    dbias_strides = (0, 0, 0) if dbias is None else dbias.stride()[:3]
     _launch_dq(
         num_tiles * size.B * size.H,
-        strides=(*strides, terms.key),
+        strides=(*strides, terms.key, dbias_strides),
         args=(
             q, *strides[0],
             k, *strides[1],
@@ -533,6 +609,7 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
             *terms.args,
             dq, *strides[5],
             rows,
+            dbias, *dbias_strides,
             size.rows, size.N, size.H, num_tiles, size.B * size.H,
             problem.heads_per_group(k, size.N),
             options.scale, problem.log2_scale(options), *terms.scalars, left, right,
@@ -541,7 +618,8 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
             "GROUP": size.H // size.H_KV, "HEAD_DIM": size.D, "HEAD_DIM_V": size.D_v,
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
-            "HAS_DLSE": dlse is not None, "PRECISION": tiling.dot_precision(q),
+            "HAS_DLSE": dlse is not None, "STORES_DBIAS": dbias is not None,
+            "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
             "TAIL_N": problem.tail_block(size.N, config.block_n, options),
             "BLOCK_D": tiling.padded_head_dim(size.D),
@@ -555,7 +633,7 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, size, terms, options):
 def _dk_dv_table(options):
     if options.attn_bias is not None:
         return configs.BACKWARD_DK_DV_BIAS
-    if configs.modifies_scores(options):
+    if options.softcap != 0.0 or options.alibi_slopes is not None:
         return configs.BACKWARD_DK_DV_TERMS
     return configs.BACKWARD_DK_DV
 

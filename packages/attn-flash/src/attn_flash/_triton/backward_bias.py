@@ -1,5 +1,6 @@
 """The gradient of a bias, summed over the dimensions in which the bias broadcasts.
 
+For biases whose gradient the kernel for dq has no memory to write down before it is summed.
 A program owns one tile of the bias, walks all tiles of scores that it was added to, in order, and
 adds up their dS. No atomics: the bits never change.
 """
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import drop, keep_tile
+from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_flash._triton import configs, problem
@@ -146,8 +147,8 @@ def _attention_backward_bias_kernel(
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
-            keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
-            dp = keep_scale * drop(dp, keep, threshold)
+            words = draw_words(seed, offset, b, h, rows, start_n, BLOCK_M, BLOCK_N)
+            dp = keep_scale * drop(dp, keep_tile(words, threshold, BLOCK_M, BLOCK_N), threshold)
         p = tl.math.exp2(scores * factor - lse_log2[:, None])
         if MASKED:
             position = rows[:, None] + (len_k - len_q)

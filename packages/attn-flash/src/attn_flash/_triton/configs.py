@@ -118,6 +118,7 @@ BACKWARD_DK_DV = Table(
     ],
     sources=("attn_flash._triton.backward",),
 )
+# Softcapping and ALiBi compute with all scores, for which smaller tiles leave the registers.
 BACKWARD_DK_DV_TERMS = Table(
     "attn_flash.backward_dk_dv_terms",
     rows={
@@ -138,11 +139,12 @@ BACKWARD_DK_DV_TERMS = Table(
 BACKWARD_DK_DV_BIAS = Table(
     "attn_flash.backward_dk_dv_bias",
     rows={
-        **BACKWARD_DK_DV_TERMS.rows,
+        **BACKWARD_DK_DV.rows,
         **_rows(
             "sm_90",
             (64, "any", TileConfig(64, 128, 8, 2)),
-            (128, "any", TileConfig(32, 128, 8, 2)),
+            (128, "short", TileConfig(32, 128, 8, 2)),
+            (128, "causal", TileConfig(32, 128, 8, 2)),
         ),
     },
     default=BACKWARD_DK_DV.default,

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import drop, keep_tile
+from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.scores import first_state
@@ -67,6 +67,10 @@ def _attend(
         key_mask_ptrs = key_mask_ptr + tl.cast(lo, tl.int64) * stride_mn + offs_n * stride_mn
     position_f = (rows + (N - M)).to(tl.float32)
     offs_nf = offs_n.to(tl.float32)
+    # Loaded a tile ahead: Triton's pipeline takes no loads of single bytes.
+    next_key_mask = 0.0
+    if HAS_KEY_MASK > 0:
+        next_key_mask = load_term(key_mask_ptrs, offs_n < N - lo, True)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         if PAGE_SIZE > 0:
@@ -85,8 +89,9 @@ def _attend(
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
             bias_ptr += BLOCK_N * stride_bn
         if HAS_KEY_MASK > 0:
-            key_mask = load_term(key_mask_ptrs, mask_n, MASKED)[None, :]
-            key_mask_ptrs += BLOCK_N * stride_mn
+            key_mask = next_key_mask[None, :]
+            key_mask_ptrs += tl.where(start_n + BLOCK_N < hi, BLOCK_N, 0) * stride_mn
+            next_key_mask = load_term(key_mask_ptrs, offs_n < N - start_n - BLOCK_N, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         distance = (position_f - start_n)[:, None] - offs_nf[None, :]
         scores, factor, _ = modify_scores(
@@ -107,8 +112,8 @@ def _attend(
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         if HAS_DROPOUT:
-            keep = keep_tile(seed, offset, b, h, rows, start_n, threshold, BLOCK_M, BLOCK_N)
-            p = drop(p, keep, threshold)
+            words = draw_words(seed, offset, b, h, rows, start_n, BLOCK_M, BLOCK_N)
+            p = drop(p, keep_tile(words, threshold, BLOCK_M, BLOCK_N), threshold)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if PAGE_SIZE == 0:

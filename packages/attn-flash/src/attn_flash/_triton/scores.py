@@ -26,6 +26,12 @@ def load_term(ptrs, mask, MASKED: tl.constexpr):
         values = tl.load(ptrs, mask=mask, other=0)
     else:
         values = tl.load(ptrs)
+    return as_term(values)
+
+
+@triton.jit
+def as_term(values):
+    """Make float32 of what is added to the scores; leave alone what is boolean."""
     if values.dtype != tl.int1:
         values = values.to(tl.float32)
     return values
@@ -72,6 +78,17 @@ def modify_scores(
     if HAS_KEY_MASK == ADDED:
         scores += key_mask
     return scores, factor, damping
+
+
+@triton.jit
+def first_products(bias, scale_log2, HAS_BIAS: tl.constexpr):
+    """What the products of queries and keys start from, so that their scores contain the bias."""
+    if HAS_BIAS == BOOLEAN:
+        hidden = tl.where(scale_log2 < 0, float("inf"), -float("inf"))
+        first = tl.where(bias, 0.0, hidden)
+    else:
+        first = bias * (LOG2_E / scale_log2)
+    return first
 
 
 @triton.jit
