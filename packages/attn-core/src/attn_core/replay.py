@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,10 +59,10 @@ def repeatable(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        values = (*args, *kwargs.values())
+        values = (*args, *kwargs.values()) if kwargs else args
         if not is_plain_eager(values) or needs_grad(values):
             return function(*args, **kwargs)
-        return replayed(*args, **kwargs)
+        return replayed.compute(values, args, kwargs)
 
     return call  # type: ignore[return-value]
 
@@ -92,9 +92,14 @@ class Replayed:
         self._known: dict[Hashable, Any] = {}
         _memories.append(self._known)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """Compute the function."""
-        values = (*args, *kwargs.values())
+        return self.compute(args, args, {})
+
+    def compute(
+        self, values: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Compute the function of args and kwargs, whose values are given one after another."""
         is_here = bool(values) and _launches_here(values[0]) and recording() is None
         call = signature(values) if is_here else None
         if call is None:
