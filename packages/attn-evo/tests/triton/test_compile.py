@@ -14,6 +14,7 @@ from attn_evo import EvoWeights
 
 pytest.importorskip("triton")
 
+from attn_evo._hopper import output, stat, support
 from attn_evo._triton import backward, configs, forward, prefix_sum, problem
 
 pytestmark = pytest.mark.compile
@@ -25,10 +26,6 @@ BACKWARD = ("ratio", "norm", "gate", "products", "stat", "total", "context", "we
 LAUNCHERS = {
     **{name: getattr(forward, f"_launch_{name}") for name in FORWARD},
     **{f"backward_{name}": getattr(backward, f"_launch_{name}") for name in BACKWARD},
-}
-PREFIX_SUM_LAUNCHERS = {
-    "columns": (prefix_sum._launch_runs, prefix_sum._launch_columns),
-    "sequences": (prefix_sum._launch_chunks, prefix_sum._launch_scan),
 }
 
 
@@ -122,12 +119,32 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
         assert compiled.spills == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", support.HEAD_DIMS)
+def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    record_launches(LAUNCHERS["sums"], monkeypatch)
+    stat_launcher = LAUNCHERS["stat"] if dim == 128 else stat._launch_stat
+    launchers = stat_launcher, output._launch_output[dim]
+    recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
+    launch(Case(dtype, dim), "output")
+    for recorder in recorders:
+        compiled = recorder.compile("sm_90")
+        assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+        assert compiled.spills == 0
+        assert not compiled.serializes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim, kind", [(1, "columns"), (2, "sequences")], ids=["d1", "d2"])
+@pytest.mark.parametrize("dim", [1, 2], ids=["d1", "d2"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_prefix_sum_compiles_and_fits(target, dim, kind, dtype, use_target, monkeypatch):
+def test_prefix_sum_compiles_and_fits(target, dim, dtype, use_target, monkeypatch):
     use_target(target)
-    recorders = [record_launches(x, monkeypatch) for x in PREFIX_SUM_LAUNCHERS[kind]]
+    is_one_pass = dim == 1 and not target.startswith("gfx")
+    names = ("columns",) if is_one_pass else ("chunks", "scan")
+    launchers = [getattr(prefix_sum, f"_launch_{name}") for name in names]
+    recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
     prefix_sum.prefix_sum(
         torch.empty(32, 16384, 16384, dtype=dtype, device="meta"), dim, False, True
     )

@@ -99,6 +99,18 @@ def test_float32(dim, device, make_case, assert_results):
     check(make_case(1, 2, 300, dim), FLOAT, device, assert_results)
 
 
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_values_packed_with_others(dim, dtype, device, make_case, assert_results):
+    """Heads between heads, as one projection makes them: what Hopper's own kernel takes."""
+    case = make_case(2, 3, 1001, dim)
+    v, *rest = case.inputs(dtype, device)
+    packed = v.new_full((2, 1001, 3, 3, dim), torch.nan)
+    packed[:, :, 1] = v.transpose(1, 2)
+    inputs = (packed[:, :, 1].transpose(1, 2), *rest)
+    assert_results(case, attend(case, inputs), (v, *rest))
+
+
 def test_gradients_through_the_public_function(device, make_case):
     case = make_case(2, 2, 300, 64)
     inputs = case.inputs(BFLOAT, device)

@@ -31,6 +31,7 @@ from attn_core.launch import Launcher
 from attn_core.tiles.offsets import tile_offsets
 from attn_core.tuning import TileConfig
 from attn_evo._backends import most_head_dim
+from attn_evo._hopper import support
 from attn_evo._triton import configs, problem, wide
 from attn_evo._triton.forward import running_sums
 from attn_evo._triton.tiles import (
@@ -742,7 +743,7 @@ def _attention_backward(
     inverse = _tokens(call, _inverse_dtype(v.dtype))
     work = _Work(
         call,
-        running_sums(call, weights, causal, torch.empty_like(dsums)),
+        _running_sums(call, weights, causal, torch.empty_like(dsums)),
         _tokens(call, v.dtype),
         inverse,
         inverse if inverse.dtype == v.dtype else _tokens(call, v.dtype),
@@ -794,6 +795,17 @@ class _Work(NamedTuple):
         if self.dsums_after is None:
             return self.dsums, 0, 0, 0, 0
         return self.dsums_after, *self.dsums_after.stride()
+
+
+def _running_sums(
+    call: problem.Call, weights: EvoWeights, causal: bool, sums_after: torch.Tensor
+) -> problem.Scratch:
+    has_tiles = causal and call.blocks["BLOCK_M"] == support.BLOCK_M
+    if has_tiles and support.takes(call.v[0], call.flags["HAS_MASK"], call.flags["HAS_STATE"]):
+        from attn_evo._hopper import forward
+
+        return forward.running_sums(call, weights, sums_after)
+    return running_sums(call, weights, causal, sums_after)
 
 
 def _tokens(call: problem.Call, dtype: torch.dtype) -> torch.Tensor:

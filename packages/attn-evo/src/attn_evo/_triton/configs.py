@@ -83,6 +83,8 @@ BACKWARD = Table(
     candidates=_CANDIDATES,
     sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),
 )
+# Of the launches before those that Hopper has kernels of its own for.
+HOPPER_FORWARD = TileConfig(64, 1024, 4, 2)
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.
 SUMS = TileConfig(1, 1, 4, 1)
 # Of launches of the backward pass whose tiles are smaller, whose pipeline is longer or at most so
@@ -101,7 +103,7 @@ HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
     ("context", 64, 4): {"block_m": 32, "num_stages": 2},
 }
 PREFIX_SUM = TileConfig(32, 64, 4, 2)
-PREFIX_SUM_RUNS = TileConfig(32, 64, 4, 4)
+PREFIX_SUM_COLUMNS = TileConfig(256, 64, 4, 1)
 
 
 def forward_tiles(
@@ -149,17 +151,14 @@ def _on_hopper(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:
     return config._replace(**HOPPER.get((name, v.shape[-1], v.element_size()), {}))
 
 
-def prefix_sum_tiles(num_columns: int | None) -> TileConfig:
-    """Choose the tiles of prefix sums: block_m elements, or runs, of block_n sequences.
+def prefix_sum_columns(num_columns: int) -> TileConfig:
+    """Choose the tiles of prefix sums: block_m elements of block_n sequences, neighbours in memory.
 
-    `num_columns` is the number of sequences that are neighbours in memory, None where there are
-    none.
+    Fewer sequences make longer tiles.
     """
-    if num_columns is None:
-        return PREFIX_SUM
-    block_c = min(PREFIX_SUM_RUNS.block_n, 1 << (num_columns - 1).bit_length())
-    block_n = PREFIX_SUM_RUNS.block_m * PREFIX_SUM_RUNS.block_n // block_c
-    return PREFIX_SUM_RUNS._replace(block_m=block_n, block_n=block_c)
+    most = PREFIX_SUM_COLUMNS
+    block_c = min(most.block_n, 1 << (num_columns - 1).bit_length())
+    return most._replace(block_m=most.block_m * most.block_n // block_c, block_n=block_c)
 
 
 def _pick(table: Table, v: torch.Tensor, causal: bool, launch: Launch | None) -> TileConfig:

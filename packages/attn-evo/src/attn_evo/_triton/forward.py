@@ -21,6 +21,7 @@ from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tuning import TileConfig
 from attn_evo._backends import most_head_dim
+from attn_evo._hopper import support
 from attn_evo._triton import configs, problem, wide
 from attn_evo._triton.tiles import (
     BIAS_ROWS,
@@ -352,6 +353,10 @@ def attention(
         sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
         out = v.new_empty(v.shape)
         return out, sums_after.zero_() if sums is None else sums_after.copy_(sums)
+    if causal and not tiles and support.takes(v, mask is not None, sums is not None):
+        from attn_evo._hopper import forward
+
+        return forward.attention(v, weights)
     launch = functools.partial(_attention, v, weights, mask, sums, length, causal)
     return launch(configs.forward_tiles(v, causal, tiles, launch))
 
@@ -384,6 +389,20 @@ def running_sums(
     call: problem.Call, weights: EvoWeights, causal: bool, sums_after: torch.Tensor
 ) -> problem.Scratch:
     """Pack the weights and sum up v and, with `causal`, gated v over tiles and chunks."""
+    scratch = sums_of_values(call, weights)
+    if causal:
+        _launch_stat(
+            call.num_programs,
+            strides=call.strides,
+            args=(*call.inputs, *scratch, sums_after, *call.sizes),
+            constexprs={**call.flags, **call.numerics_of_one_weight, **call.blocks},
+            config=configs.gated_kernel(call.v[0], call.config),
+        )
+    return scratch
+
+
+def sums_of_values(call: problem.Call, weights: EvoWeights) -> problem.Scratch:
+    """Pack the weights and sum up v over tiles and chunks."""
     scratch = problem.scratch(call)
     args = [*call.v, *call.mask]
     weight_strides = tuple(weight.stride() for weight in weights)
@@ -399,12 +418,4 @@ def running_sums(
         },
         config=configs.SUMS,
     )  # fmt: skip
-    if causal:
-        _launch_stat(
-            call.num_programs,
-            strides=call.strides,
-            args=(*call.inputs, *scratch, sums_after, *call.sizes),
-            constexprs={**call.flags, **call.numerics_of_one_weight, **call.blocks},
-            config=configs.gated_kernel(call.v[0], call.config),
-        )
     return scratch

@@ -1,11 +1,16 @@
 """Prefix sums along any dimension of a tensor of any strides.
 
-A sequence is cut into chunks, so that few sequences occupy a whole GPU. The first kernel sums up
-each chunk. The second adds the sums of the chunks before its own, in a fixed order, and scans.
+Where neighbours in memory belong to different sequences (columns), one kernel reads x once: a
+program sums up its tile, publishes the sum, and waits for those of the tiles before its own, which
+run at the same time. Tiles form groups; the last of a group publishes the sum of all up to there.
+All is added in a fixed order, so the bits never change (Merrill and Garland, "Single-pass Parallel
+Prefix Scan with Decoupled Look-back", 2016, adds in the order of arrival). A tile is cut into runs,
+and each thread walks the runs of its own columns.
 
-Where neighbours in memory belong to different sequences (columns), a chunk is cut into runs, and
-each thread walks the runs of its own columns: no thread waits for another. Where they belong to
-the same sequence, the threads of a tile scan together.
+Otherwise a sequence is cut into chunks, so that few sequences occupy a whole GPU. The first kernel
+sums up each chunk. The second adds the sums of the chunks before its own and scans, the threads of
+a tile together. So does float64, whose sums cannot be published in one piece, and an AMD GPU,
+whose parts see what others write late.
 """
 
 from __future__ import annotations
@@ -23,7 +28,10 @@ from attn_evo._triton import configs, problem
 from attn_evo._triton.tiles import sum_rows
 
 _CHUNK = 2048  # elements of a chunk, unless there are too many or SMs are idle
-_LONGEST_RUN = 32  # elements of a run, as far as there are not too many
+_BLOCK_RUN = tl.constexpr(16)  # elements of a run
+_GROUP = tl.constexpr(16)  # tiles whose sums a program adds up
+_PUBLISHED = tl.constexpr(1 << 32)
+_MOST_COPIES = tl.constexpr(1024)  # words, of which a thread of the largest program loads two
 _OUTER_DIMS = 3  # dimensions beside that of the sum and that of the columns
 
 
@@ -43,6 +51,17 @@ class _Layout(NamedTuple):
     @property
     def num_outer(self) -> int:
         return self.outer[0].size * self.outer[1].size * self.outer[2].size
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes as the kernels take them."""
+        return self.sequence.size, self.columns.size, self.outer[1].size, self.outer[2].size
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Strides of x and of the output as the kernels take them."""
+        dims = (*self.outer, self.sequence, self.columns)
+        return tuple(dim.stride_x for dim in dims), tuple(dim.stride_out for dim in dims)
 
 
 @triton.jit
@@ -130,94 +149,84 @@ def _prefix_sum_scan_kernel(
         carry += tl.sum(x, 0)
 
 
-# fmt: off
-@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
-def _prefix_sum_runs_kernel(
-    x_ptr, stride_x0, stride_x1, stride_x2, stride_xn, stride_xc,
-    sums_ptr,  # [outer, chunks, C], contiguous
-    run_sums_ptr,  # [outer, chunks, BLOCK_N, C], contiguous
-    N, C, size_1, size_2, num_chunks, tiles_per_chunk,
-    EVEN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    # fmt: on
-    pid_chunk = tl.program_id(0) % num_chunks
-    pid_c = tl.program_id(0) // num_chunks % tl.cdiv(C, BLOCK_C)
-    outer = (tl.program_id(0) // num_chunks // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+@triton.jit
+def _published(x):
+    """Numbers in float32, each in a word that tells that it is there."""
+    return (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | _PUBLISHED
 
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C - pid_c * BLOCK_C
-    offs_run = tl.arange(0, BLOCK_N)
-    starts = (pid_chunk.to(tl.int64) * BLOCK_N + offs_run) * tiles_per_chunk
-    x_ptr += _outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
-    x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc
-    x_ptrs = x_ptr + tile_offsets(starts, stride_xn, offs_c, stride_xc)
 
-    acc = tl.zeros([BLOCK_N, BLOCK_C], sums_ptr.dtype.element_ty)
-    for step in tl.range(tiles_per_chunk, num_stages=4):
-        x = load_tile(x_ptrs + step * stride_xn, starts < N - step, mask_c, True, not EVEN_C)
-        acc += x.to(acc.dtype)
-    sums_ptr += (outer * num_chunks + pid_chunk) * C + pid_c * BLOCK_C
-    tl.store(sums_ptr + offs_c, tl.sum(acc, 0), mask=mask_c)
-    run_sums_ptr += (outer * num_chunks + pid_chunk) * BLOCK_N * C + pid_c * BLOCK_C
-    tl.store(run_sums_ptr + tile_offsets(offs_run, C, offs_c, 1), acc, mask=mask_c[None, :])
+@triton.jit
+def _await_published(ptrs, mask):
+    """The numbers of words [rows, columns], once all are there; 0 where the mask is not set."""
+    words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
+    while tl.min(tl.min(words >> 32, 1), 0) == 0:
+        words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
+    if ptrs.numel < _MOST_COPIES:  # more threads than words: not every copy of one has been seen
+        words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
+    return words.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _prefix_sum_columns_kernel(
     x_ptr, stride_x0, stride_x1, stride_x2, stride_xn, stride_xc,
-    sums_ptr,  # [outer, chunks, C], contiguous
-    run_sums_ptr,  # [outer, chunks, BLOCK_N, C], contiguous
+    words_ptr,  # [outer, blocks of columns, tiles + groups, BLOCK_C], zeros at first
     out_ptr, stride_o0, stride_o1, stride_o2, stride_on, stride_oc,
-    N, C, size_1, size_2, num_chunks, tiles_per_chunk,
+    N, C, size_1, size_2, num_columns, num_tiles,
     EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr,
     EVEN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # fmt: on
-    # From the last chunk on: of that, most of x is still in the cache.
-    pid_chunk = num_chunks - 1 - tl.program_id(0) % num_chunks
-    column_blocks = tl.cdiv(C, BLOCK_C)
-    num_outer = tl.num_programs(0) // num_chunks // column_blocks
-    pid_c = tl.program_id(0) // num_chunks % column_blocks
-    outer = (num_outer - 1 - tl.program_id(0) // num_chunks // column_blocks).to(tl.int64)
-
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C - pid_c * BLOCK_C
-    offs_run = tl.arange(0, BLOCK_N)
-    starts = (pid_chunk.to(tl.int64) * BLOCK_N + offs_run) * tiles_per_chunk
+    # Programs start in the order of their ids: none waits for one that has not started.
+    column = tl.program_id(0) % num_columns
+    place = tl.program_id(0) // num_columns
+    pid_c = column % tl.cdiv(C, BLOCK_C)
+    outer = (column // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+    tile = num_tiles - 1 - place if REVERSE else place
+    start = tile.to(tl.int64) * BLOCK_N
     x_ptr += _outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
-    x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc
-    x_ptrs = x_ptr + tile_offsets(starts, stride_xn, offs_c, stride_xc)
+    x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc + start * stride_xn
     out_ptr += _outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)
-    out_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_oc
-    out_ptrs = out_ptr + tile_offsets(starts, stride_on, offs_c, stride_oc)
+    out_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_oc + start * stride_on
 
-    # The run before, and so its sum, lies one row up, or down where REVERSE.
-    offs_before = offs_run + 1 if REVERSE else offs_run - 1
-    mask_before = (offs_before >= 0) & (offs_before < BLOCK_N)
-    run_sums_ptr += (outer * num_chunks + pid_chunk) * BLOCK_N * C + pid_c * BLOCK_C
-    run_ptrs = run_sums_ptr + tile_offsets(offs_before, C, offs_c, 1)
-    acc = tl.cumsum(load_tile(run_ptrs, mask_before, mask_c, True, not EVEN_C), 0, reverse=REVERSE)
-    sums_ptr += outer * num_chunks * C + pid_c * BLOCK_C
-    lo = pid_chunk + 1 if REVERSE else 0
-    hi = num_chunks if REVERSE else pid_chunk
-    acc += sum_rows(sums_ptr, lo, hi, C, C - pid_c * BLOCK_C, BLOCK_C)[None, :]
+    # A tile [runs, BLOCK_RUN, BLOCK_C]: what lies in one thread is summed up without the others.
+    offs_run = tl.arange(0, BLOCK_N // _BLOCK_RUN)[:, None, None]
+    offs_step = tl.arange(0, _BLOCK_RUN)[None, :, None]
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_run * _BLOCK_RUN + offs_step < N - start
+    if not EVEN_C:
+        mask = mask & (offs_c < C - pid_c * BLOCK_C)[None, None, :]
+    x_offs = offs_step * stride_xn + offs_run * (_BLOCK_RUN * stride_xn)
+    x = tl.load(x_ptr + x_offs + offs_c[None, None, :] * stride_xc, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    runs = tl.sum(x, 1)
+    total = tl.sum(runs, 0)
 
-    for index in tl.range(tiles_per_chunk, num_stages=4):
-        step = tiles_per_chunk - 1 - index if REVERSE else index
-        mask_n = starts < N - step
-        x = load_tile(x_ptrs + step * stride_xn, mask_n, mask_c, True, not EVEN_C).to(acc.dtype)
-        out = acc if EXCLUSIVE else acc + x
-        acc += x
-        mask = mask_n[:, None]
-        if not EVEN_C:
-            mask = mask & mask_c[None, :]
-        tl.store(out_ptrs + step * stride_on, out.to(out_ptr.dtype.element_ty), mask=mask)
+    num_groups = tl.cdiv(num_tiles, _GROUP)
+    words_ptr += column.to(tl.int64) * (num_tiles + num_groups) * BLOCK_C
+    tl.store(words_ptr + place * BLOCK_C + offs_c, _published(total))
+    group = place // _GROUP
+    # The tiles of the group before this one, and in the first row all groups before.
+    offs_row = tl.arange(0, _GROUP)
+    rows = tl.where(offs_row == 0, num_tiles + group - 1, group * _GROUP + offs_row - 1)
+    wanted = tl.where(offs_row == 0, group > 0, rows < place)
+    ptrs = words_ptr + tile_offsets(rows, BLOCK_C, offs_c, 1)
+    carry = tl.sum(_await_published(ptrs, wanted[:, None] & (offs_c < BLOCK_C)[None, :]), 0)
+    if place % _GROUP == _GROUP - 1:
+        row = words_ptr + (num_tiles + group) * BLOCK_C
+        tl.store(row + offs_c, _published(carry + total))
+
+    carries = tl.cumsum(runs, 0, reverse=REVERSE) - runs + carry[None, :]
+    out = tl.cumsum(x, 1, reverse=REVERSE) + carries[:, None, :]
+    if EXCLUSIVE:
+        out -= x
+    out_offs = offs_step * stride_on + offs_run * (_BLOCK_RUN * stride_on)
+    out_ptrs = out_ptr + out_offs + offs_c[None, None, :] * stride_oc
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 _launch_chunks = Launcher(_prefix_sum_chunks_kernel)
 _launch_scan = Launcher(_prefix_sum_scan_kernel)
-_launch_runs = Launcher(_prefix_sum_runs_kernel)
 _launch_columns = Launcher(_prefix_sum_columns_kernel)
 
 
@@ -230,42 +239,66 @@ def prefix_sum(x: torch.Tensor, dim: int, exclusive: bool, reverse: bool) -> tor
     if len(layout.outer) > _OUTER_DIMS:  # more dimensions than the kernels have strides for
         x = x.contiguous()
         layout = _layout(x, out, dim)
-    has_runs = layout.columns.stride_x == 1 and layout.columns.size > 1
-    config = configs.prefix_sum_tiles(layout.columns.size if has_runs else None)
-    N, C = layout.sequence.size, layout.columns.size
+    sum_up = _sum_columns if _has_columns(x, layout) else _sum_chunks
+    sum_up(x, out, layout, {"EXCLUSIVE": exclusive, "REVERSE": reverse})
+    return out
+
+
+def _has_columns(x: torch.Tensor, layout: _Layout) -> bool:
+    are_neighbours = layout.columns.stride_x == 1 and layout.columns.size > 1
+    is_amd = problem.device_info(x.device).type == "hip"
+    return are_neighbours and x.dtype != torch.float64 and not is_amd
+
+
+def _sum_columns(
+    x: torch.Tensor, out: torch.Tensor, layout: _Layout, flags: dict[str, bool]
+) -> None:
+    C = layout.columns.size
+    config = configs.prefix_sum_columns(C)
     num_columns = tiling.ceil_div(C, config.block_n) * layout.num_outer
-    chunk = config.block_m * _LONGEST_RUN if has_runs else _CHUNK
-    chunks = problem.chunks(x.device, N, num_columns, config.block_m, chunk, programs_per_sm=4)
-    dims = (*layout.outer, layout.sequence, layout.columns)
-    x_strides = tuple(dim.stride_x for dim in dims)
-    out_strides = tuple(dim.stride_out for dim in dims)
-    sizes = (N, C, layout.outer[1].size, layout.outer[2].size, *chunks.per_sequence)
-    even = {"EVEN_C": C % config.block_n == 0} if has_runs else {}
-    tiles = {**even, "BLOCK_N": config.block_m, "BLOCK_C": config.block_n}
+    num_tiles = tiling.ceil_div(layout.sequence.size, config.block_m)
+    rows = num_tiles + tiling.ceil_div(num_tiles, _GROUP.value)
+    words = x.new_zeros((num_columns, rows, config.block_n), dtype=torch.int64)
+    x_strides, out_strides = layout.strides
+    _launch_columns(
+        num_columns * num_tiles,
+        strides=layout.strides,
+        args=(x, *x_strides, words, out, *out_strides, *layout.sizes, num_columns, num_tiles),
+        constexprs={
+            **flags, "EVEN_C": C % config.block_n == 0,
+            "BLOCK_N": config.block_m, "BLOCK_C": config.block_n,
+        },
+        config=config,
+    )  # fmt: skip
+
+
+def _sum_chunks(
+    x: torch.Tensor, out: torch.Tensor, layout: _Layout, flags: dict[str, bool]
+) -> None:
+    N, C = layout.sequence.size, layout.columns.size
+    config = configs.PREFIX_SUM
+    num_columns = tiling.ceil_div(C, config.block_n) * layout.num_outer
+    chunks = problem.chunks(x.device, N, num_columns, config.block_m, _CHUNK, programs_per_sm=4)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = x.new_empty((layout.num_outer, chunks.num_chunks, C), dtype=dtype)
-    scratch: tuple[torch.Tensor, ...] = (sums,)
-    if has_runs:
-        runs = (layout.num_outer, chunks.num_chunks, config.block_m, C)
-        scratch = (sums, x.new_empty(runs, dtype=dtype))
-    if has_runs or chunks.num_chunks > 1:
-        launch = _launch_runs if has_runs else _launch_chunks
-        launch(
+    x_strides, out_strides = layout.strides
+    sizes = (*layout.sizes, *chunks.per_sequence)
+    tiles = {"BLOCK_N": config.block_m, "BLOCK_C": config.block_n}
+    if chunks.num_chunks > 1:
+        _launch_chunks(
             num_columns * chunks.num_chunks,
             strides=x_strides,
-            args=(x, *x_strides, *scratch, *sizes),
+            args=(x, *x_strides, sums, *sizes),
             constexprs=tiles,
             config=config,
         )
-    launch = _launch_columns if has_runs else _launch_scan
-    launch(
+    _launch_scan(
         num_columns * chunks.num_chunks,
-        strides=(x_strides, out_strides),
-        args=(x, *x_strides, *scratch, out, *out_strides, *sizes),
-        constexprs={"EXCLUSIVE": exclusive, "REVERSE": reverse, **tiles},
+        strides=layout.strides,
+        args=(x, *x_strides, sums, out, *out_strides, *sizes),
+        constexprs={**flags, **tiles},
         config=config,
     )
-    return out
 
 
 def prefix_sum_backward(

@@ -1,0 +1,228 @@
+"""The output of causal attention on Hopper, in place of the Triton kernel of the forward pass.
+
+A warpgroup holds 64 columns of a tile of 64 tokens. Where it is alone (D = 64) three programs share
+an SM, and while one waits for a product the others compute. Two warpgroups exchange what they
+multiply through shared memory. The next tile of v is copied while this one is computed.
+
+A running sum is the product of a triangle of ones and a tile, whose accumulators begin with the sum
+of the tokens before it. The triangle holds 1/2 in place of 1: the context is halved, and what
+sigmoid(x) gates comes doubled, as tanh(x / 2) v + v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_core.launch import Launcher
+from attn_core.tuning import TileConfig
+from attn_evo._hopper.support import BLOCK_M
+from attn_evo._hopper.tiles import (
+    BIAS_ROWS,
+    FLAT,
+    NORM_BIAS,
+    NORM_WEIGHT,
+    STAGES,
+    W_F,
+    W_G,
+    W_L,
+    W_Q,
+    accumulators,
+    begin_with,
+    copied,
+    half_triangle,
+    left_operand,
+    reciprocal,
+    rounded,
+    start_copy,
+    start_linear,
+    sum_rows,
+    twice_gated,
+)
+from attn_evo._triton import problem
+
+_REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
+
+_EPSILON = gl.constexpr(1e-8)
+_NORM_EPSILON = gl.constexpr(1e-5)
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def _has_values(v):
+    """Whether a row of 16-bit numbers is not all zero; looks at two of them at once."""
+    bits = gl.inline_asm_elementwise(
+        "and.b32 $0, $2, 0x7fff7fff; mov.b32 $1, 0;", "=r,=r,r", [v],
+        dtype=gl.int32, is_pure=True, pack=2,
+    )  # fmt: skip
+    return gl.reduce(bits, 1, _either) != 0
+
+
+@gluon.jit
+def _gated_values(v, logit, high_tile, low_tile, dtype: gl.constexpr, D: gl.constexpr):
+    """Store 2 sigmoid(2 logit) v as two tiles that add up to it."""
+    v = v.load(accumulators(D)).to(gl.float32)
+    gated = twice_gated(v, logit, dtype == gl.bfloat16)
+    if dtype == gl.bfloat16:  # cut off, which is cheaper than rounding
+        high = (gated.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    else:
+        high = gated.to(dtype).to(gl.float32)
+    high_tile.store(high.to(dtype))
+    low_tile.store((gated - high).to(dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def _normalised(x, v, vectors_ptr, D: gl.constexpr):
+    """LayerNorm of each row of x; the norm's bias where the row of v is 0."""
+    x -= gl.expand_dims(gl.sum(x, 1) * (1.0 / D), 1)
+    scale = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / D) + _NORM_EPSILON)
+    scale = gl.where(_has_values(v.load(accumulators(D))), scale, 0.0)
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, accumulators(D)))
+    weight = gl.load(vectors_ptr + NORM_WEIGHT * D + offs_d)
+    bias = gl.load(vectors_ptr + NORM_BIAS * D + offs_d)
+    return x * gl.expand_dims(scale, 1) * gl.expand_dims(weight, 0) + gl.expand_dims(bias, 0)
+
+
+@gluon.jit
+def _store_tile(ptr, x, tile, num_rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Store the first `num_rows` rows, contiguous in memory, by way of shared memory."""
+    LAYOUT: gl.constexpr = copied(D)
+    tile.store(x)
+    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    mask = (offs_m < num_rows)[:, None] & (offs_d < D)[None, :]
+    gl.store(ptr + (offs_m[:, None] * D + offs_d[None, :]), tile.load(LAYOUT), mask=mask)
+
+
+@gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_output_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl,
+    matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
+    contexts_ptr,  # [B * H, tiles, D]: the context before each tile
+    out_ptr,  # [B, H, L, D], contiguous
+    sums_after_ptr,  # [2, B, H, D], contiguous
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    D: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = v_ptr.dtype.element_ty
+    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
+    pid_bh = gl.program_id(0) // num_chunks
+    pid_c = gl.program_id(0) % num_chunks
+    first = pid_c * tiles_per_chunk
+    last = gl.minimum(first + tiles_per_chunk, num_tiles)
+    stat_head = (num_heads + pid_bh).to(gl.int64)  # of tables [4, B * H, rows, D]
+    v_ptr += (pid_bh // H).to(gl.int64) * stride_vb + (pid_bh % H).to(gl.int64) * stride_vh
+    v_ptr += (first * BLOCK_M).to(gl.int64) * stride_vl
+    out_ptr += (pid_bh.to(gl.int64) * L + first * BLOCK_M) * D
+    contexts_ptr += (pid_bh.to(gl.int64) * num_tiles + first) * D
+    tile_sums_ptr += (stat_head * num_tiles + first) * D
+    chunk_sums_ptr += stat_head * num_chunks * D
+
+    weights = gl.allocate_shared_memory(dtype, [4, D, D], TILE)
+    biases = gl.allocate_shared_memory(dtype, [4, BIAS_ROWS, D], TILE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], TILE)
+    high = gl.allocate_shared_memory(dtype, [BLOCK_M, D], TILE)
+    low = gl.allocate_shared_memory(dtype, [BLOCK_M, D], TILE)
+    context_row = gl.allocate_shared_memory(gl.float32, [D], FLAT)
+    stat_row = gl.allocate_shared_memory(gl.float32, [D], FLAT)
+    start_copy(v_tiles.index(0), v_ptr, stride_vl, L - first * BLOCK_M, BLOCK_M, D)
+    for which in gl.static_range(4):
+        start_copy(weights.index(which), matrices_ptr + which * D * D, D, D, D, D)
+        ptr = biases_ptr + which * BIAS_ROWS * D
+        start_copy(biases.index(which), ptr, D, BIAS_ROWS, BIAS_ROWS, D)
+    async_copy.commit_group()
+
+    offs_d = gl.arange(0, D, ROW)
+    stat_i = sum_rows(chunk_sums_ptr, pid_c, D, ROW)
+    context_i = gl.load(contexts_ptr + offs_d)
+    half = half_triangle(BLOCK_M, dtype, D)
+    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, accumulators(D)))
+    for tile in range(first, last):
+        start = tile * BLOCK_M
+        stage = (tile - first) % STAGES
+        context_row.store(context_i * 0.5)
+        stat_row.store(stat_i)
+        async_copy.wait_group(0)
+        # The next tile, and its sums before they are needed.
+        num_rows = gl.where(tile + 1 < last, L - start - BLOCK_M, 0)
+        v_ptr += BLOCK_M * stride_vl
+        start_copy(v_tiles.index(1 - stage), v_ptr, stride_vl, num_rows, BLOCK_M, D)
+        async_copy.commit_group()
+        stat_i += gl.load(tile_sums_ptr + offs_d)
+        tile_sums_ptr += D
+        contexts_ptr += gl.where(tile + 1 < last, D, 0)
+        context_i = gl.load(contexts_ptr + offs_d)
+
+        v = v_tiles.index(stage)
+        context = begin_with(context_row, BLOCK_M, D)
+        context = warpgroup_mma(half, v, context, is_async=True)
+        context = warpgroup_mma_wait(0, deps=(context,))
+        inverse_count = gl.expand_dims(2.0 / (start + 1 + offs_m).to(gl.float32), 1)
+        mean = left_operand((context * inverse_count).to(dtype), low, D)
+        logit = start_linear(mean, weights.index(W_G), biases.index(W_G), BLOCK_M, D)
+        logit = warpgroup_mma_wait(0, deps=(logit,))
+        _gated_values(v, logit, high, low, dtype, D)
+
+        stat = begin_with(stat_row, BLOCK_M, D)
+        stat = warpgroup_mma(half, high, stat, is_async=True)
+        stat = warpgroup_mma(half, low, stat, is_async=True)
+        stat = warpgroup_mma_wait(0, deps=(stat,))
+        # One after the other, since four tiles of results do not fit into the registers.
+        local = start_linear(v, weights.index(W_L), biases.index(W_L), BLOCK_M, D)
+        local = warpgroup_mma_wait(0, deps=(local,))
+        denominator = gl.abs(stat) + gl.abs(local) + _EPSILON
+        query = start_linear(v, weights.index(W_Q), biases.index(W_Q), BLOCK_M, D)
+        half_ratio = reciprocal(denominator)
+        half_ratio *= warpgroup_mma_wait(0, deps=(query,))
+        gate = half_ratio * v.load(accumulators(D)).to(gl.float32)
+        gate = twice_gated(gate, half_ratio, dtype == gl.bfloat16)
+        gate = left_operand(rounded(gate, dtype), low, D)
+        final = start_linear(gate, weights.index(W_F), biases.index(W_F), BLOCK_M, D)
+        final = warpgroup_mma_wait(0, deps=(final,))
+        x = twice_gated(context, final, dtype == gl.bfloat16)
+        out = _normalised(x, v, vectors_ptr, D)
+        _store_tile(out_ptr, out.to(dtype), high, L - start, BLOCK_M, D)
+        out_ptr += BLOCK_M * D
+
+    if pid_c == num_chunks - 1:
+        gl.store(sums_after_ptr + (num_heads + pid_bh) * D + offs_d, stat_i)
+
+
+_launch_output = {
+    64: Launcher(_attention_output_kernel, maxnreg=_REGISTERS),
+    128: Launcher(_attention_output_kernel),
+}
+
+
+def attention_output(
+    call: problem.Call, scratch: problem.Scratch, out: torch.Tensor, sums_after: torch.Tensor
+) -> None:
+    """Write the output of a call, and its stat after all tokens, from the sums before its tiles."""
+    v = call.v[0]
+    D = v.shape[-1]
+    args: tuple[Any, ...] = (
+        v, *v.stride()[:3], scratch.matrices, scratch.biases, scratch.vectors,
+        scratch.tile_sums, scratch.chunk_sums, scratch.contexts, out, sums_after, *call.sizes,
+    )  # fmt: skip
+    _launch_output[D](
+        call.num_programs,
+        strides=v.stride(),
+        args=args,
+        constexprs={"D": D, "BLOCK_M": BLOCK_M},
+        config=TileConfig(BLOCK_M, call.config.block_n, num_warps=D // 16, num_stages=1),
+    )
