@@ -14,10 +14,16 @@ from attn_flash._hopper.support import TRITON_VERSIONS
 # In the order in which they import one another.
 MODULES = (
     "primitives", "softmax", "problem", "descriptors", "launch", "schedules",
-    "forward", "forward_short", "backward_sums", "backward", "backward_short",
+    "forward", "forward_short", "backward_sums", "backward", "backward_short", "backward_wide",
     "attention",
 )  # fmt: skip
-LAUNCHERS = ("forward", "forward_short", "backward", "backward_short")
+LAUNCHERS = {
+    "forward": ("_launch",),
+    "forward_short": ("_launch",),
+    "backward": ("_launch",),
+    "backward_short": ("_launch",),
+    "backward_wide": ("_launch_dk_dv", "_launch_dq"),
+}
 SMS = 2
 
 
@@ -41,9 +47,11 @@ def hopper(monkeypatch):
         hopper.counter = torch.zeros(1, dtype=torch.int32)
         monkeypatch.setattr(hopper.problem, "num_sms", lambda device: SMS)
         monkeypatch.setattr(hopper.problem, "tile_counter", lambda device: hopper.counter)
-        for module in LAUNCHERS:
-            launcher = getattr(hopper, module)._launch
-            monkeypatch.setattr(getattr(hopper, module), "_launch", starter(launcher._kernel))
+        for name, launchers in LAUNCHERS.items():
+            module = getattr(hopper, name)
+            for launcher in launchers:
+                start = starter(getattr(module, launcher)._kernel)
+                monkeypatch.setattr(module, launcher, start)
         yield hopper
 
 

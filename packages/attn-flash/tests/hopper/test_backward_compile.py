@@ -38,7 +38,7 @@ def type_of(value):
 
 def run(D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
     q = torch.zeros(1, 256, 2, D, dtype=dtype)
-    k = torch.zeros(1, 256, 1, D, dtype=dtype)
+    k = torch.zeros(1, 1024, 1, D, dtype=dtype)
     lse = torch.zeros(1, 2, 256)
     dlse = lse if with_dlse else None
     backward.attention_backward(q, dlse, q, k, k, q, lse, 0.1, window, deterministic)

@@ -8,6 +8,7 @@ takes its place here, and test_backward_sums_interpret.py compares the two.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_core.testing.hopper import ProtocolError
 from attn_flash import reference
+from attn_flash._hopper.problem import Sequences
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -53,14 +55,28 @@ class Case(NamedTuple):
         return *tensors, random_tensor((self.B, self.H, self.M), seed=f"{self}-dlse")
 
 
-def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
+def padded(M, starts):
+    """How many rows M queries are padded to, and where queries are: (first row, first, last)."""
+    if starts is None:
+        return -(-M // 128) * 128, [(0, 0, M)]
+    starts = starts.tolist()
+    places = [
+        ((first // 128 + i) * 128, first, last) for i, (first, last) in enumerate(pairwise(starts))
+    ]
+    return (M // 128 + len(places)) * 128, places
+
+
+def prepare(dout, dlse, out, lse, block_m, block_d, deterministic, starts=None):
     """What `backward_sums.prepare` computes."""
     B, M, H, _ = out.shape
-    padded_m = -(-M // 128) * 128
+    padded_m, places = padded(M, starts)
     lse_log2 = torch.full((B, H, padded_m), math.inf)
     delta = torch.zeros(B, H, padded_m)
-    lse_log2[:, :, :M] = (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf)
-    delta[:, :, :M] = (dout.float() * out.float()).sum(-1).transpose(1, 2) - dlse
+    all_lse = (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf)
+    all_delta = (dout.float() * out.float()).sum(-1).transpose(1, 2) - dlse
+    for row, first, last in places:
+        lse_log2[:, :, row : row + last - first] = all_lse[:, :, first:last]
+        delta[:, :, row : row + last - first] = all_delta[:, :, first:last]
     blocks = B * H * padded_m // block_m
     start = math.nan if deterministic else 0.0
     dq_sum = torch.full((blocks * block_m * block_d // 256, 256), start)
@@ -68,7 +84,7 @@ def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
     return torch.stack([lse_log2, delta]).view(2, B * H, padded_m), dq_sum, counters
 
 
-def finish(dq_sum, counters, dq, scale, block_d):
+def finish(dq_sum, counters, dq, scale, block_d, starts=None):
     """What `backward_sums.finish` computes."""
     B, M, H, D = dq.shape
     if counters is not None:
@@ -77,7 +93,16 @@ def finish(dq_sum, counters, dq, scale, block_d):
         rows[turns == 0] = 0.0
     units = dq_sum.view(B, H, -1, block_d // 64, 8, 4, 8, 4, 2, 2)
     tiles = units.permute(0, 1, 2, 5, 8, 6, 3, 4, 7, 9).reshape(B, H, -1, block_d)
-    dq.copy_((tiles[:, :, :M, :D] * scale).transpose(1, 2))
+    for row, first, last in padded(M, starts)[1]:
+        dq[:, first:last] = (tiles[:, :, row : row + last - first, :D] * scale).transpose(1, 2)
+
+
+def new_gradient(x, starts):
+    """What `backward_sums.new_gradient` returns."""
+    grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if starts is not None:
+        grad[:, starts[-1] :] = 0.0
+    return grad
 
 
 @pytest.fixture
@@ -85,12 +110,14 @@ def backward(hopper, monkeypatch):
     """The module of the kernel, on the emulator."""
     monkeypatch.setattr(hopper.backward_sums, "prepare", prepare)
     monkeypatch.setattr(hopper.backward_sums, "finish", finish)
+    monkeypatch.setattr(hopper.backward_sums, "new_gradient", new_gradient)
+    monkeypatch.setattr(hopper.backward, "_ORDERED", 0)
     return hopper.backward
 
 
 def exact(case, tensors, dtype=torch.float64):
     """Gradients, out and lse of the reference, computed in another dtype."""
-    *inputs, dout, dlse = (x.to(dtype) for x in tensors)
+    *inputs, dout, dlse = (x.detach().to(dtype) for x in tensors)
     leaves = [x.requires_grad_() for x in inputs]
     out, lse = reference.attention(*leaves, case.D**-0.5, case.window)
     grads = torch.autograd.grad([out, lse], leaves, [dout, dlse.to(lse.dtype)])
@@ -143,6 +170,46 @@ def test_same_bits_every_time(D, backward):
     tensors = case.tensors()
     first, again = (gradients(backward, case, tensors, deterministic=True) for _ in range(2))
     assert all(map(torch.equal, again, first))
+
+
+RAGGED = [
+    ((150, 0, 1, 270), (100, 30, 300, 270), Case(1, 2, 1, 430, 710, 64, CAUSAL)),
+    ((40, 200), (140, 129), Case(1, 1, 1, 260, 300, 128)),
+    ((130, 70), (130, 70), Case(1, 2, 2, 200, 200, 96, (60, 10), HALF)),
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("lengths_q, lengths_k, case", RAGGED, ids=str)
+def test_ragged_sequences(lengths_q, lengths_k, case, deterministic, backward):
+    """Each is as it is alone; tokens after the last one get zeros."""
+    q, k, v, dout, dlse = case.tensors()
+    out, lse = torch.zeros_like(q), torch.full((1, case.H, case.M), -math.inf)
+    starts_q, starts_k = (
+        torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k)
+    )
+    places = list(zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True))
+    alone = []
+    for (q0, q1), (k0, k1) in places:
+        parts = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], dout[:, q0:q1], dlse[:, :, q0:q1]
+        same, *_ = exact(case, parts, case.dtype)
+        expected, part_out, part_lse = exact(case, parts)
+        out[:, q0:q1], lse[:, :, q0:q1] = part_out.to(case.dtype), part_lse.float()
+        alone.append((same, expected))
+    with poison_new_allocations():
+        actual = backward.attention_backward(
+            dout, dlse, q, k, v, out, lse, case.D**-0.5, case.window, deterministic,
+            Sequences(starts_q, starts_k, None, max(lengths_k)),
+        )  # fmt: skip
+    for x, starts in zip(actual, (starts_q, starts_k, starts_k), strict=True):
+        assert not x[:, starts[-1] :].any()
+    for ((q0, q1), (k0, k1)), (same, expected) in zip(places, alone, strict=True):
+        values = actual[0][:, q0:q1], actual[1][:, k0:k1], actual[2][:, k0:k1]
+        for name, value, alike, right in zip(
+            ("dq", "dk", "dv"), values, same, expected, strict=True
+        ):
+            if value.numel():
+                assert_within_budget(value, alike, right, name=name)
 
 
 # --- the emulator notices what a GPU may not ----------------------------------------------------

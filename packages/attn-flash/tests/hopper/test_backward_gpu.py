@@ -1,7 +1,8 @@
-"""The backward kernel for sm_90a on a GPU, against the reference in float64."""
+"""The backward kernels for sm_90a on a GPU, against the reference in float64."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,14 @@ OPEN = (-1, -1)
 CAUSAL = (-1, 0)
 NAMES = ("dq", "dk", "dv")
 REPEATS = 250
+
+
+@pytest.fixture(autouse=True)
+def unordered(monkeypatch):
+    """Short sequences too, where nobody asks for an order."""
+    from attn_flash._hopper import backward
+
+    monkeypatch.setattr(backward, "_ORDERED", 0)
 
 
 class Case(NamedTuple):
@@ -60,7 +69,10 @@ class Case(NamedTuple):
 
 def gradients(case, q, k, v, dout, dlse, out, lse, *, deterministic):
     from attn_flash._hopper.backward import attention_backward
+    from attn_flash._hopper.backward_wide import attention_backward_wide
 
+    if case.D > 128:
+        return attention_backward_wide(dout, dlse, q, k, v, out, lse, case.scale, case.window)
     return attention_backward(dout, dlse, q, k, v, out, lse, case.scale, case.window, deterministic)
 
 
@@ -99,7 +111,11 @@ CASES = [
     *(Case(2, 8, heads_kv, 300, 400, D, CAUSAL) for heads_kv in (1, 2) for D in (64, 128)),
     *(Case(1, 2, 2, 300, 333, D, CAUSAL) for D in (40, 48, 56, 72, 96, 120)),
     *(Case(1, 4, 2, 200, 260, D, window, HALF) for D in (64, 128) for window in (OPEN, CAUSAL)),
-    *(Case(1, 2, 2, 4096, 4096, D, window) for D in (64, 128) for window in (OPEN, CAUSAL)),
+    *(Case(1, 2, 2, 4096, 4096, D, window) for D in (64, 128, 256) for window in (OPEN, CAUSAL)),
+    *(Case(2, 4, 2, M, N, 256, window)
+      for M, N in ((1, 127), (149, 83), (63, 700), (1000, 1000))
+      for window in (OPEN, CAUSAL, (33, 18))),
+    *(Case(1, 2, 1, 300, 333, D, CAUSAL, HALF) for D in (136, 192, 256)),
 ]  # fmt: skip
 
 
@@ -137,7 +153,7 @@ def test_broadcast_gradient(device):
 
 
 @pytest.mark.parametrize("window", [OPEN, CAUSAL, (200, 100)], ids=str)
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 def test_same_bits_every_time(D, window, device):
     case = Case(4, 8, 2, 1100, 1300, D, window)
     tensors = case.tensors(device)
@@ -167,7 +183,7 @@ def test_one_batch_element_alone(device):
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 @pytest.mark.parametrize("D", [64, 80, 128, 192, 256])
 def test_both_passes(D, deterministic, device):
-    """The public function, forward and backward; the widest heads go backward with Triton."""
+    """The public function, forward and backward."""
     case = Case(2, 4, 2, 200, 330, D, CAUSAL)
     q, k, v, dout, _ = case.tensors(device)
     expected, *_ = exact(case, q, k, v, dout, None)
@@ -177,3 +193,48 @@ def test_both_passes(D, deterministic, device):
     actual = torch.autograd.grad(out, leaves, dout)
     for name, value, same, right in zip(NAMES, actual, same_dtype, expected, strict=True):
         assert_within_budget(value, same, right, name=name)
+
+
+RAGGED = [
+    ((150, 0, 1, 270), (100, 30, 300, 270), Case(1, 4, 2, 430, 710, 64, CAUSAL)),
+    ((150, 0, 1, 270), (100, 30, 300, 270), Case(1, 4, 2, 430, 710, 128, CAUSAL)),
+    ((900, 1100), (900, 1100), Case(1, 2, 2, 2000, 2000, 128)),
+    ((130, 70), (130, 70), Case(1, 2, 2, 210, 205, 96, (60, 10), HALF)),
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("lengths_q, lengths_k, case", RAGGED, ids=str)
+def test_ragged_sequences(lengths_q, lengths_k, case, deterministic, device):
+    """Each is as it is alone; tokens after the last one get zeros."""
+    from attn_flash._hopper.backward import attention_backward
+    from attn_flash._hopper.problem import Sequences
+
+    q, k, v, dout, dlse = case.tensors(device)
+    starts_q, starts_k = (
+        torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        for lengths in (lengths_q, lengths_k)
+    )
+    out, lse = torch.zeros_like(q), torch.full_like(dlse, float("-inf"))
+    alone = []
+    for (q0, q1), (k0, k1) in zip(
+        pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True
+    ):
+        parts = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], dout[:, q0:q1], dlse[:, :, q0:q1]
+        same, *_ = exact(case, *parts, case.dtype)
+        expected, part_out, part_lse = exact(case, *parts)
+        out[:, q0:q1], lse[:, :, q0:q1] = part_out.to(case.dtype), part_lse.float()
+        alone.append(((q0, q1), (k0, k1), (k0, k1), same, expected))
+    sequences = Sequences(starts_q, starts_k, None, max(lengths_k))
+    with poison_new_allocations():
+        actual = attention_backward(
+            dout, dlse, q, k, v, out, lse, case.scale, case.window, deterministic, sequences
+        )
+    for value, starts in zip(actual, (starts_q, starts_k, starts_k), strict=True):
+        assert not value[:, starts[-1] :].any()
+    for *places, same, expected in alone:
+        for name, value, place, alike, right in zip(
+            NAMES, actual, places, same, expected, strict=True
+        ):
+            if right.numel():
+                assert_within_budget(value[:, slice(*place)], alike, right, name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,3 +73,44 @@ def test_finish(D, block_d, deterministic):
     dq = torch.full((B, M, H, D), math.nan, dtype=torch.float16)
     backward_sums.finish(dq_sum, counters, dq, 0.5, block_d)
     assert torch.equal(dq, scaled[:, :, :M, :D].transpose(1, 2).half())
+
+
+STARTS = (0, 70, 70, 71, 140)  # of ragged sequences; 10 tokens belong to none
+
+
+def rows_of_ragged():
+    """The rows of padded memory that hold the tokens of sequences, and those tokens."""
+    rows, tokens = [], []
+    for i, (first, last) in enumerate(pairwise(STARTS)):
+        tokens += range(first, last)
+        rows += range((first // 128 + i) * 128, (first // 128 + i) * 128 + last - first)
+    return rows, tokens
+
+
+def test_prepare_ragged():
+    dout, dlse, out, lse = arguments(64)
+    starts = torch.tensor(STARTS, dtype=torch.int32)
+    with poison_new_allocations():
+        rows, *_ = backward_sums.prepare(dout, dlse, out, lse, 128, 64, False, starts)
+    rows = rows.view(2, B, H, -1)
+    places, tokens = rows_of_ragged()
+    lse_log2 = (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf)
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2) - dlse
+    torch.testing.assert_close(rows[0][:, :, places], lse_log2[:, :, tokens])
+    torch.testing.assert_close(rows[1][:, :, places], delta[:, :, tokens])
+    between = sorted(set(range(rows.shape[3])) - set(places))
+    assert (rows[0][:, :, between] == math.inf).all()
+    assert not rows[1][:, :, between].isnan().any()
+
+
+def test_finish_ragged():
+    starts = torch.tensor(STARTS, dtype=torch.int32)
+    places, tokens = rows_of_ragged()
+    padded_m = backward_sums.padded_blocks(M, starts) * 128
+    tiles = random_tensor((B, H, padded_m, 64), seed="ragged")
+    parts = tiles.view(B, H, -1, 4, 2, 8, 1, 8, 4, 2)
+    dq_sum = parts.permute(0, 1, 2, 6, 7, 3, 5, 8, 4, 9).reshape(-1, 256).clone()
+    dq = torch.full((B, M, H, 64), math.nan, dtype=torch.float16)
+    backward_sums.finish(dq_sum, None, dq, 0.5, 64, starts)
+    assert torch.equal(dq[:, tokens], (tiles[:, :, places] * 0.5).transpose(1, 2).half())
+    assert dq[:, STARTS[-1] :].isnan().all()

@@ -96,7 +96,7 @@ def test_schedule_of_the_problem(case, hopper):
 @pytest.mark.parametrize("consumers", [2, 3])
 def test_every_way_to_share_tiles_out(consumers, is_dynamic, hopper):
     schedule = hopper.schedules.Schedule(consumers, is_dynamic=is_dynamic)
-    check(hopper, Case(1, 2, 1, 330, 200, 64, CAUSAL), schedule)
+    check(hopper, Case(1, 2, 1, 250, 200, 64, CAUSAL), schedule)
 
 
 class Ragged(NamedTuple):

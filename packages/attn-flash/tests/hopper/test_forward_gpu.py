@@ -86,6 +86,8 @@ CASES = [
     *(Case(1, 4, 2, 200, 260, D, window, HALF)
       for D in (64, 128, 256) for window in (OPEN, CAUSAL, (30, 40))),
     *(Case(1, 2, 2, 4100, 4100, D, window) for D in (64, 128) for window in (OPEN, CAUSAL)),
+    # The first tile of 192 queries begins with 128 that are not there.
+    Case(1, 2, 2, 4096, 4096, 64, CAUSAL),
     # More tiles than multiprocessors, so that programs compute several.
     *(Case(3, 48, 16, 700, 700, D, window)
       for D in (64, 128, 256) for window in (OPEN, CAUSAL, (100, 0))),

@@ -258,7 +258,7 @@ class _Mbarrier:
 
 
 class Descriptor:
-    """A tensor in global memory, as the copy engine sees it: tiles are clipped at its end.
+    """A tensor in global memory, as the copy engine sees it: tiles are clipped at its ends.
 
     Offsets have 64 bits, as addresses do, so strides may rely on what is lost in them.
     """
@@ -285,19 +285,19 @@ class Descriptor:
     def pieces(self, coord: Sequence[Any]) -> tuple[Any, Any]:
         """Offsets of the tensor and slices of the tile that belong together."""
         start = [int(_array(x)) for x in coord]
-        if min(start) < 0:
-            raise ProtocolError(f"a tile starts at {start}")
-        sizes = [
-            max(0, min(block, length - first))
+        parts = [
+            slice(max(0, -first), max(0, -first, min(block, length - first)))
             for first, block, length in zip(start, self.block_shape, self.shape, strict=True)
         ]
+        sizes = [part.stop - part.start for part in parts]
         offsets = np.zeros(sizes, np.int64)
-        for axis, (first, size, stride) in enumerate(zip(start, sizes, self.strides, strict=True)):
-            along = (np.arange(size) + first) * np.full(size, stride)
+        for axis, (first, part, stride) in enumerate(zip(start, parts, self.strides, strict=True)):
+            places = np.arange(part.start, part.stop) + first
+            along = places * np.full(len(places), stride)
             offsets += along.reshape([-1 if axis == i else 1 for i in range(len(sizes))])
         if offsets.size and not 0 <= offsets.min() <= offsets.max() < len(self.flat):
             raise ProtocolError(f"a tile at {start} leaves the memory of its tensor")
-        return torch.from_numpy(offsets), tuple(slice(0, size) for size in sizes)
+        return torch.from_numpy(offsets), tuple(parts)
 
 
 class _Tma:
@@ -339,6 +339,8 @@ def _add(flat: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor) -> Non
 
 def _start_store(desc: Descriptor, coord: Any, tile: _Memory, put: Callable[..., Any]) -> None:
     _require_fenced(tile)
+    if min(int(_array(x)) for x in coord) < 0:
+        raise ProtocolError(f"a tile is written from {coord} on: only reads may start before 0")
     target, source = desc.pieces(coord)
 
     def read() -> Callable[[], None]:

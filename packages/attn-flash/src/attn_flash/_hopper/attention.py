@@ -6,13 +6,14 @@ import torch
 
 from attn_flash._hopper import backward, problem, schedules
 from attn_flash._hopper.backward_short import attention_backward_short
+from attn_flash._hopper.backward_wide import attention_backward_wide
 from attn_flash._hopper.descriptors import addressable
 from attn_flash._hopper.forward import forward
 from attn_flash._hopper.forward_short import forward_short
 from attn_flash._triton import backward as portable
 from attn_flash.options import Options
 
-_WIDEST_BACKWARD = 128  # head dimension
+_WIDEST_IN_ONE_KERNEL = 128  # head dimension
 
 
 def attention(
@@ -21,11 +22,14 @@ def attention(
     """Attention of q (B, M, H, D) over k, v (B, N, H_KV, D): out like q and lse (B, H, M)."""
     if not options.is_varlen:
         return _attention(q, k, v, options, None)
-    sequences = problem.Sequences(
+    out, lse = _attention(q[None], k[None], v[None], options, _sequences(options))
+    return out[0], lse[0]
+
+
+def _sequences(options: Options) -> problem.Sequences:
+    return problem.Sequences(
         options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_k, options.max_seqlen_k
     )
-    out, lse = _attention(q[None], k[None], v[None], options, sequences)
-    return out[0], lse[0]
 
 
 def _attention(
@@ -69,23 +73,36 @@ def attention_backward(
 
     Triton's portable kernels compute those that the ones for Hopper cannot, or not as fast.
     """
-    if dlse is None and not options.is_varlen and schedules.is_short_backward(q, k, options.window):
-        grads = attention_backward_short(dout, q, k, v, out, lse, options.scale)
-    elif _is_portable(q, k, options):
+    scale, window = options.scale, options.window
+    if dlse is None and not options.is_varlen and schedules.is_short_backward(q, k, window):
+        return *attention_backward_short(dout, q, k, v, out, lse, scale), None, None
+    if _is_portable(q, k, options):
         return portable.attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias, options)
-    else:
-        grads = backward.attention_backward(
-            dout, dlse, q, k, v, out, lse, options.scale, options.window, options.deterministic
-        )
-    return *grads, None, None
+    tensors = dout, dlse, q, k, v, out, lse
+    if q.shape[-1] > _WIDEST_IN_ONE_KERNEL:
+        return *attention_backward_wide(*tensors, scale, window), None, None
+    if not options.is_varlen:
+        grads = backward.attention_backward(*tensors, scale, window, options.deterministic)
+        return *grads, None, None
+    batches = (None if x is None else x[None] for x in tensors)
+    grads = backward.attention_backward(
+        *batches, scale, window, options.deterministic, _sequences(options)
+    )
+    return *(grad[0] for grad in grads), None, None
 
 
 def _is_portable(q: torch.Tensor, k: torch.Tensor, options: Options) -> bool:
     """Whether Triton's portable kernels compute the gradients of q and k.
 
-    Wider heads leave the kernel for Hopper no registers, narrow ones of few tokens leave it little
-    to overlap, and it hides scores before it scales them.
+    Those for Hopper hide scores before they scale them, so the scale must be positive. Narrow heads
+    of few tokens leave them little to overlap.
     """
-    if options.is_varlen or options.scale <= 0.0:
+    if options.scale <= 0.0 or options.seqused_k is not None:
         return True
-    return q.shape[3] > _WIDEST_BACKWARD or schedules.is_portable_backward(q, k)
+    if q.shape[-1] > _WIDEST_IN_ONE_KERNEL:
+        return options.is_varlen
+    if options.is_varlen:
+        longest = max(options.max_seqlen_q, options.max_seqlen_k)
+    else:
+        longest = max(q.shape[1], k.shape[1])
+    return schedules.is_portable_backward(q.shape[-1], longest)

@@ -37,14 +37,17 @@ from attn_flash._hopper.primitives import (
     columns,
     exp2,
     keep_branch,
+    load_ragged_rows,
     load_row,
     load_rows,
     meet_at,
     record,
     reduce_add,
+    store_ragged_rows,
     store_rows,
     wait_for_bulk_writes,
 )
+from attn_flash._hopper.problem import Sequences
 
 BLOCK_N = gl.constexpr(128)
 _KEYS = gl.constexpr(64)  # of one consumer
@@ -96,30 +99,80 @@ class _Shared:
 class _Problem:
     """Sizes and window of the call."""
 
-    M: gl.tensor
+    starts_q_ptr: gl.tensor  # [B + 1] of ragged sequences, as starts_k_ptr
+    starts_k_ptr: gl.tensor
+    B: gl.tensor  # ragged sequences
+    M: gl.tensor  # queries of a batch entry, as keys
     N: gl.tensor
     H: gl.tensor
     group: gl.tensor  # query heads of a key head
-    blocks_m: gl.tensor
+    blocks_m: gl.tensor  # of the rows of a head
     blocks_n: gl.tensor
     left: gl.tensor
     right: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
+    IS_RAGGED: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
     DETERMINISTIC: gl.constexpr
 
 
 @record
+class _Sequence:
+    """A ragged sequence; the entries of a batch are alike, and one for all of them."""
+
+    start_q: gl.tensor  # where its queries begin
+    start_k: gl.tensor
+    M: gl.tensor
+    N: gl.tensor
+    block_q: gl.tensor  # its first block of padded queries
+    block_n: gl.tensor  # and of padded keys
+
+
+@record
 class _Tile:
     """The keys of a program, and the query blocks [first, last) of each head that see them."""
 
+    sequence: _Sequence
     n: gl.tensor
     b: gl.tensor
     h_kv: gl.tensor
     first: gl.tensor
     last: gl.tensor
+
+
+@gluon.jit
+def _find(problem, block_n):
+    """Find the sequence of a block of padded keys; the last one has those past its end too."""
+    low = 0
+    high = problem.B - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        start = gl.load(problem.starts_k_ptr + middle)
+        is_before = start // BLOCK_N + middle <= block_n
+        low = gl.where(is_before, middle, low)
+        high = gl.where(is_before, high, middle - 1)
+    return low
+
+
+@gluon.jit
+def _sequence(problem, block_n, BLOCK_M: gl.constexpr):
+    """Return the sequence of a block of padded keys."""
+    if problem.IS_RAGGED:
+        i = _find(problem, block_n)
+        start_q = gl.load(problem.starts_q_ptr + i)
+        start_k = gl.load(problem.starts_k_ptr + i)
+        return _Sequence(
+            start_q, start_k,
+            gl.load(problem.starts_q_ptr + i + 1) - start_q,
+            gl.load(problem.starts_k_ptr + i + 1) - start_k,
+            (start_q // BLOCK_N + i) * (BLOCK_N // BLOCK_M),
+            start_k // BLOCK_N + i,
+        )  # fmt: skip
+    else:  # noqa: RET505 - decided while compiling
+        zero = gl.to_tensor(0)
+        return _Sequence(zero, zero, problem.M, problem.N, zero, zero)
 
 
 @gluon.jit
@@ -137,41 +190,60 @@ def _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
     n = ticket % tiles_per_group // width
     if problem.DETERMINISTIC:
         n = blocks_n - 1 - n
-    shift = problem.M - problem.N  # key j is at the position of query j + shift
+    sequence = _sequence(problem, n, BLOCK_M)
+    n -= sequence.block_n
+    shift = sequence.M - sequence.N  # key j is at the position of query j + shift
     first = gl.to_tensor(0)
-    last = problem.blocks_m
+    last = gl.cdiv(sequence.M, BLOCK_M)
     if problem.HAS_RIGHT:
         first_row = gl.maximum(n * BLOCK_N + shift - problem.right, 0)
         first = gl.minimum(first_row // BLOCK_M, last)
     if problem.HAS_LEFT:
-        end_row = gl.minimum((n + 1) * BLOCK_N, problem.N) + shift + problem.left
+        end_row = gl.minimum((n + 1) * BLOCK_N, sequence.N) + shift + problem.left
         last = gl.minimum(gl.cdiv(gl.maximum(end_row, 0), BLOCK_M), last)
         last = gl.maximum(last, first)
+    if problem.IS_RAGGED:
+        last = gl.where(n * BLOCK_N < sequence.N, last, first)
     heads_kv = problem.H // problem.group
-    return _Tile(n, head // heads_kv, head % heads_kv, first, last)
+    return _Tile(sequence, n, head // heads_kv, head % heads_kv, first, last)
 
 
 @gluon.jit
-def _load_keys(desc, barrier, tiles, tile):
+def _load_tile(problem, tile, desc, start, length, h, row, barrier, buffer):
+    """Start to copy rows of the tile's sequence, which begins at `start` where it is ragged."""
+    if problem.IS_RAGGED:
+        load_ragged_rows(desc, start, length, h, row, barrier, buffer)
+    else:
+        load_rows(desc, tile.b, h, row, barrier, buffer)
+
+
+@gluon.jit
+def _load_keys(problem, tile, desc, barrier, buffers):
+    sequence = tile.sequence
     mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
     for w in gl.static_range(2):
-        load_rows(desc, tile.b, tile.h_kv, tile.n * BLOCK_N + w * _KEYS, barrier, tiles.index(w))
+        row = tile.n * BLOCK_N + w * _KEYS
+        _load_tile(
+            problem, tile, desc, sequence.start_k, sequence.N, tile.h_kv, row,
+            barrier, buffers.index(w),
+        )  # fmt: skip
 
 
 @gluon.jit
-def _load_queries(desc, row_desc, barrier, tile, row, b, h, H, start_m):
+def _load_queries(problem, tile, desc, row_desc, barrier, buffer, row_buffer, h, m):
+    BLOCK_M: gl.constexpr = desc.block_shape[len(desc.block_shape) - 2]
+    sequence = tile.sequence
     mbarrier.expect(barrier, desc.block_type.nbytes + row_desc.block_type.nbytes)
-    load_rows(desc, b, h, start_m, barrier, tile)
-    tma.async_copy_global_to_shared(row_desc, [b * H + h, start_m], barrier, row)
+    _load_tile(problem, tile, desc, sequence.start_q, sequence.M, h, m * BLOCK_M, barrier, buffer)
+    coord = [tile.b * problem.H + h, (sequence.block_q + m) * BLOCK_M]
+    tma.async_copy_global_to_shared(row_desc, coord, barrier, row_buffer)
 
 
 @gluon.jit
 def _load(tensors, shared, problem, tile):
     """Fill the stages of shared memory with what each step needs."""
-    BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
-    H = problem.H
     steps = (tile.last - tile.first) * problem.group
-    _load_keys(tensors.k, shared.k_full, shared.k, tile)
+    _load_keys(problem, tile, tensors.k, shared.k_full, shared.k)
     m = tile.first
     h = tile.h_kv * problem.group
     # The last rounds only wait: the consumers' arrivals must not outlive the program.
@@ -181,14 +253,14 @@ def _load(tensors, shared, problem, tile):
             mbarrier.wait(shared.empty.index(i), (step // _STAGES + 1) & 1)
         if step < steps:
             _load_queries(
-                tensors.q, tensors.lse, shared.q_full.index(i),
-                shared.q.index(i), shared.lse.index(i), tile.b, h, H, m * BLOCK_M,
+                problem, tile, tensors.q, tensors.lse, shared.q_full.index(i),
+                shared.q.index(i), shared.lse.index(i), h, m,
             )  # fmt: skip
             if step == 0:
-                _load_keys(tensors.v, shared.v_full, shared.v, tile)
+                _load_keys(problem, tile, tensors.v, shared.v_full, shared.v)
             _load_queries(
-                tensors.do, tensors.delta, shared.do_full.index(i),
-                shared.do.index(i), shared.delta.index(i), tile.b, h, H, m * BLOCK_M,
+                problem, tile, tensors.do, tensors.delta, shared.do_full.index(i),
+                shared.do.index(i), shared.delta.index(i), h, m,
             )  # fmt: skip
         m += 1
         if m == tile.last:
@@ -197,7 +269,7 @@ def _load(tensors, shared, problem, tile):
 
 
 @gluon.jit
-def _mask(scores, key, row, problem):
+def _mask(scores, key, row, problem, sequence):
     """Hide what the window hides of scores [keys, queries] that start at (key, row)."""
     KEYS: gl.constexpr = scores.shape[0]
     ROWS: gl.constexpr = scores.shape[1]
@@ -207,19 +279,19 @@ def _mask(scores, key, row, problem):
     # Bits 1 and 2 of a column come from the lane. On the other side of the comparison they leave an
     # immediate on this one; otherwise every column's number takes a register through the loop.
     fixed = rows & (ROWS - 7)
-    ahead = keys - (rows & 6) + (key - row - (problem.N - problem.M))
+    ahead = keys - (rows & 6) + (key - row - (sequence.N - sequence.M))
     if problem.HAS_RIGHT:
         scores = gl.where(fixed >= ahead - problem.right, scores, float("-inf"))
     if problem.HAS_LEFT:
         scores = gl.where(fixed <= ahead + problem.left, scores, float("-inf"))
-    return gl.where(keys < problem.N - key, scores, float("-inf"))
+    return gl.where(keys < sequence.N - key, scores, float("-inf"))
 
 
 @gluon.jit
-def _crosses_edge(key, row, ROWS: gl.constexpr, problem):
+def _crosses_edge(key, row, ROWS: gl.constexpr, problem, sequence):
     """Whether the window hides any of _KEYS keys from `key` for ROWS queries from `row`."""
-    position = row + problem.N - problem.M
-    crosses = key + _KEYS > problem.N
+    position = row + sequence.N - sequence.M
+    crosses = key + _KEYS > sequence.N
     if problem.HAS_RIGHT:
         crosses = crosses | (key + _KEYS - 1 > position + problem.right)
     if problem.HAS_LEFT:
@@ -245,10 +317,19 @@ def _start_dq(shared, buffer, W: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _store_keys(problem, tile, desc, key, buffer):
+    if problem.IS_RAGGED:
+        sequence = tile.sequence
+        store_ragged_rows(desc, sequence.start_k, sequence.N, tile.h_kv, key, buffer)
+    else:
+        store_rows(desc, tile.b, tile.h_kv, key, buffer)
+
+
+@gluon.jit
 def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     """Compute dK and dV of consumer W's keys, and its half of each step's dQ."""
-    BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
-    BLOCK_D: gl.constexpr = tensors.q.block_shape[3]
+    BLOCK_M: gl.constexpr = shared.q.shape[1]
+    BLOCK_D: gl.constexpr = shared.q.shape[2]
     DTYPE: gl.constexpr = tensors.q.dtype
     DV_BEFORE_DS: gl.constexpr = BLOCK_D == 128  # where registers are left to overlap the two
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
@@ -277,9 +358,9 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
         s = warpgroup_mma_wait(1, deps=(s,))
-        if _crosses_edge(key, m * BLOCK_M, BLOCK_M, problem):
+        if _crosses_edge(key, m * BLOCK_M, BLOCK_M, problem, tile.sequence):
             keep_branch()
-            s = _mask(s, key, m * BLOCK_M, problem)
+            s = _mask(s, key, m * BLOCK_M, problem, tile.sequence)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
         p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
         delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
@@ -307,11 +388,11 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
             m = tile.first
     v.store(dv.to(DTYPE))
     fence_async_shared()
-    store_rows(tensors.dv, tile.b, tile.h_kv, key, v)
+    _store_keys(problem, tile, tensors.dv, key, v)
     meet_at(_DS_STORED, _CONSUMERS)  # the other consumer has read these keys for its last dQ
     k.store((dk * problem.scale).to(DTYPE))
     fence_async_shared()
-    store_rows(tensors.dk, tile.b, tile.h_kv, key, k)
+    _store_keys(problem, tile, tensors.dk, key, k)
     tma.store_wait(0)
 
 
@@ -328,9 +409,10 @@ def _accumulate_second(tensors, shared, problem, tile):
 @gluon.jit
 def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
     """How many programs add to dQ of query block m before this one: those with later keys."""
-    last_n = problem.blocks_n - 1
+    sequence = tile.sequence
+    last_n = gl.cdiv(sequence.N, BLOCK_N) - 1
     if problem.HAS_RIGHT:
-        end_key = (m + 1) * BLOCK_M + problem.N - problem.M + problem.right
+        end_key = (m + 1) * BLOCK_M + sequence.N - sequence.M + problem.right
         last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
     return last_n - tile.n
 
@@ -338,12 +420,13 @@ def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
 @gluon.jit
 def _add_dq(tensors, shared, problem, tile, turns_ptr):
     """Add each step's dQ to its sum in memory, whose first summand is stored."""
-    BLOCK_M: gl.constexpr = tensors.q.block_shape[2]
+    BLOCK_M: gl.constexpr = shared.q.shape[1]
     UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
     row = tile.b * problem.H + tile.h_kv * problem.group
     m = tile.first
     steps = (tile.last - tile.first) * problem.group
-    turn_ptr = turns_ptr + row * problem.blocks_m + m
+    block = tile.sequence.block_q  # of dq's sum, that of the sequence's first queries
+    turn_ptr = turns_ptr + row * problem.blocks_m + block + m
     added = 0
     if steps > 0:
         arrive_at(_DQ_EMPTY, _CONSUMER_AND_ADDER)
@@ -351,7 +434,7 @@ def _add_dq(tensors, shared, problem, tile, turns_ptr):
         if problem.DETERMINISTIC:
             added = gl.load(turn_ptr, volatile=True)
     for step in range(steps):
-        unit = (row * problem.blocks_m + m) * UNITS
+        unit = (row * problem.blocks_m + block + m) * UNITS
         turn = _turn(problem, tile, m, BLOCK_M)
         if problem.DETERMINISTIC:
             while added != turn:
@@ -375,7 +458,7 @@ def _add_dq(tensors, shared, problem, tile, turns_ptr):
         if not is_last:
             arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
         if problem.DETERMINISTIC:
-            next_ptr = turns_ptr + row * problem.blocks_m + m
+            next_ptr = turns_ptr + row * problem.blocks_m + block + m
             # Looked up while the sum is being written.
             added = gl.load(next_ptr, mask=not is_last, other=0, volatile=True)
             wait_for_bulk_writes()
@@ -386,7 +469,8 @@ def _add_dq(tensors, shared, problem, tile, turns_ptr):
 
 # fmt: off
 @gluon.jit(do_not_specialize=[
-    "M", "N", "H", "group", "blocks_m", "blocks_n", "num_heads", "heads_per_group", "left", "right",
+    "B", "M", "N", "H", "group", "blocks_m", "blocks_n", "num_heads", "heads_per_group",
+    "left", "right",
 ])
 def _attention_backward_kernel(
     q_desc, do_desc, k_desc, v_desc,  # [B, H or H_KV, M or N, D]
@@ -394,8 +478,10 @@ def _attention_backward_kernel(
     lse_desc, delta_desc,  # [B * H, padded M]
     dq_sum_desc,
     counters_ptr,  # with DETERMINISTIC; see `sums.prepare`
-    M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
+    starts_q_ptr, starts_k_ptr,
+    B, M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
     scale, scale_log2, left, right,
+    IS_RAGGED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):
@@ -429,8 +515,8 @@ def _attention_backward_kernel(
         q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, delta_desc, dq_sum_desc
     )
     problem = _Problem(
-        M, N, H, group, blocks_m, blocks_n, left, right, scale, scale_log2,
-        HAS_LEFT, HAS_RIGHT, DETERMINISTIC,
+        starts_q_ptr, starts_k_ptr, B, M, N, H, group, blocks_m, blocks_n,
+        left, right, scale, scale_log2, IS_RAGGED, HAS_LEFT, HAS_RIGHT, DETERMINISTIC,
     )  # fmt: skip
     ticket = gl.program_id(0)
     if DETERMINISTIC:
@@ -454,16 +540,16 @@ _LOG2_E = 1.4426950408889634
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
+_ORDERED = 512  # keys up to which it takes longer to clear the sum of dQ than to add in order
 
 
-def _heads_per_group(q: torch.Tensor) -> int:
+def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
     """How many key heads' queries fit the share of the L2 cache that programs work in.
 
-    Programs walk the query heads of a key head one after another: one of them counts.
+    Programs walk the query heads of a key head one after another, not quite in step: two count.
     """
-    _, M, _, D = q.shape
-    head_bytes = M * D * (2 * q.element_size() + 4)
-    return max(1, _L2_SHARE // head_bytes)
+    head_bytes = longest * q.shape[3] * (2 * q.element_size() + 4)
+    return max(1, _L2_SHARE // (min(group, 2) * head_bytes))
 
 
 def attention_backward(
@@ -477,39 +563,52 @@ def attention_backward(
     scale: float,
     window: tuple[int, int],
     deterministic: bool = True,
+    sequences: Sequences | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse)."""
+    """Gradients dq, dk, dv of `attention`, given those of out (dout) and, maybe, of lse (dlse).
+
+    Ragged `sequences` lie one after the other in a batch of one.
+    """
     B, M, H, D = q.shape
     _, N, H_KV, _ = k.shape
-    if B * M * H * N == 0:
+    is_ragged = sequences is not None
+    if B * M * H * N == 0 or (is_ragged and sequences.starts_q.shape[0] == 1):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     left, right = window
+    deterministic = deterministic or N <= _ORDERED
     block_d = 64 if D <= 64 else 128
     block_m = 8192 // block_d
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    rows, dq_sum, counters = sums.prepare(dout, dlse, out, lse, block_m, block_d, deterministic)
+    count, starts_q, starts_k = 0, None, None
+    if is_ragged:
+        count, (starts_q, starts_k, _) = sequences.arguments()
+    dq = sums.new_gradient(q, starts_q)
+    dk, dv = (sums.new_gradient(x, starts_k) for x in (k, v))
+    rows, dq_sum, counters = sums.prepare(
+        dout, dlse, out, lse, block_m, block_d, deterministic, starts_q
+    )
     blocks_m = rows.shape[-1] // block_m
-    blocks_n = -(-N // BLOCK_N.value)
+    blocks_n = sums.padded_blocks(N, starts_k)
+    longest = sequences.longest_k if is_ragged else M
     _launch(
         blocks_n * B * H_KV,
         rows=(
-            *(Rows(tensor, block_m, block_d) for tensor in (q, dout)),
-            *(Rows(tensor, _KEYS.value, block_d) for tensor in (k, v, dk, dv)),
+            *(Rows(tensor, block_m, block_d, is_ragged) for tensor in (q, dout)),
+            *(Rows(tensor, _KEYS.value, block_d, is_ragged) for tensor in (k, v, dk, dv)),
             *(Flat(row, (1, block_m)) for row in rows),
             Flat(dq_sum, sums.UNIT),
         ),
         args=(
-            counters,
-            M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV, _heads_per_group(q),
-            scale, scale * _LOG2_E, left, right,
+            counters, *((starts_q, starts_k) if is_ragged else (counters, counters)),
+            count, M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV,
+            _heads_per_group(q, longest, H // H_KV), scale, scale * _LOG2_E, left, right,
         ),
         constants={
-            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "DETERMINISTIC": deterministic,
-            "BLOCK_M": block_m, "BLOCK_D": block_d,
+            "IS_RAGGED": is_ragged, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "DETERMINISTIC": deterministic, "BLOCK_M": block_m, "BLOCK_D": block_d,
         },
         maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
-    sums.finish(dq_sum, counters if deterministic else None, dq, scale, block_d)
+    sums.finish(dq_sum, counters if deterministic else None, dq, scale, block_d, starts_q)
     return dq, dk, dv

@@ -15,8 +15,9 @@ from triton.experimental.gluon import language as gl
 from attn_core.launch import Launcher
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tuning import TileConfig
+from attn_flash._triton import ragged
 
-PADDING = 128  # queries: rows are padded to a multiple of it
+PADDING = tl.constexpr(128)  # tokens: rows and blocks of keys are padded to a multiple of it
 UNIT = (16, 256)
 _UNIT_ROWS = gl.constexpr(64)
 _UNIT_SIZE = tl.constexpr(4096)
@@ -36,17 +37,36 @@ def _from_unit(unit):
     return tl.reshape(unit, [64, 64])
 
 
+@triton.jit
+def _find(starts_ptr, B, block):
+    """Find where the sequence of a block of PADDING rows starts and ends, and its first row.
+
+    The last sequence has the blocks past its end too.
+    """
+    low = 0
+    high = B - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(starts_ptr + middle) // PADDING + middle <= block:
+            low = middle
+        else:
+            high = middle - 1
+    start = tl.load(starts_ptr + low)
+    return start, tl.load(starts_ptr + low + 1), (start // PADDING + low) * PADDING
+
+
 # fmt: off
-@triton.jit(do_not_specialize=["M", "padded_m", "H"])
+@triton.jit(do_not_specialize=["B", "M", "padded_m", "H"])
 def _prepare_kernel(
     out_ptr, stride_ob, stride_om, stride_oh,
     do_ptr, stride_dob, stride_dom, stride_doh,
     lse_ptr,  # [B, H, M], contiguous
     dlse_ptr,  # the same, or None
     lse_log2_ptr, delta_ptr,  # [B * H, padded_m]
-    dq_sum_ptr,
+    dq_sum_ptr,  # or None, as counters_ptr: nobody sums
     counters_ptr,
-    M, padded_m, H,
+    starts_ptr,  # [B + 1] of ragged sequences, or None
+    B, M, padded_m, H,
     DETERMINISTIC: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -57,9 +77,14 @@ def _prepare_kernel(
     pid_bh = (pid // blocks).to(tl.int64)
     b = pid_bh // H
     h = pid_bh % H
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    padded_offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_m = padded_offs_m
+    end = M
+    if starts_ptr is not None:
+        start, end, first = _find(starts_ptr, B, start_m // PADDING)
+        offs_m += start - first
     offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < M
+    mask_m = offs_m < end
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     row = offs_m.to(tl.int64)[:, None]
     out_ptrs = out_ptr + b * stride_ob + h * stride_oh + row * stride_om + offs_d[None, :]
@@ -72,24 +97,25 @@ def _prepare_kernel(
     lse = tl.load(lse_ptr + pid_bh * M + offs_m, mask=mask_m, other=-float("inf"))
     # Rows without keys and rows of padding: +inf makes their probabilities 0 instead of NaN.
     lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
-    tl.store(delta_ptr + pid_bh * padded_m + offs_m, delta)
-    tl.store(lse_log2_ptr + pid_bh * padded_m + offs_m, lse_log2)
+    tl.store(delta_ptr + pid_bh * padded_m + padded_offs_m, delta)
+    tl.store(lse_log2_ptr + pid_bh * padded_m + padded_offs_m, lse_log2)
     if DETERMINISTIC:
         tl.store(counters_ptr + 1 + pid, 0)
         tl.store(counters_ptr, 0)
-    else:
+    elif dq_sum_ptr is not None:
         sum_ptr = dq_sum_ptr + (pid_bh * padded_m + start_m) * BLOCK_D
         zeros = tl.zeros([BLOCK_M * BLOCK_D], tl.float32)
         tl.store(sum_ptr + tl.arange(0, BLOCK_M * BLOCK_D), zeros)
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["M", "padded_m", "H"])
+@triton.jit(do_not_specialize=["B", "M", "padded_m", "H"])
 def _finish_kernel(
     dq_sum_ptr,
     counters_ptr,  # or None: programs have added to all units
     dq_ptr, stride_dqb, stride_dqm, stride_dqh,
-    M, padded_m, H, scale,
+    starts_ptr,  # [B + 1] of ragged sequences, or None
+    B, M, padded_m, H, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -105,9 +131,14 @@ def _finish_kernel(
         turns = tl.full([_UNIT_SIZE], tl.load(counters_ptr + 1 + pid // 2), tl.int32)
         dq = tl.load(sum_ptrs, mask=turns > 0, other=0.0)
     dq = _from_unit(dq) * scale
-    offs_m = unit // UNITS * 64 + tl.arange(0, 64)
+    start_m = unit // UNITS * 64
+    offs_m = start_m + tl.arange(0, 64)
+    end = M
+    if starts_ptr is not None:
+        start, end, first = _find(starts_ptr, B, start_m // PADDING)
+        offs_m += start - first
     offs_d = unit % UNITS * 64 + tl.arange(0, 64)
-    mask = (offs_m < M)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    mask = (offs_m < end)[:, None] & (offs_d < HEAD_DIM)[None, :]
     dq_ptr += pid_bh // H * stride_dqb + pid_bh % H * stride_dqh
     dq_ptrs = dq_ptr + offs_m.to(tl.int64)[:, None] * stride_dqm + offs_d[None, :]
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
@@ -117,43 +148,85 @@ _launch_prepare = Launcher(_prepare_kernel)
 _launch_finish = Launcher(_finish_kernel)
 
 
-def prepare(dout, dlse, out, lse, block_m, block_d, deterministic):
+def padded_blocks(length, starts):
+    """Blocks of PADDING tokens that hold `length` ones, or all ragged sequences each apart.
+
+    Sequence i begins with block `starts[i] // PADDING + i`.
+    """
+    if starts is None:
+        return -(-length // PADDING.value)
+    return length // PADDING.value + starts.shape[0] - 1
+
+
+def new_gradient(x, starts):
+    """Memory for the gradient of x (B, S, H, D); ragged tokens of no sequence get zeros."""
+    if starts is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return ragged.new_gradient(x[0], starts)[None]
+
+
+def prepare(dout, dlse, out, lse, block_m, block_d, deterministic, starts=None):
     """Return lse in units of log2 and delta, (2, B * H, padded M), the sum of dq and counters.
 
     Without `deterministic` the sum is 0. With it the counters are how many programs have begun, and
     then how many have added to the sum of each block of block_m queries.
     """
-    B, M, H, D = out.shape
-    padded_m = -(-M // PADDING) * PADDING
-    blocks = B * H * (padded_m // block_m)
-    rows = out.new_empty((2, B * H, padded_m), dtype=torch.float32)
+    rows = _empty_rows(out, starts)
+    blocks = rows[0].numel() // block_m
     dq_sum = out.new_empty((blocks * block_m * block_d // UNIT[1], UNIT[1]), dtype=torch.float32)
     counters = out.new_empty(1 + blocks, dtype=torch.int32)
+    _prepare(dout, dlse, out, lse, rows, dq_sum, counters, block_m, block_d, deterministic, starts)
+    return rows, dq_sum, counters
+
+
+def prepare_rows(dout, dlse, out, lse, block_d):
+    """Return lse in units of log2 and delta, (2, B * H, padded M)."""
+    rows = _empty_rows(out, None)
+    _prepare(dout, dlse, out, lse, rows, None, None, 8192 // block_d, block_d, False, None)
+    return rows
+
+
+def _empty_rows(out, starts):
+    B, M, H, _ = out.shape
+    padded_m = padded_blocks(M, starts) * PADDING.value
+    return out.new_empty((2, B * H, padded_m), dtype=torch.float32)
+
+
+def _prepare(
+    dout, dlse, out, lse, rows, dq_sum, counters, block_m, block_d, deterministic, starts
+):  # fmt: skip
+    _, M, H, D = out.shape
     strides = out.stride()[:3], dout.stride()[:3]
     _launch_prepare(
-        blocks,
+        rows[0].numel() // block_m,
         strides=strides,
         args=(
             out, *strides[0], dout, *strides[1], lse, dlse,
-            rows[0], rows[1], dq_sum, counters, M, padded_m, H,
+            rows[0], rows[1], dq_sum, counters, *_ragged(starts), M, rows.shape[2], H,
         ),
         constexprs={
             "DETERMINISTIC": deterministic, "HEAD_DIM": D, "BLOCK_M": block_m, "BLOCK_D": block_d
         },
         config=TileConfig(block_m, block_d),
     )  # fmt: skip
-    return rows, dq_sum, counters
 
 
-def finish(dq_sum, counters, dq, scale, block_d):
+def _ragged(starts):
+    """`starts` and the number of sequences, as the kernels take them."""
+    return (None, 0) if starts is None else (starts, starts.shape[0] - 1)
+
+
+def finish(dq_sum, counters, dq, scale, block_d, starts=None):
     """Write dq (B, M, H, D): the scaled sum, 0 where nobody has added to it."""
     _, M, H, D = dq.shape
-    padded_m = -(-M // PADDING) * PADDING
     strides = dq.stride()[:3]
     _launch_finish(
         dq_sum.numel() // _UNIT_SIZE.value,
         strides=strides,
-        args=(dq_sum, counters, dq, *strides, M, padded_m, H, scale),
+        args=(
+            dq_sum, counters, dq, *strides, *_ragged(starts),
+            M, padded_blocks(M, starts) * PADDING.value, H, scale,
+        ),
         constexprs={"HEAD_DIM": D, "BLOCK_D": block_d},
         config=TileConfig(_UNIT_ROWS.value, block_d),
-    )
+    )  # fmt: skip

@@ -132,7 +132,7 @@ class _Tile:
     """Queries of one head, and the key blocks [first, last) that they see."""
 
     sequence: _Sequence
-    m: gl.tensor
+    row: gl.tensor  # the first query
     b: gl.tensor
     h: gl.tensor
     first: gl.tensor
@@ -194,7 +194,11 @@ def _tile(problem, sequence, rank):
         last = gl.maximum(last, 1)  # a block of hidden keys where there are none
         is_past = rank >= sequence.num_tiles * problem.num_heads
         m = gl.where(is_past, num_tiles, m)  # a program without a tile computes no rows
-    start = m * problem.BLOCK_M + sequence.N - sequence.M  # position of the first query
+    row = m * problem.BLOCK_M
+    if problem.HAS_RIGHT and not problem.IS_RAGGED:
+        # Consumers without queries belong to the tile that sees the fewest keys.
+        row -= (num_tiles * problem.BLOCK_M - sequence.M) // ROWS * ROWS
+    start = row + sequence.N - sequence.M  # position of the first query
     if problem.HAS_RIGHT:
         end_key = gl.maximum(start + problem.BLOCK_M + problem.right, 1)
         last = gl.minimum(last, gl.cdiv(end_key, problem.BLOCK_N))
@@ -202,7 +206,7 @@ def _tile(problem, sequence, rank):
         first_key = gl.maximum(start - problem.left, 0)
         first = gl.minimum(first_key // problem.BLOCK_N, last - 1)
     b = head // problem.H
-    return _Tile(sequence, m, b, head - b * problem.H, first, last)
+    return _Tile(sequence, row, b, head - b * problem.H, first, last)
 
 
 @gluon.jit
@@ -245,7 +249,7 @@ def _load_queries(tensors, shared, problem, tile, rank, visit):
         if problem.IS_RAGGED:
             _write(shared.sequence.index(i), sequence.number)
         if rank >= 0:
-            row = tile.m * problem.BLOCK_M + w * ROWS
+            row = tile.row + w * ROWS
             mbarrier.expect(full, tensors.q.block_type.nbytes)
             if problem.IS_RAGGED:
                 load_ragged_rows(
@@ -385,7 +389,7 @@ def _store_registers(tensors, problem, tile, row, out):
     first = token * stride_m + tile.h * problem.HEAD_DIM
     rows = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    mask_m = row + rows < tile.sequence.M
+    mask_m = (row + rows >= 0) & (row + rows < tile.sequence.M)
     mask = gl.expand_dims(mask_m, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM, 0)
     offs = gl.expand_dims(rows * stride_m, 1) + gl.expand_dims(offs_d, 0)
     gl.store(tensors.out_ptr + first + offs, out, mask=mask)
@@ -395,7 +399,7 @@ def _store_registers(tensors, problem, tile, row, out):
 def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.constexpr):
     """Normalise a tile's output, and write it and lse."""
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
-    row = tile.m * problem.BLOCK_M + W * ROWS
+    row = tile.row + W * ROWS
     sequence = tile.sequence
     head = gl.cast(tile.b * problem.H + tile.h, gl.int64) * problem.M + sequence.start_q
     store_lse(lse_ptr + head, m_i, l_i, row, sequence.M, problem.scale_log2)
@@ -408,7 +412,7 @@ def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.conste
             store_ragged_rows(
                 tensors.out, sequence.start_q, sequence.M, tile.h, row, shared.out.index(W)
             )
-        else:
+        elif row >= 0:  # the copy engine writes from the first row of a tensor on
             store_rows(tensors.out, tile.b, tile.h, row, shared.out.index(W))
     else:
         _store_registers(tensors, problem, tile, row, out)
@@ -500,7 +504,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     _pass_turn(problem, W)
     s = _await_scores(problem, s, 0)
     _release(shared.k, _K_EMPTY, problem, count)
-    row = tile.m * problem.BLOCK_M + W * ROWS
+    row = tile.row + W * ROWS
     if IS_MASKED:
         s = _mask(s, problem, tile.sequence, row, (tile.last - 1) * BLOCK_N)
     none = gl.full([ROWS], float("-inf"), gl.float32, NO_MAX)
@@ -542,7 +546,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             _pass_turn(problem, W)
             s = _await_scores(problem, s, 1)
             _release(shared.k, _K_EMPTY, problem, count + 1)
-            row = following.m * problem.BLOCK_M + W * ROWS
+            row = following.row + W * ROWS
             if IS_MASKED:
                 s = _mask(s, problem, following.sequence, row, (following.last - 1) * BLOCK_N)
             p, m_new, _ = _softmax(s, none, problem)

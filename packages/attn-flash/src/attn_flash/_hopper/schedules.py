@@ -46,7 +46,7 @@ class Schedule(NamedTuple):
 
 _WIDE = Schedule(block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_out=False)
 _LONG = 2048  # keys from which 192 queries at a time pay
-_LONG_CLOSED = 4096  # and with a closed window
+_LONG_RAGGED = 4096  # and for ragged sequences with a closed window
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
 _SHORT_BACKWARD = 272  # tokens, at most, of a head whose gradients fit shared memory
 _PORTABLE_BACKWARD = 1024  # tokens up to which narrow heads go backward faster without Gluon
@@ -59,7 +59,7 @@ def schedule(head_dim: int, len_k: int, is_closed: bool, is_ragged: bool) -> Sch
     tiles_differ = is_closed or is_ragged
     if block_d == 256:
         return _WIDE._replace(is_dynamic=tiles_differ)
-    if block_d == 64 and len_k >= (_LONG_CLOSED if is_closed else _LONG):
+    if block_d == 64 and len_k >= (_LONG_RAGGED if is_closed and is_ragged else _LONG):
         return Schedule(3, is_dynamic=tiles_differ)
     return Schedule(is_dynamic=tiles_differ)
 
@@ -79,6 +79,6 @@ def is_short_backward(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int])
     return fits and window == (-1, -1) and problem.num_sms(q.device) <= B * H
 
 
-def is_portable_backward(q: torch.Tensor, k: torch.Tensor) -> bool:
+def is_portable_backward(head_dim: int, longest: int) -> bool:
     """Whether Triton's portable kernels are faster backward: for narrow heads of few tokens."""
-    return q.shape[3] <= 64 and max(q.shape[1], k.shape[1]) <= _PORTABLE_BACKWARD
+    return head_dim <= 64 and longest <= _PORTABLE_BACKWARD

@@ -21,7 +21,7 @@ def scale_rows(x, factor):
 
 @gluon.jit
 def store_lse(lse_ptr, m_i, l_i, row, M, scale_log2):
-    """Write lse of ROWS queries from `row` of the M of a head.
+    """Write lse of those of ROWS queries from `row` that are among the M of a head.
 
     A kernel may store tiles at two places. Left to itself the compiler fuses the multiplication and
     the addition at one of them only, and which bits a tile gets is then up to the order of tiles.
@@ -31,5 +31,5 @@ def store_lse(lse_ptr, m_i, l_i, row, M, scale_log2):
     gl.store(
         lse_ptr + offs_m,
         gl.where(l_i > 0.0, lse_log2 * _LN_2, float("-inf")),
-        mask=offs_m < M,
+        mask=(offs_m >= 0) & (offs_m < M),
     )
