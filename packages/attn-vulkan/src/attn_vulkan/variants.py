@@ -66,6 +66,7 @@ _RowTile = TypeVar("_RowTile", Tile, MatrixTile)
 _FORWARD_TILES = (
     Tile(128, 64, 64, 8),
     Tile(128, 64, 32, 8),
+    Tile(128, 64, 16, 4),
     Tile(64, 32, 32, 8),
     Tile(64, 16, 32, 8),
     Tile(64, 8, 32, 8),
@@ -78,10 +79,10 @@ _BACKWARD_TILES = (
     Tile(32, 8, 16, 4),
     Tile(16, 8, 8, 2),
 )
-# By the largest padded head dimension they serve; the second of two where there are few rows.
+# By the largest padded head dimension they serve; the first that the rows fill is taken.
 _MATRIX_TILES = {
     64: (MatrixTile(128, 64, 2), MatrixTile(128, 64)),
-    128: (MatrixTile(256, 64), MatrixTile(128, 64)),
+    128: (MatrixTile(256, 64), MatrixTile(128, 64), MatrixTile(64, 16)),
     256: (MatrixTile(128, 32),),
 }
 _BACKWARD_MATRIX_TILES = {

@@ -108,8 +108,8 @@ void main() {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
         keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
     }
-    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
-    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
     float softmax_scale = p.softmax_scale;
     uint j_first = keys.x / BC * BC;
     vec4 k_next[VECTORS(BC, D)], v_next[VECTORS(BC, DV)];

@@ -34,7 +34,14 @@ const uint KV_SIZE = K_SIZE + BC * V_STRIDE;
 const uint K_FETCH = (BC * (D / 8) + WG - 1) / WG;
 const uint V_FETCH = (BC * (DV / 8) + WG - 1) / WG;
 
+// Split keys are read once, from memory: a tile is fetched as soon as the one before it has left the
+// registers. Else those registers are worth more than the time.
+const bool EARLY = SPLIT;
+
 shared uvec4 s_tiles[Q_SIZE > KV_SIZE ? Q_SIZE : KV_SIZE];  // Q at first, then K and V
+
+#define FETCH_K(start) FETCH_TILE(k_next, BC, D, k_rows, k_lane, start, key_address(p.k, s, head_kv, row, PAGED))
+#define FETCH_V(start) FETCH_TILE(v_next, BC, DV, v_rows, v_lane, start, key_address(p.v, s, head_kv, row, PAGED))
 
 void main() {
     uint split = gl_WorkGroupID.z / p.batches;
@@ -80,16 +87,21 @@ void main() {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
         keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
     }
-    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
-    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
     uint64_t k_lane = lane_of(k_rows, D), v_lane = lane_of(v_rows, DV);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[K_FETCH], v_next[V_FETCH];
-    FETCH_TILE(k_next, BC, D, k_rows, k_lane, j_first, key_address(p.k, s, head_kv, row, PAGED))
+    FETCH_K(j_first)
+    if (EARLY)
+        FETCH_V(j_first)
     STORE_TILE(k_next, BC, D, 0)
+    if (EARLY)
+        FETCH_K(j_first + BC)
     barrier();
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
-        FETCH_TILE(v_next, BC, DV, v_rows, v_lane, j0, key_address(p.v, s, head_kv, row, PAGED))
+        if (!EARLY)
+            FETCH_V(j0)
         ACCUMULATOR scores[BLOCKS * NC];
         if (busy)
             [[unroll]] for (uint c = 0; c < NC; ++c) {
@@ -103,8 +115,11 @@ void main() {
                 }
             }
         STORE_TILE(v_next, BC, DV, K_SIZE)
+        if (EARLY)
+            FETCH_V(j0 + BC)
         barrier();
-        FETCH_TILE(k_next, BC, D, k_rows, k_lane, j0 + BC, key_address(p.k, s, head_kv, row, PAGED))
+        if (!EARLY)
+            FETCH_K(j0 + BC)
         if (busy) {
             if (!PLAIN || !all_visible(s, my_first, my_last, j0, j0 + BC - 1)) {
                 [[unroll]] for (uint c = 0; c < BLOCKS * NC; ++c)
@@ -160,6 +175,8 @@ void main() {
             }
         }
         STORE_TILE(k_next, BC, D, 0)
+        if (EARLY)
+            FETCH_K(j0 + 2 * BC)
         barrier();
     }
 

@@ -21,11 +21,18 @@ shared vec4 s_weights[BR * P_STRIDE];
 // x = this invocation's vectors of the tile of `tall` rows from row `start` on, 0 past the end;
 // `address` is that of `row`. All are on their way before the first is waited for.
 #define FETCH_TILE(x, tall, dim, rows, start, address) \
-    [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
-        uint e = t + n * WG, row = (start) + e / (dim / 4); \
-        x[n] = vec4(0.0); \
-        if (e < (tall) * (dim / 4) && row < rows.count) \
-            x[n] = load4(address, rows.element, e % (dim / 4) * 4, rows.size, ALIGNED); \
+    if (ALIGNED && (tall) * (dim / 4) % WG == 0 && rows.size == dim && (start) + (tall) <= rows.count) { \
+        [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
+            uint e = t + n * WG, row = (start) + e / (dim / 4); \
+            x[n] = widen4(Element4(address + e % (dim / 4) * 4 * T_BYTES).value); \
+        } \
+    } else { \
+        [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
+            uint e = t + n * WG, row = (start) + e / (dim / 4); \
+            x[n] = vec4(0.0); \
+            if (e < (tall) * (dim / 4) && row < rows.count) \
+                x[n] = load4(address, rows.element, e % (dim / 4) * 4, rows.size, ALIGNED); \
+        } \
     }
 
 #define STORE_TILE(x, shared_tile, tall, stride, dim) \
