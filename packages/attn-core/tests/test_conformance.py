@@ -131,6 +131,17 @@ def test_nondeterminism_is_caught():
         verdict("test_is_deterministic", drifting)
 
 
+def test_reading_the_memory_of_an_earlier_call_is_caught():
+    kept = []
+
+    def forgetful(backend, x, factor):
+        kept.append(x)
+        return kept[0] * factor
+
+    with pytest.raises(AssertionError, match="output 0 differs between two runs of 3-5"):
+        verdict("test_is_deterministic", forgetful, grads=())
+
+
 def test_cases_of_installed_packages_are_found():
     for found in installed_cases():
         assert backends.available(found.op)

@@ -1,9 +1,9 @@
 """Repeat what a call did: the third call of a kind costs its allocations and its launches.
 
 Between a call and its kernels lies Python that works out checks, strides, tiles and flags from the
-signature of the call. It runs once under a `Recording`, which writes down what memory is allocated
-and what is launched on which addresses; further calls do just that. A function that does anything
-else, such as an operation of torch, runs in full every time.
+signature of the call. It runs once under a `Recording`, which writes down what memory is allocated,
+what is copied and what is launched on which addresses; further calls do just that. A function that
+does anything else, such as another operation of torch, runs in full every time.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ class Replayed:
 
 
 class Recording(Observer):
-    """Writes down what happens to `tensors`, the arguments of a call, within a ``with`` block."""
+    """Writes down what happens within a ``with`` block to `tensors`, the arguments of a call.
+
+    Memory is known by its number: first the arguments, then what is made on the way.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
