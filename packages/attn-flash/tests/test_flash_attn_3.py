@@ -304,10 +304,15 @@ def test_a_chunk_is_a_number_of_positions(function, chunk):
         ({"max_seqlen_q": None}, "max_seqlen_q must be an integer, got None"),
         ({"cu_seqlens_q": BOUNDS[:, None]}, r"cu_seqlens_q must have 1 dimensions \(B \+ 1,\)"),
         (
-            {"cu_seqlens_k_new": BOUNDS[1:]},
+            {"cu_seqlens_k_new": BOUNDS[:2]},
             r"cu_seqlens_k_new must have shape \(B \+ 1,\) = ",
         ),
         ({"k": None, "v": None}, "k and v must be given with cu_seqlens_k_new, got None"),
+        ({"cu_seqlens_k_new": BOUNDS + 1}, "cu_seqlens_k_new must begin with 0, not decrease"),
+        ({"cu_seqlens_q": BOUNDS.long()}, "cu_seqlens_q must have dtype int32, got int64"),
+        ({"cu_seqlens_q": BOUNDS * 2}, r"within the 12 tokens of q, got \[0, 10, 24\]"),
+        ({"rotary_seqlens": BOUNDS}, r"rotary_seqlens must have shape \(B,\) = \(2,\), got"),
+        ({"v": 3}, "v must be a tensor, got int"),
         ({"v": torch.zeros(11, 2, 16)}, r"v must have shape \(T_new, H_KV, D_v\)"),
         ({"cache_seqlens": None}, "cache_seqlens must be given with k"),
         ({"rotary_cos": torch.zeros(20, 8)}, "rotary_sin must be given with rotary_cos"),
@@ -324,6 +329,15 @@ def test_arguments_of_a_ragged_cache_are_named(arguments, message):
         flash_attn_3.flash_attn_with_kvcache(
             k_cache=caches[0], v_cache=caches[1], **fitting | arguments
         )
+
+
+def test_bounds_of_chunked_sequences_are_checked():
+    q, k, v = inputs(12, 4, 16)
+    places = [BOUNDS, BOUNDS, 7, 7]
+    for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_k")):
+        wrong = [*places[:i], BOUNDS.flip(0), *places[i + 1 :]]
+        with pytest.raises(ValueError, match=f"{name} must begin with 0, not decrease"):
+            flash_attn_3.flash_attn_varlen_func(q, k, v, *wrong, attention_chunk=3)
 
 
 def test_how_many_queries_are_used_is_checked():

@@ -25,7 +25,7 @@ from attn_core.errors import UnsupportedProblemError
 from attn_flash import api, kvcache, kvcache_checks, ragged_cache
 from attn_flash.checks import DTYPES, length
 from attn_flash.chunks import chunk_mask
-from attn_flash.ragged_queries import check_used, unused_last
+from attn_flash.ragged_queries import check_starts, check_used, unused_last
 
 __all__ = [
     "flash_attn_combine",
@@ -245,13 +245,18 @@ def flash_attn_varlen_func(
     place = None
     if seqused_q is not None:
         require_rank("q", q, "(T_q, H, D)")
+        check_starts("cu_seqlens_q", cu_seqlens_q, "q", q)
         check_used("seqused_q", seqused_q, "cu_seqlens_q", cu_seqlens_q)
         token, place, cu_seqlens_q = unused_last(cu_seqlens_q, seqused_q, q.shape[0])
         q = q.index_select(0, token)
     mask = None
     if chunk:
-        require_rank("cu_seqlens_q", cu_seqlens_q, "(B + 1,)")
-        require_rank("cu_seqlens_k", cu_seqlens_k, "(B + 1,)")
+        require_rank("k", k, "(T_k, H_KV, D)")
+        check_starts("cu_seqlens_q", cu_seqlens_q, "q", q)
+        check_starts("cu_seqlens_k", cu_seqlens_k, "k", k)
+        require_shape("cu_seqlens_k", cu_seqlens_k, "(B + 1,)", cu_seqlens_q.shape)
+        if seqused_k is not None:
+            check_used("seqused_k", seqused_k, "cu_seqlens_k", cu_seqlens_k)
         lengths_k = cu_seqlens_k.diff() if seqused_k is None else seqused_k
         counts = cu_seqlens_q.diff()[:, None, None], lengths_k[:, None, None]
         size = length("max_seqlen_q", max_seqlen_q), length("max_seqlen_k", max_seqlen_k)
@@ -409,6 +414,8 @@ def _composed(
     lengths = seqlens
     if lengths is None:
         lengths = torch.full((batch,), number, dtype=torch.int32, device=q.device)
+    if rotary_seqlens is not None:
+        ragged_cache.check_positions(rotary_seqlens, batch, q, rotary[0])
     if rotary[0] is not None:
         first = lengths if rotary_seqlens is None else rotary_seqlens
         window = arguments.window(options["causal"], options["window_size"])

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from attn_core.checks import require_rank, require_shape
+from attn_core.checks import flag, require_device, require_dtype, require_rank, require_shape
 from attn_flash import kvcache_checks
 from attn_flash.checks import length
 from attn_flash.chunks import chunk_mask
 from attn_flash.kvcache_checks import Cache
 from attn_flash.layers.rotary import apply_rotary_emb
-from attn_flash.ragged_queries import Tokens, tokens_of
+from attn_flash.ragged_queries import Tokens, check_starts, tokens_of
+from attn_flash.rotary_checks import check_tables, may_read, require_values
 
 
 def rotated(
@@ -36,6 +37,8 @@ def rotated(
     if x is None or cos is None or sin is None:
         missing = name if x is None else "rotary_sin"
         raise ValueError(f"{missing} must be given with rotary_cos, got None")
+    check_tables("rotary_cos", cos, "rotary_sin", sin, name, x)
+    interleaved = flag("rotary_interleaved", interleaved)
     tokens, flat = _flattened(x, cu_seqlens)
     positions = first[tokens.sequence] + (tokens.offset if advances else 0)
     positions = torch.where(tokens.is_real, positions, 0)
@@ -55,21 +58,34 @@ def check(
 ) -> None:
     """Check the tensors as `flash_attn_with_kvcache` does; ragged ones count as one token each."""
     if cu_seqlens_q is not None:
-        require_rank("cu_seqlens_q", cu_seqlens_q, "(B + 1,)")
         require_rank("q", q, "(T_q, H, D)")
+        check_starts("cu_seqlens_q", cu_seqlens_q, "q", q)
         kvcache_checks.require_no_grad(q=q)
         q = q.new_empty((cu_seqlens_q.shape[0] - 1, 1, *q.shape[1:]))
     if cu_seqlens_k_new is not None:
-        require_shape("cu_seqlens_k_new", cu_seqlens_k_new, "(B + 1,)", (q.shape[0] + 1,))
         if k is None or v is None:
             raise ValueError("k and v must be given with cu_seqlens_k_new, got None")
         require_rank("k", k, "(T_new, H_KV, D)")
+        require_rank("v", v, "(T_new, H_KV, D_v)")
+        check_starts("cu_seqlens_k_new", cu_seqlens_k_new, "k", k)
+        require_shape("cu_seqlens_k_new", cu_seqlens_k_new, "(B + 1,)", (q.shape[0] + 1,))
         require_shape("v", v, "(T_new, H_KV, D_v)", (*k.shape[:2], v.shape[-1]))
         kvcache_checks.require_no_grad(k=k, v=v)
         k, v = (x.new_empty((q.shape[0], 0, *x.shape[1:])) for x in (k, v))
     kvcache_checks.kvcache_problem(
         q, k_cache, v_cache, k, v, None, None, cache, None, (-1, -1), 0.0
     )
+
+
+def check_positions(
+    first: torch.Tensor, batch: int, q: torch.Tensor, cos: torch.Tensor | None
+) -> None:
+    """Check where the new tokens of each sequence are rotated to."""
+    require_shape("rotary_seqlens", first, "(B,)", (batch,))
+    require_dtype("rotary_seqlens", first, (torch.int32, torch.int64))
+    require_device("rotary_seqlens", first, "q", q)
+    if isinstance(cos, torch.Tensor) and cos.dim() == 2 and may_read(q.device):
+        require_values("rotary_seqlens", first, 0, len(cos) - 1)
 
 
 def append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,11 +43,28 @@ def unused_last(
     return token, place, starts
 
 
+def check_starts(name: str, cu_seqlens: torch.Tensor, x_name: str, x: torch.Tensor) -> None:
+    """Check where sequences begin in x; values where reading them does not wait."""
+    checks.require_rank(name, cu_seqlens, "(B + 1,)")
+    checks.require_dtype(name, cu_seqlens, (torch.int32,))
+    checks.require_device(name, cu_seqlens, x_name, x)
+    if len(cu_seqlens) == 0:
+        raise ValueError(f"{name} must have B + 1 elements, at least 1, got 0")
+    if not may_read(x.device):
+        return
+    starts = cu_seqlens.tolist()
+    is_growing = all(start <= stop for start, stop in pairwise(starts))
+    if starts[0] != 0 or not is_growing or starts[-1] > len(x):
+        raise ValueError(
+            f"{name} must begin with 0, not decrease and end within the {len(x)} tokens of "
+            f"{x_name}, got {starts}"
+        )
+
+
 def check_used(
     name: str, seqused: torch.Tensor, starts_name: str, cu_seqlens: torch.Tensor
 ) -> None:
     """Check how many tokens of each sequence are used; values where reading them does not wait."""
-    checks.require_rank(starts_name, cu_seqlens, "(B + 1,)")
     checks.require_shape(name, seqused, "(B,)", (cu_seqlens.shape[0] - 1,))
     checks.require_dtype(name, seqused, (torch.int32,))
     checks.require_device(name, seqused, starts_name, cu_seqlens)
