@@ -9,12 +9,13 @@ import torch
 
 from attn_core import tuning
 from attn_core.device import DeviceInfo
+from attn_core.launch import Launcher
 from attn_core.testing.compilation import TARGETS, record_launches
 from attn_core.tuning import TileConfig
 
 pytest.importorskip("triton")
 
-from attn_paged._triton import append, attention, cascade, configs, merge, worklist
+from attn_paged._triton import append, attention, cascade, configs, merge, problem, worklist
 from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 pytestmark = pytest.mark.compile
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.compile
 BFLOAT, FLOAT = torch.bfloat16, torch.float32
 # Bytes that kernels of sm_90 may spill, by width of the head; those of others are not looked at.
 SPILLS_WITH_ALL = 768  # of every feature at once, on the largest tiles
+MAX_SPILLS_SIDE_BY_SIDE = 64
 MAX_SPILLS = {256: 64, 512: 256, 1024: 256}
 
 
@@ -87,7 +89,7 @@ def use_target(monkeypatch, tmp_path):
     def use(target):
         kind = "hip" if target.startswith("gfx") else "cuda"
         info = DeviceInfo(kind, target, target, num_sms=132)
-        for module in (tuning, configs, attention):
+        for module in (tuning, configs, attention, problem):
             monkeypatch.setattr(module, "device_info", lambda device: info)
         tuning.forget()
 
@@ -207,6 +209,7 @@ def test_merge_compiles_without_spills(target, D_v, case, use_target, monkeypatc
 @pytest.mark.parametrize("target", TARGETS)
 def test_counting_of_work_compiles(target, use_target, monkeypatch):
     use_target(target)
+    monkeypatch.setattr(worklist, "FEW_TILES", 0)
     recorder = record_launches(worklist._launch, monkeypatch)
     for launcher in (merge._launch, attention._launch):
         record_launches(launcher, monkeypatch)
@@ -219,16 +222,56 @@ def test_counting_of_work_compiles(target, use_target, monkeypatch):
 def test_finding_of_prefixes_compiles(target, name, use_target, monkeypatch):
     use_target(target)
     recorded = {x: record_launches(getattr(cascade, x), monkeypatch) for x in LAUNCHERS_OF_PREFIXES}
-    monkeypatch.setattr(merge, "merge_halves", lambda *args: None)
     q, cache = empty(4, 64, 128, dtype=BFLOAT), empty(9, 16, 8, 128, dtype=BFLOAT)
     lens, tables = (empty(*s, dtype=torch.int32) for s in ((4,), (4, 99)))
     options = AttentionOptions(scale=0.1)
     out, lse = torch.empty_like(q), empty(64, 4, dtype=FLOAT)
-    cascade.attend_in_halves(lambda *args: None, q, cache, cache, tables, lens, options, out, lse)
+    monkeypatch.setattr(merge, "merge_halves", lambda *args: None)
+    arguments = (q, cache, cache, tables, lens, options, out, lse)
+    cascade.attend_in_halves(lambda *args: None, *arguments)
     assert recorded[name].compile(target).spills == 0
 
 
 LAUNCHERS_OF_PREFIXES = ("_launch_find", "_launch_divide")
+
+
+def attend_to_prefixes():
+    q, cache = empty(64, 64, 128, dtype=BFLOAT), empty(9, 16, 8, 128, dtype=BFLOAT)
+    lens, tables = (empty(*s, dtype=torch.int32) for s in ((64,), (64, 544)))
+    options = AttentionOptions(scale=0.1, shared_prefix=True)
+    attention.attention(q, cache, torch.empty_like(cache), tables, lens, options)
+
+
+def test_attention_to_a_prefix_leaves_room_for_that_to_the_rest(use_target, monkeypatch):
+    """Both run at a time: one program of the first and two of the second on a processor."""
+    use_target("sm_90")
+    for launcher in (cascade._launch_find, cascade._launch_divide, merge._launch_halves):
+        record_launches(launcher, monkeypatch)
+    both = [
+        record_launches(launcher, monkeypatch)
+        for launcher in (attention._launch_first, attention._launch_second)
+    ]
+    attend_to_prefixes()
+    compiled = [recorder.compile("sm_90") for recorder in both]
+    threads = [32 * recorder.options["num_warps"] for recorder in both]
+    first, second = (x.registers * n for x, n in zip(compiled, threads, strict=True))
+    assert first + 2 * second <= 1 << 16
+    first, second = (x.shared + 1024 for x in compiled)
+    assert first + 2 * second <= 228 << 10
+    assert max(x.spills for x in compiled) <= MAX_SPILLS_SIDE_BY_SIDE
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_merge_with_prefixes_compiles_without_spills(target, use_target, monkeypatch):
+    use_target(target)
+    launchers = [
+        getattr(attention, name) for name in ("_launch", "_launch_first", "_launch_second")
+    ]
+    for launcher in (cascade._launch_find, cascade._launch_divide, *launchers):
+        record_launches(launcher, monkeypatch)
+    recorder = record_launches(merge._launch_halves, monkeypatch)
+    attend_to_prefixes()
+    assert recorder.compile(target).spills == 0
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["", "int8"])
@@ -265,6 +308,25 @@ def launch_keys(sizes, monkeypatch):
     return keys
 
 
+def test_numbers_are_compiled_for_any_value():
+    """A launcher knows of strides what Triton compiles for, and of other numbers nothing."""
+    kernels = [
+        launcher._kernel
+        for module in (append, attention, cascade, merge, worklist)
+        for launcher in vars(module).values()
+        if isinstance(launcher, Launcher)
+    ]
+    assert len(kernels) == 9
+    numbers = [
+        parameter
+        for kernel in kernels
+        for parameter in kernel.params
+        if not parameter.is_constexpr and not parameter.name.endswith(("_ptr", "_log2"))
+    ]
+    for parameter in numbers:
+        assert parameter.do_not_specialize or parameter.name.startswith("stride_"), parameter.name
+
+
 def test_nothing_compiles_anew_as_sequences_grow(use_target, monkeypatch):
     use_target("sm_90")
     assert len(launch_keys([(4, 64), (8, 65), (5, 99)], monkeypatch)) == 1
@@ -287,7 +349,8 @@ def test_short_launches_are_cut_and_long_ones_shared(sequences, blocks, schedule
     use_target("sm_90")
     cache, tables = empty(9, 16, 8, 128, dtype=BFLOAT), empty(sequences, blocks, dtype=torch.int32)
     q = empty(sequences, 64, 128, dtype=BFLOAT)
-    [plan] = configs.plans(q, cache, cache, tables, False, False, AttentionOptions(scale=0.1))
+    options = AttentionOptions(scale=0.1)
+    [plan] = configs.plans(q, cache, cache, tables, False, False, False, options)
     assert (plan.num_splits, plan.is_shared, plan.config.num_stages) == schedule
 
 
@@ -328,6 +391,7 @@ def test_a_mixed_batch_is_two_launches(use_target):
     use_target("sm_90")
     cache, tables = empty(9, 16, 8, 128, dtype=BFLOAT), empty(64, 128, dtype=torch.int32)
     q = empty(8252, 64, 128, dtype=BFLOAT)
-    short, long = configs.plans(q, cache, cache, tables, True, False, AttentionOptions(scale=0.1))
+    options = AttentionOptions(scale=0.1)
+    short, long = configs.plans(q, cache, cache, tables, True, False, False, options)
     assert (short.config.block_m, short.most_m, short.one_tile_each) == (16, 2, True)
     assert (long.config.block_m, long.least_m, long.one_tile_each) == (128, 3, False)

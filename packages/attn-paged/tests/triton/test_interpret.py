@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attn_core import backends
+from attn_core.device import DeviceInfo
 from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
 from attn_core.testing.conformance import Suite
 from attn_core.tuning import TileConfig
@@ -19,7 +20,9 @@ from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 pytest.importorskip("triton")
 
-from attn_paged._triton import append, attention, cascade, configs, problem
+import triton.language as tl
+
+from attn_paged._triton import append, attention, cascade, configs, problem, worklist
 
 pytestmark = pytest.mark.interpret
 
@@ -193,6 +196,12 @@ def test_tiles_and_schedules(sizes, tiles, schedule, window, monkeypatch):
     check(make(sizes), window=window)
 
 
+def test_work_of_many_tiles_is_counted_before(monkeypatch):
+    use(monkeypatch, shares=3)
+    monkeypatch.setattr(worklist, "FEW_TILES", 0)
+    check(make(MIXED))
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 16, 20, 64])
 @pytest.mark.parametrize("block_n", [16, 32])
 def test_block_sizes(block_n, block_size, monkeypatch):
@@ -320,6 +329,16 @@ def test_nothing_to_attend_to(sizes):
     assert (out.shape, lse.shape) == ((len(out), 4, 16), (4, len(out)))
     assert out.eq(0).all()
     assert lse.eq(-torch.inf).all()
+
+
+def test_padding_of_two_launches():
+    """Rows past the last sequence may be as few as those of short runs."""
+    inputs = make(Sizes((66, 60), (1, 44)))
+    padded = inputs._replace(q=torch.cat([inputs.q, torch.full((5, 4, 16), torch.nan)]))
+    out, lse = attend(padded)
+    assert torch.equal(out[:-5], attend(inputs)[0])
+    assert out[-5:].eq(0).all()
+    assert lse[:, -5:].eq(-torch.inf).all()
 
 
 def test_padding_alone():
@@ -478,9 +497,20 @@ def test_quantised_caches_in_float16(code, dtype, size, D_v, sink, monkeypatch):
     check_quantised(inputs, {FLOAT: 1e-4, HALF: 5e-3, BFLOAT: 2e-2}[dtype], size)
 
 
-@pytest.mark.parametrize("lens_q", [(), (1, 9, 5, 1, 2, 20, 1)], ids=["decode", "mixed"])
-@pytest.mark.parametrize("block_size", [8, 5])
-def test_shared_prefixes(block_size, lens_q):
+RUNS = (1, 9, 5, 1, 2, 20, 1)
+
+
+@pytest.mark.parametrize(
+    "block_size, schedule, lens_q",
+    [
+        pytest.param(8, {"splits": 1}, RUNS, id="block8-mixed"),
+        pytest.param(8, {"splits": 3}, (), id="block8-decode-3-splits"),
+        pytest.param(5, {"shares": 3}, (), id="block5-decode-3-shares"),
+        pytest.param(5, {"shares": 3}, RUNS, id="block5-mixed-3-shares"),
+    ],
+)
+def test_shared_prefixes(block_size, schedule, lens_q, monkeypatch):
+    use(monkeypatch, **schedule)
     sizes = Sizes((60, 33, 40, 1, 0, 50, 60), lens_q, block_size=block_size)
     inputs = make(sizes)
     for member, leader, count in ((2, 0, 4), (6, 0, 7), (5, 1, 2)):
@@ -490,15 +520,48 @@ def test_shared_prefixes(block_size, lens_q):
     check(inputs, shared_prefix=True, softcap=2.0)
 
 
+@pytest.mark.parametrize("is_light", [False, True], ids=["heavy", "light"])
+def test_rest_beside_prefixes(is_light, monkeypatch):
+    """The rest is shared by all programs, or by half of them where the device finds it light."""
+    use(monkeypatch, shares=3)
+    monkeypatch.setattr(problem, "fit_two", lambda *args: True)
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        monkeypatch.setattr(tl.extra.cuda, name, lambda: None)
+    info = DeviceInfo("cpu", "", num_sms=2)
+    monkeypatch.setattr(configs, "device_info", lambda device: info)
+    inputs = make(Sizes((70, 60, 66, 1, 68)))
+    blocks = 7 if is_light else 2
+    for member in (1, 2, 4):
+        inputs.block_tables[member, :blocks] = inputs.block_tables[0, :blocks].clone()
+    monkeypatch.setattr(cascade, "SHARED_KEYS", tl.constexpr(1))
+    check(inputs, shared_prefix=True)
+
+
+def test_shared_prefixes_of_two_launches_with_padding():
+    """Short and long runs of queries are two launches; rows past both are nobody's."""
+    inputs = make(Sizes((66, 60, 40, 50), (1, 44, 1, 9)))
+    inputs.block_tables[1:, :2] = inputs.block_tables[0, :2].clone()
+    check(inputs, shared_prefix=True)
+    padded = inputs._replace(q=torch.cat([inputs.q, torch.full((5, 4, 16), torch.nan)]))
+    out, lse = attend(padded, shared_prefix=True)
+    assert torch.equal(out[:-5], attend(inputs, shared_prefix=True)[0])
+    assert out[-5:].eq(0).all()
+    assert lse[:, -5:].eq(-torch.inf).all()
+
+
 def test_shared_prefixes_are_read_once(monkeypatch):
     """Only the leader's table leads to the prefix: entries of the others are compared, not used."""
     inputs = make(Sizes((60, 50, 41), ()))
     for member in (1, 2):
         inputs.block_tables[member, :5] = inputs.block_tables[0, :5]
-    monkeypatch.setattr(cascade.merge, "merge_halves", lambda *args: None)
     seen = []
+
+    def start(*args):
+        seen.append((args[3], args[4], args[5].cu_seqlens_q))
+
+    monkeypatch.setattr(cascade.merge, "merge_halves", lambda *args: None)
     cascade.attend_in_halves(
-        lambda *args: seen.append((args[3], args[4], args[5].cu_seqlens_q)),
+        start,
         *inputs.split(scale=0.3),
         *(torch.zeros(3, 4, 16), torch.zeros(4, 3)),
     )

@@ -23,8 +23,9 @@ from attn_core.tiles.softmax import (
     online_softmax_masked,
 )
 from attn_paged._triton import cascade, configs, merge, problem, worklist
-from attn_paged._triton.merge import rows_of_tile, share_of_work
+from attn_paged._triton.merge import Parts, programs_at_work, rows_of_tile, share_of_work
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_of_unit
+from attn_paged._triton.worklist import units_of_tiles
 from attn_paged.options import AttentionOptions
 
 LEAST_EXPONENT = tl.constexpr(-100)  # of a value's scale: sums of 2**100 are still finite
@@ -66,16 +67,33 @@ def _bend(
     return scores
 
 
+# Four int8 in one register as four float16: 1024 + n, n from 0 to 255, has n for its last bits.
+_INT8 = tl.constexpr("""{
+    .reg .b32 bytes, low, high, bias;
+    mov.b32 bias, 0x64806480;
+    xor.b32 bytes, $2, 0x80808080;
+    prmt.b32 low, bytes, 0x64646464, 0x4140;
+    prmt.b32 high, bytes, 0x64646464, 0x4342;
+    sub.rn.f16x2 $0, low, bias;
+    sub.rn.f16x2 $1, high, bias;
+}""")
+
+
 @triton.jit
-def _dequantised(x, dtype: tl.constexpr):
+def _dequantised(x, dtype: tl.constexpr, HAS_PTX: tl.constexpr):
     """Quantised numbers without their scale, exact in `dtype`.
 
-    float8 becomes float16 two at a time, int8 by way of float32.
+    float8 becomes float16 two at a time; so does int8 by PTX, and else by way of float32.
     """
     if x.dtype == dtype:
         return x
-    if x.dtype.is_fp8() and dtype == tl.float16:
-        return x.to(tl.float16)
+    if dtype == tl.float16:
+        if x.dtype.is_fp8():
+            return x.to(tl.float16)
+        if HAS_PTX:
+            return tl.inline_asm_elementwise(
+                _INT8, "=r,=r,r", [x], tl.float16, is_pure=True, pack=4
+            )
     return x.to(tl.float32).to(dtype)
 
 
@@ -90,6 +108,15 @@ _FLOAT8_PAIRS = tl.constexpr("""{
     cvt.rn.f16x2.e4m3x2 $0, evens;
     cvt.rn.f16x2.e4m3x2 $1, odds;
 }""")
+_INT8_PAIRS = tl.constexpr("""{
+    .reg .b32 bytes, even, odd, bias;
+    mov.b32 bias, 0x64806480;
+    xor.b32 bytes, $2, 0x80808080;
+    prmt.b32 even, bytes, 0x64646464, 0x4240;
+    prmt.b32 odd, bytes, 0x64646464, 0x4341;
+    sub.rn.f16x2 $0, even, bias;
+    sub.rn.f16x2 $1, odd, bias;
+}""")
 
 
 @triton.jit
@@ -98,13 +125,14 @@ def _dequantised_pairs(pairs, code: tl.constexpr, dtype: tl.constexpr, HAS_PTX: 
 
     Triton takes float8 apart byte by byte, for twice as many instructions.
     """
-    if HAS_PTX and code.is_fp8() and dtype == tl.float16:
+    if HAS_PTX and dtype == tl.float16:
+        PTX: tl.constexpr = _FLOAT8_PAIRS if code.is_fp8() else _INT8_PAIRS
         return tl.inline_asm_elementwise(
-            _FLOAT8_PAIRS, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
+            PTX, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
         )
     even = pairs.to(tl.int8).to(code, bitcast=True)
     odd = (pairs >> 8).to(tl.int8).to(code, bitcast=True)
-    return _dequantised(even, dtype), _dequantised(odd, dtype)
+    return _dequantised(even, dtype, HAS_PTX), _dequantised(odd, dtype, HAS_PTX)
 
 
 @triton.jit
@@ -188,13 +216,13 @@ def _attend(
         v = k
         if not VALUES_IN_KEYS:
             v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, HEAD_DIM_V < BLOCK_DV)  # [.., BLOCK_DV]
-        k = _dequantised(k, q.dtype)
+        k = _dequantised(k, q.dtype, HAS_PTX)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if TAIL_D > 0:
             offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
             k_ptrs = k_rows + offs_tail[None, :] * stride_kd
             k = load_tile(k_ptrs, mask_n, offs_tail < HEAD_DIM, MASKED, HEAD_DIM < BLOCK_D + TAIL_D)
-            k = _dequantised(k, q.dtype)
+            k = _dequantised(k, q.dtype, HAS_PTX)
             scores = tl.dot(q_tail, tl.trans(k), scores, input_precision=PRECISION)
         if IS_QUANTISED:
             k_offsets = far_blocks * stride_ksb + slots * stride_ksn
@@ -233,7 +261,7 @@ def _attend(
         if PAIR == 2:
             v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype, HAS_PTX)
         else:
-            v = _dequantised(v, q.dtype)
+            v = _dequantised(v, q.dtype, HAS_PTX)
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
         if PAIR == 2:
             acc_odd = tl.dot(p, v_odd, acc_odd * alpha[:, None], input_precision=PRECISION)
@@ -266,8 +294,9 @@ def _paged_attention_kernel(
     sinks_ptr, stride_sinks,
     tree_ptr, stride_mask, stride_mn,
     tree_starts_ptr,  # [B], where a flat tree begins for each sequence
-    ends_ptr,  # [num_tiles], from `worklist`
+    ends_ptr,  # [num_tiles], from `worklist`; with BLOCK_T > 0 to be written
     rows_ptr,  # [T], the row of q of each query
+    is_light_ptr,  # [1], whether half of the programs are enough
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
     parts_ptr,  # [slots, BLOCK_M, D_v], contiguous
@@ -277,17 +306,19 @@ def _paged_attention_kernel(
     scale_log2, softcap_log2,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr, SAME_SLOTS: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr, HAS_PTX: tl.constexpr,
-    NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     # Neighbours read the heads of the same slots.
     pid = tl.program_id(0)
     head_tile = pid % HEAD_TILES
@@ -304,9 +335,25 @@ def _paged_attention_kernel(
 
     unit = group
     stop = group + 1
+    ends = 0
     if IS_SHARED:
-        total = tl.load(ends_ptr + num_tiles - 1)
-        share = share_of_work(total, num_splits)
+        if BLOCK_T > 0:
+            tiles = tl.arange(0, BLOCK_T)
+            ends = tl.cumsum(
+                units_of_tiles(
+                    tiles, lens_ptr, stride_lens, cu_seqlens_ptr, stride_cu,
+                    causal_ptr, stride_causal,
+                    T, B, num_tiles, least_m, most_m, steps, left, right,
+                    IS_RAGGED, ONE_TILE_EACH, HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
+                ),
+                0,
+            )  # fmt: skip
+            total = tl.max(ends, 0)
+            if pid == 0:
+                tl.store(ends_ptr + tiles, ends, mask=tiles < num_tiles)
+        else:
+            total = tl.load(ends_ptr + num_tiles - 1)
+        share = share_of_work(total, programs_at_work(num_splits, is_light_ptr))
         unit = group * share
         stop = tl.minimum(unit + share, total)
     start = unit
@@ -315,11 +362,10 @@ def _paged_attention_kernel(
         tile = num_tiles - 1 - unit // num_splits
         begin = unit
         if IS_SHARED:
-            tile = tile_of_unit(unit, ends_ptr, num_tiles, num_halvings)
-            begin = tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
+            tile, begin = tile_of_unit(unit, ends, ends_ptr, num_tiles, num_halvings, BLOCK_T)
         b, first_token, start_m, M = queries_of_tile(
             tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
-            IS_RAGGED, ONE_TILE_EACH, BLOCK_Q,
+            IS_RAGGED, ONE_TILE_EACH, BLOCK_Q, BLOCK_T,
         )  # fmt: skip
         N, right_b, lo, full_lo, full_hi, hi = keys_of_tile(
             b, start_m, M, B, lens_ptr, stride_lens, causal_ptr, stride_causal, left, right,
@@ -363,8 +409,9 @@ def _paged_attention_kernel(
             q = -q
             q_tail = -q_tail
         q_scale = tl.full([BLOCK_M], 1.0, tl.float32)
-        if q.dtype == tl.bfloat16 and k_ptr.dtype.element_ty.is_fp8():
-            # float8 is converted to float16 in one step, so queries are made to fit it.
+        code: tl.constexpr = k_ptr.dtype.element_ty
+        if q.dtype == tl.bfloat16 and (code.is_fp8() or (IS_QUANTISED and HAS_PTX)):
+            # Keys are converted to float16 in fewest steps, so queries are made to fit it.
             peak = tl.max(tl.abs(q.to(tl.float32)), 1)
             if TAIL_D > 0:
                 peak = tl.maximum(peak, tl.max(tl.abs(q_tail.to(tl.float32)), 1))
@@ -467,9 +514,16 @@ def _paged_attention_kernel(
                 out.to(parts_ptr.dtype.element_ty),
                 mask=has_keys[:, None] & mask_dv,
             )
+    if OVERLAPS:  # noqa: SIM102 - decided while compiling
+        # What comes next waits for this kernel alone, so one program waits for the one before.
+        if pid == tl.num_programs(0) - 1:
+            tl.extra.cuda.gdc_wait()
 
 
 _launch = Launcher(_paged_attention_kernel)
+# Side by side, 8 warps of the first and twice 4 of the second have registers at a time.
+_launch_first = Launcher(_paged_attention_kernel, maxnreg=160)
+_launch_second = Launcher(_paged_attention_kernel, maxnreg=96, launch_pdl=True)
 _FAR = 2**30 - 1  # no context is longer: a window of more keys would overflow 32 bits
 
 
@@ -489,13 +543,14 @@ def attention(
         return out, lse
     arguments = (q, k_cache, v_cache, block_tables, context_lens, options)
     if options.shared_prefix and len(context_lens) > 1:
-        cascade.attend_in_halves(attend, *arguments, out, lse)
+        cascade.attend_in_halves(start, *arguments, out, lse)
     else:
-        attend(*arguments, out, lse)
+        for parts in start(*arguments, out, lse):
+            merge.merge_parts(parts)
     return out, lse
 
 
-def attend(
+def start(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -505,19 +560,26 @@ def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
     rows: torch.Tensor | None = None,
-) -> None:
-    """Write attention to out (T, H, D_v) and lse (H, T).
+    is_light: torch.Tensor | None = None,
+) -> list[Parts]:
+    """Start writing attention to out (T, H, D_v) and lse (H, T); return what is to be merged.
 
     `rows` (T,) are the rows of q, out and lse that cu_seqlens_q counts, where they are not in
-    order.
+    order: those of shared prefixes. Right after them comes the rest of the keys, with `is_light`
+    (1,): whether that takes less time.
     """
     is_ragged = options.cu_seqlens_q is not None
     are_long = rows is not None  # queries of many sequences one after the other
-    for plan in configs.plans(q, k_cache, v_cache, block_tables, is_ragged, are_long, options):
-        _attend_by(plan, q, k_cache, v_cache, block_tables, context_lens, options, out, lse, rows)
+    is_rest = is_light is not None
+    overlaps = (are_long or is_rest) and problem.fit_two(k_cache, v_cache)
+    plans = configs.plans(
+        q, k_cache, v_cache, block_tables, is_ragged, are_long, overlaps and is_rest, options
+    )
+    arguments = (q, k_cache, v_cache, block_tables, context_lens, options, out, lse, rows, is_light)
+    return [_start_by(plan, *arguments, overlaps) for plan in plans]
 
 
-def _attend_by(
+def _start_by(
     plan: configs.Plan,
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -528,7 +590,9 @@ def _attend_by(
     out: torch.Tensor,
     lse: torch.Tensor,
     rows: torch.Tensor | None,
-) -> None:
+    is_light: torch.Tensor | None,
+    overlaps: bool,
+) -> Parts:
     (T, H, D), B = q.shape, len(block_tables)
     _, block_size, H_KV, D_v = v_cache.shape
     config = plan.config
@@ -541,10 +605,12 @@ def _attend_by(
     sides = {"HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0 and is_ragged}
     schedule = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
     limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
-    ends = None
-    if plan.is_shared:
-        ends = worklist.count_work(
-            context_lens, cu_seqlens_q, is_causal,
+    is_light = is_light if plan.is_beside else None
+    ends = context_lens.new_empty((plan.num_tiles,)) if plan.is_shared else None
+    is_counted = plan.is_shared and not worklist.is_short(plan, v_cache)
+    if is_counted:
+        worklist.count_work(
+            context_lens, cu_seqlens_q, is_causal, ends,
             {**schedule, **sides, "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n},
             T=T, B=B, num_tiles=plan.num_tiles, **limits, left=left, right=right,
         )  # fmt: skip
@@ -571,16 +637,20 @@ def _attend_by(
         **schedule, "IS_SHARED": plan.is_shared,
         "GROUP": H // H_KV, "TILE_GROUP": plan.tile_group, "H_KV": H_KV, "HEAD_DIM_V": D_v,
         "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q,
+        "BLOCK_T": worklist.FEW_TILES if plan.is_shared and not is_counted else 0,
     }  # fmt: skip
     block_d, tail_d = problem.split_head_dim(D)
-    _launch(
+    launch = _launch_first if overlaps and rows is not None else _launch
+    if plan.is_beside and not is_counted and tree_starts is None:
+        launch = _launch_second  # it reads nothing that the kernel right before it writes
+    launch(
         plan.num_programs,
         strides=(
             q_strides, k_strides, v_strides, ks_strides, vs_strides, table_strides[1],
             lens_strides, cu_strides, causal_strides, slopes_strides, sinks_strides,
             tree_strides[1], k_cache.dtype, v.dtype, out.dtype, parts.dtype,
             None if sinks is None else sinks.dtype,
-            is_causal is None, tree_starts is None, rows is None,
+            is_causal is None, tree_starts is None, rows is None, is_light is None,
         ),
         args=(
             q, *q_strides,
@@ -598,6 +668,7 @@ def _attend_by(
             tree_starts,
             ends,
             rows,
+            is_light,
             out,
             lse,
             parts,
@@ -612,18 +683,18 @@ def _attend_by(
             "IS_QUANTISED": k_scale is not None,
             "SAME_SLOTS": (k_strides[:2], ks_strides) == (v_cache.stride()[:2], vs_strides),
             "VALUES_IN_KEYS": problem.are_values_in_keys(k_cache, v_cache),
-            "HAS_PTX": device_info(q.device).capability >= 89,  # converts float8
-            "NEGATE_Q": options.scale < 0, "PRECISION": tiling.dot_precision(q),
+            "HAS_PTX": device_info(q.device).capability >= 89,  # float8 to float16
+            "NEGATE_Q": options.scale < 0, "OVERLAPS": overlaps,
+            "PRECISION": tiling.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
             "BLOCK_DV": tiling.padded_head_dim(D_v),
         },
         config=config,
     )  # fmt: skip
-    if plan.slots:
-        merge.merge_parts(
-            *(parts, parts_lse, cu_seqlens_q, rows, ends, out, lse, sizes, shape),
-            plan.head_tiles,
-        )
+    return Parts(
+        *(parts, parts_lse, cu_seqlens_q, rows, ends, is_light, out, lse, sizes, shape),
+        plan.head_tiles,
+    )
 
 
 def _in_pairs(v_cache: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ from attn_paged._triton import merge, problem
 from attn_paged.options import AttentionOptions
 
 _MIN_SEQUENCES = 256  # of which a program looks at once; fewer compile no other kernel
-_ENTRIES = 512  # of a table that a program compares at once
+_ENTRIES = 1024  # of a table that a program compares at once
+SHARED_KEYS = tl.constexpr(8)  # that take as long as to read one key, at least
 
 
 @triton.jit
@@ -82,6 +83,7 @@ def _divide_sequences_kernel(
     rows_ptr,  # [T], queries in the order of the groups
     rest_lens_ptr,  # [B]
     rest_table_ptr,  # [B, num_blocks], contiguous
+    is_light_ptr,  # [1], whether the rest takes less time than the prefixes
     T, B, num_blocks,
     IS_RAGGED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -103,6 +105,11 @@ def _divide_sequences_kernel(
     tl.store(bounds_ptr + b, tl.sum(tl.where(leaders < b, Ms, 0), 0))
     if b == B - 1:
         tl.store(bounds_ptr + B, tl.sum(Ms, 0))
+        lens = tl.load(lens_ptr + offs_b * stride_lens, mask=mask_b, other=0)
+        is_follower = mask_b & (leaders != offs_b)
+        shared = tl.sum(tl.where(is_follower, common, 0).to(tl.int64) * BLOCK_SIZE, 0)
+        rest = tl.sum(lens.to(tl.int64), 0) - shared
+        tl.store(is_light_ptr, (rest * SHARED_KEYS <= shared).to(tl.int32))
     is_before = (leaders < leader) | ((leaders == leader) & (offs_b < b))
     target = tl.sum(tl.where(is_before, Ms, 0), 0)
     for start in range(0, M, BLOCK_E):
@@ -130,7 +137,7 @@ _launch_divide = Launcher(_divide_sequences_kernel)
 
 
 def attend_in_halves(
-    attend: Callable[..., None],
+    start: Callable[..., list[merge.Parts]],
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -140,11 +147,11 @@ def attend_in_halves(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Write attention to out and lse, looking at shared prefixes once; `attend` does the rest."""
+    """Write attention to out and lse, looking at shared prefixes once, by way of `start`."""
     (T, H, D_v), (B, num_blocks) = out.shape, block_tables.shape
     new = context_lens.new_empty
     leaders, common, prefix_lens, rest_lens = new((4, B)).unbind(0)
-    bounds, rows, rest_table = new((B + 1,)), new((T,)), new((B, num_blocks))
+    bounds, rows, rest_table, is_light = new((B + 1,)), new((T,)), new((B, num_blocks)), new((1,))
     table_strides, cu_seqlens_q = block_tables.stride(), options.cu_seqlens_q
     lens_strides, cu_strides = (
         problem.strides_of(vector, 1) for vector in (context_lens, cu_seqlens_q)
@@ -163,7 +170,7 @@ def attend_in_halves(
         "config": TileConfig(block_b, _ENTRIES, 4, 1),
     }  # fmt: skip
     _launch_find(B, args=(*tensors, B, num_blocks), **launch)
-    outputs = (prefix_lens, bounds, rows, rest_lens, rest_table)
+    outputs = (prefix_lens, bounds, rows, rest_lens, rest_table, is_light)
     _launch_divide(B, args=(*tensors, *outputs, T, B, num_blocks), **launch)
 
     halves = q.new_empty((2, T, H, D_v), dtype=torch.float32)
@@ -171,9 +178,7 @@ def attend_in_halves(
     prefix = options._replace(
         window=(-1, -1), cu_seqlens_q=bounds, sinks=None, is_causal=None, tree_mask=None
     )
-    attend(
-        *(q, k_cache, v_cache, block_tables, prefix_lens, prefix),
-        *(halves[0], halves_lse[0], rows),
-    )
-    attend(q, k_cache, v_cache, rest_table, rest_lens, options, halves[1], halves_lse[1])
-    merge.merge_halves(halves, halves_lse, out, lse)
+    tables_a, tables_b = (block_tables, prefix_lens, prefix), (rest_table, rest_lens, options)
+    left = start(q, k_cache, v_cache, *tables_a, halves[0], halves_lse[0], rows)
+    left_of_rest = start(q, k_cache, v_cache, *tables_b, halves[1], halves_lse[1], None, is_light)
+    merge.merge_halves(left, left_of_rest, rows, out, lse)

@@ -4,7 +4,7 @@ A row's key is (width, bytes of an element of the cache, word): the width is the
 padded head dimensions, or LATENT. Words: a sequence has "few" rows up to 16 (queries times heads
 that share a key head, so decoding), "some" up to 64, else "many". Where the work is not shared,
 "few-whole" is for programs that have a sequence each, "few-parts" for those that have a part of
-one.
+one; "few-beside" is for those that run beside another launch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHORT_BYTES = 1 << 20  # of keys for one program; with fewer, counting the work
 _INVARIANT_KEYS = 1024  # of a part that is the same in every batch
 _SHARED_BYTES = 208 << 10  # of a processor, for the tiles of its programs
 _KEY_TILE_BYTES = 1 << 15  # of keys and values that one stage of the pipeline holds
-_WORDS = ("few", "few-whole", "few-parts", "some", "many")
+_WORDS = ("few", "few-whole", "few-parts", "few-beside", "some", "many")
 
 
 def _portable(width: int, size: int, word: str) -> TileConfig:
@@ -75,6 +75,8 @@ ATTENTION = Table(
         **_decoding("sm_90", LATENT, 2, *[TileConfig(16, 64, 4, 2)] * 3),
         ("sm_90", LATENT, 2, "some"): TileConfig(64, 64, 8, 2),
         ("sm_90", LATENT, 2, "many"): TileConfig(64, 64, 8, 2),
+        ("sm_90", 64, 2, "few-beside"): TileConfig(16, 32, 4, 3),
+        ("sm_90", 128, 2, "few-beside"): TileConfig(16, 32, 4, 3),
         ("sm_90", 64, 2, "some"): TileConfig(64, 64, 4, 3),
         ("sm_90", 64, 2, "many"): TileConfig(128, 64, 8, 3),
         ("sm_90", 128, 2, "some"): TileConfig(64, 64, 4, 3),
@@ -114,7 +116,9 @@ class Plan(NamedTuple):
     chunk : int
         Tiles of keys of a part, 0 for equal parts.
     one_tile_each : bool
-        Whether tile b is sequence b.
+        Whether tile b is sequence b, and the last one what pads q.
+    is_beside : bool
+        Whether it takes what another launch leaves of each processor: room for two programs.
     least_m, most_m : int
         Sequences with fewer or more queries are another launch's.
     """
@@ -128,6 +132,7 @@ class Plan(NamedTuple):
     is_shared: bool = False
     chunk: int = 0
     one_tile_each: bool = False
+    is_beside: bool = False
     least_m: int = 0
     most_m: int = _ANY
 
@@ -152,13 +157,15 @@ def plans(
     block_tables: torch.Tensor,
     is_ragged: bool,
     are_long: bool,
+    is_beside: bool,
     options: AttentionOptions,
 ) -> list[Plan]:
     """Cut a problem into launches: one, or one for short and one for long runs of queries.
 
     A batch with more queries than short runs can hold may still be mostly decoding, and tiles for
     long runs would waste most of their rows on that. What a launch does not take it passes over.
-    `are_long` says that runs are, though their mean may not be.
+    `are_long` says that runs are, though their mean may not be, and `is_beside` that another launch
+    takes most of each processor.
     """
     tokens, heads, _ = q.shape
     sequences, max_blocks = block_tables.shape
@@ -189,7 +196,7 @@ def plans(
             config,
             block_q,
             tile_group,
-            sequences if one_tile_each else num_tiles,
+            sequences + 1 if one_tile_each else num_tiles,
             heads_kv * tiling.ceil_div(group, tile_group),
             one_tile_each=one_tile_each,
             least_m=least_m,
@@ -197,6 +204,8 @@ def plans(
         )
         if options.batch_invariant:
             plan = _invariant(plan, keys)
+        elif is_beside and rows <= FEW:
+            plan = _beside(plan, choice)
         else:
             plan = schedule(plan, _span(plan, keys, is_ragged, options), key_bytes, choice)
         result.append(plan)
@@ -254,6 +263,13 @@ def schedule(plan: Plan, span: int, key_bytes: int, choice: Choice) -> Plan:
         return plan._replace(config=parts, num_splits=num_splits)
     shares = choice.slots(plan.config, key_bytes) // plan.head_tiles
     return plan._replace(num_splits=max(1, shares), is_shared=True)
+
+
+def _beside(plan: Plan, choice: Choice) -> Plan:
+    """Four programs for each processor. Half of them are at work while they share it."""
+    shares = max(2, 4 * device_info(choice.device).num_sms // plan.head_tiles)
+    config = choice.tiles("few-beside")
+    return plan._replace(config=config, num_splits=shares, is_shared=True, is_beside=True)
 
 
 def _invariant(plan: Plan, keys: int) -> Plan:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.device import device_info, triton_version
 from attn_core.tiling import MIN_DOT, padded_head_dim
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
-    *("T", "B", "H", "num_tiles", "num_splits", "num_shares", "chunk", "least_m", "most_m"),
-    *(
-        "steps",
-        "num_halvings",
-        "stride_tb",
-        "stride_mask",
-        "tree_width",
-        "left",
-        "right",
-        "num_blocks",
-    ),
+    *("T", "B", "num_tiles", "num_splits", "chunk", "least_m", "most_m", "steps", "num_halvings"),
+    *("a_num_tiles", "a_num_splits", "b_num_tiles", "b_num_splits", "num_blocks"),
+    *("stride_tb", "stride_mask", "tree_width", "left", "right"),
 ]
+_NARROW = 128  # head dimension: the output of 128 rows of more takes all registers
 LOG2_E = 1.4426950408889634
 
 
@@ -50,3 +44,14 @@ def are_values_in_keys(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         and k_cache.stride() == v_cache.stride()
         and split_head_dim(k_cache.shape[3])[0] == padded_head_dim(v_cache.shape[3])
     )
+
+
+def fit_two(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether attention to a prefix and to the rest run side by side, as registers allow.
+
+    The second kernel starts as soon as the programs of the first have: programmatic dependent
+    launch, CUDA C++ Programming Guide, from compute capability 9.0 on.
+    """
+    capability = device_info(k_cache.device).capability
+    is_able = capability >= 90 and (triton_version() or (0, 0)) >= (3, 6)
+    return is_able and k_cache.itemsize == 2 and max(k_cache.shape[3], v_cache.shape[3]) <= _NARROW

@@ -6,25 +6,42 @@ import triton.language as tl
 from attn_core.tiles.masks import key_blocks
 
 
+@triton.jit
+def sequence_of(row, cu_seqlens_ptr, stride_cu, B, BLOCK_B: tl.constexpr):
+    """Return the sequence of a row of q and its first row; of rows past the last one, B."""
+    offs_b = tl.arange(0, BLOCK_B)
+    begins = tl.load(cu_seqlens_ptr + offs_b * stride_cu, mask=offs_b <= B, other=2**31 - 1)
+    is_before = begins <= row
+    b = tl.sum(is_before.to(tl.int32), 0) - 1
+    return b, tl.max(tl.where(is_before, begins, 0), 0)
+
+
 # fmt: off
 @triton.jit
 def queries_of_tile(
     tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
     # fmt: on
     """Return the sequence of a tile, the row of its first query, its rank in the sequence, and M.
 
     `tile` is a number or a block of them. The tiles of sequence b begin at
-    ``cu_seqlens[b] // BLOCK_Q + b``: room for all of them, found in `steps` halvings without a sum
-    over the sequences before. Rows past the last sequence make up sequence B. Sequences with
+    ``cu_seqlens[b] // BLOCK_Q + b``: room for all of them, found without a sum over the sequences
+    before. A number is compared with all of these at once where B < BLOCK_B; otherwise they are
+    searched in `steps` halvings. Rows past the last sequence make up sequence B. Sequences with
     fewer than `least_m` or more than `most_m` queries are another launch's and count as having
     none.
     """
     if IS_RAGGED:
         b = tile
         start_m = tile * 0
-        if not ONE_TILE_EACH:
+        if not ONE_TILE_EACH and BLOCK_B > 0:
+            offs_b = tl.arange(0, BLOCK_B)
+            begins = tl.load(cu_seqlens_ptr + offs_b * stride_cu, mask=offs_b <= B, other=0)
+            is_before = (offs_b <= B) & (begins // BLOCK_Q + offs_b <= tile)
+            b = tl.sum(is_before.to(tl.int32), 0) - 1
+        elif not ONE_TILE_EACH:
             b = tile * 0
             high = b + B
             for _ in range(steps):
@@ -63,13 +80,21 @@ def keys_of_tile(
 
 
 @triton.jit
-def tile_of_unit(unit, ends_ptr, num_tiles, steps):
-    """Find the tile that unit of work belongs to: the first whose end is past it."""
-    low = 0
-    high = num_tiles - 1
-    for _ in range(steps):
-        middle = (low + high) // 2
-        is_past = tl.load(ends_ptr + middle) > unit
-        high = tl.where(is_past, middle, high)
-        low = tl.where(is_past, low, tl.minimum(middle + 1, high))
-    return low
+def tile_of_unit(unit, ends, ends_ptr, num_tiles, steps, BLOCK_T: tl.constexpr):
+    """Find the tile that unit of work belongs to; return it and the first unit of the tile.
+
+    It is the first tile whose end is past the unit. `ends` are all of them where BLOCK_T > 0;
+    otherwise they are looked at in memory, in `steps` halvings.
+    """
+    if BLOCK_T > 0:
+        is_before = ends <= unit
+        return tl.sum(is_before.to(tl.int32), 0), tl.max(tl.where(is_before, ends, 0), 0)
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        low = 0
+        high = num_tiles - 1
+        for _ in range(steps):
+            middle = (low + high) // 2
+            is_past = tl.load(ends_ptr + middle) > unit
+            high = tl.where(is_past, middle, high)
+            low = tl.where(is_past, low, tl.minimum(middle + 1, high))
+        return low, tl.load(ends_ptr + low - 1, mask=low > 0, other=0)

@@ -1,8 +1,8 @@
 """The work of a batch, counted on the device so that programs can share it equally.
 
 A unit of work is one tile of keys for one tile of queries. The list holds, for each tile of
-queries, the units up to its end; a program that takes the units from u on finds its first tile by
-halving.
+queries, the units up to its end. Few tiles are counted by every program of attention anew, which
+takes less time than another kernel; many are counted by a kernel before it.
 """
 
 import torch
@@ -12,9 +12,37 @@ import triton.language as tl
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 from attn_paged._triton import problem
+from attn_paged._triton.configs import Plan
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile
 
+FEW_TILES = 256  # at most, that a program of attention counts itself
+_MOST_OUTPUT = 1 << 14  # numbers of a tile: more leave no registers for the list,
+_MOST_QUANTISED = 1 << 12  # and fewer where keys are dequantised
 _TILES = 1024  # that are counted at once
+
+
+# fmt: off
+@triton.jit
+def units_of_tiles(
+    tiles, lens_ptr, stride_lens, cu_seqlens_ptr, stride_cu, causal_ptr, stride_causal,
+    T, B, num_tiles, least_m, most_m, steps, left, right,
+    IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    """Return the units of work of a block of tiles; of those past the last one, 0."""
+    b, _token, start_m, M = queries_of_tile(
+        tiles, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
+        IS_RAGGED, ONE_TILE_EACH, BLOCK_Q, 0,
+    )  # fmt: skip
+    has_queries = (tiles < num_tiles) & (b <= B) & (start_m < M)
+    M = tl.where(has_queries, M, 0)
+    _N, _right, lo, _full_lo, _full_hi, hi = keys_of_tile(
+        b, start_m, M, B, lens_ptr, stride_lens, causal_ptr, stride_causal, left, right,
+        HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
+    )  # fmt: skip
+    # Queries without keys are work too: their rows have to be written.
+    return tl.where(has_queries, tl.maximum(tl.cdiv(hi - lo, BLOCK_N), 1), 0)
 
 
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
@@ -31,18 +59,11 @@ def _count_work_kernel(
     total = 0
     for start in range(0, num_tiles, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
-        b, _token, start_m, M = queries_of_tile(
-            tiles, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
-            IS_RAGGED, ONE_TILE_EACH, BLOCK_Q,
+        units = units_of_tiles(
+            tiles, lens_ptr, stride_lens, cu_seqlens_ptr, stride_cu, causal_ptr, stride_causal,
+            T, B, num_tiles, least_m, most_m, steps, left, right,
+            IS_RAGGED, ONE_TILE_EACH, HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
-        has_queries = (tiles < num_tiles) & (b <= B) & (start_m < M)
-        M = tl.where(has_queries, M, 0)
-        _N, _right, lo, _full_lo, _full_hi, hi = keys_of_tile(
-            b, start_m, M, B, lens_ptr, stride_lens, causal_ptr, stride_causal, left, right,
-            HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
-        )  # fmt: skip
-        # Queries without keys are work too: their rows have to be written.
-        units = tl.where(has_queries, tl.maximum(tl.cdiv(hi - lo, BLOCK_N), 1), 0)
         tl.store(ends_ptr + tiles, total + tl.cumsum(units, 0), mask=tiles < num_tiles)
         total += tl.sum(units, 0)
 
@@ -50,15 +71,22 @@ def _count_work_kernel(
 _launch = Launcher(_count_work_kernel)
 
 
+def is_short(plan: Plan, v_cache: torch.Tensor) -> bool:
+    """Whether the programs of attention count the work themselves."""
+    most_output = _MOST_QUANTISED if v_cache.itemsize == 1 else _MOST_OUTPUT
+    output = plan.config.block_m * v_cache.shape[3]
+    return plan.num_tiles <= FEW_TILES and output <= most_output
+
+
 def count_work(
     context_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     is_causal: torch.Tensor | None,
+    ends: torch.Tensor,
     constexprs: dict[str, bool | int],
     **sizes: int,
-) -> torch.Tensor:
-    """Units of work up to the end of each tile, int32 (num_tiles,)."""
-    ends = context_lens.new_empty((sizes["num_tiles"],))
+) -> None:
+    """Write the units of work up to the end of each tile to ends, int32 (num_tiles,)."""
     block_t = min(_TILES, max(128, 1 << (sizes["num_tiles"] - 1).bit_length()))
     strides = [problem.strides_of(x, 1) for x in (context_lens, cu_seqlens_q, is_causal)]
     _launch(
@@ -73,4 +101,3 @@ def count_work(
         constexprs={**constexprs, "BLOCK_T": block_t},
         config=TileConfig(block_t, 1, 4, 1),
     )  # fmt: skip
-    return ends
