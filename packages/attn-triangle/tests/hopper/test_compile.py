@@ -23,13 +23,15 @@ from attn_triangle._triton import keys
 
 pytestmark = pytest.mark.compile
 
-dk_dv, dq, dbias = (
-    importlib.import_module(f"attn_triangle._hopper.{name}") for name in ("dk_dv", "dq", "dbias")
+dk_dv, dq, dq_dbias, dbias = (
+    importlib.import_module(f"attn_triangle._hopper.{name}")
+    for name in ("dk_dv", "dq", "dq_dbias", "dbias")
 )
 GLUON = {
     "forward": (forward, forward._attention_forward_kernel),
     "dk_dv": (dk_dv, dk_dv._attention_backward_dk_dv_kernel),
     "dq": (dq, dq._attention_backward_dq_kernel),
+    "dq_dbias": (dq_dbias, dq_dbias._attention_backward_dq_dbias_kernel),
     "dbias": (dbias, dbias._attention_backward_dbias_kernel),
 }
 TYPES = {
@@ -128,7 +130,7 @@ def remarks(compiled, tmp_path):
 def test_kernels_fit_and_overlap_their_products(case, name, launches, tmp_path):
     found = launches(case)
     if name not in found:
-        pytest.skip("the gradient of the bias comes with that of the queries")
+        pytest.skip("gradients of queries and bias come from one kernel or from two")
     kernel, launch = GLUON[name][1], found[name]
     signature = {
         parameter.name: type_of(value, hinted=not parameter.do_not_specialize)

@@ -31,13 +31,14 @@ pytestmark = [
 
 # In the order in which they import one another.
 MODULES = (
-    "configs", "launch", "tiles", "problem", "redo", "rows", "forward", "dk_dv", "dq", "dbias",
-    "backward",
+    "configs", "launch", "tiles", "problem", "redo", "rows", "forward", "dk_dv", "dq", "dq_dbias",
+    "dbias", "backward",
 )  # fmt: skip
 GLUON = {
     "forward": "_attention_forward_kernel",
     "dk_dv": "_attention_backward_dk_dv_kernel",
     "dq": "_attention_backward_dq_kernel",
+    "dq_dbias": "_attention_backward_dq_dbias_kernel",
     "dbias": "_attention_backward_dbias_kernel",
 }
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")

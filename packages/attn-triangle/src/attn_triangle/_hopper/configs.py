@@ -50,5 +50,6 @@ class Plan(NamedTuple):
 FORWARD = {16: Plan(2, 2, 64, 4), 32: Plan(2, 2, 64, 4), 64: Plan(2, 2, 64, 2)}
 BACKWARD_DK_DV = {16: Plan(1, 3, 64, 4), 32: Plan(1, 3, 64, 4), 64: Plan(1, 3, 32, 3)}
 BACKWARD_DQ = {16: Plan(1, 3, 64, 4), 32: Plan(1, 3, 64, 3), 64: Plan(1, 3, 64, 2)}
+BACKWARD_DQ_DBIAS = {16: Plan(2, 4, 32, 3), 32: Plan(2, 4, 32, 3)}  # a warpgroup has all rows
 BACKWARD_DBIAS = {16: Plan(3, 1, 64, 4), 32: Plan(3, 1, 64, 3), 64: Plan(3, 1, 64, 2)}
-LONGEST_BLOCK = 128  # of keys, among all of these
+LONGEST_BLOCK = 64  # of keys, among all of these

@@ -23,6 +23,7 @@ from attn_triangle._hopper.tiles import (
     WG_ROWS,
     exp2,
     load_bias,
+    load_lse,
     load_mask,
     load_rows,
     load_wide,
@@ -125,19 +126,22 @@ def _sum(
         start_m = tile_m * WG_ROWS
         start_n = (tile_n * TILES + WARPGROUP) * BLOCK_N
         offs_m = start_m + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        at = (gl.to_tensor(b * H + h).to(gl.int64) * R + first) * columns + offs_m
-        lse = gl.load(lse_ptr + at)
-        delta = gl.load(delta_ptr + at)
+        bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R + first
+        lse_ptrs = lse_ptr + bh_row * M + offs_m
+        delta_ptrs = delta_ptr + bh_row * columns + offs_m
+        lse = load_lse(lse_ptrs, offs_m < M)
+        delta = gl.load(delta_ptrs, mask=offs_m < M, other=0.0)
         dbias = zero
         mbarrier.wait(bias_full.index(0), step & 1)
         for row in range(first, last):
             i = count % STAGES
             own = i * TILES + WARPGROUP
             # Those of the next row, before anything waits; behind the last row stands another one.
-            at += columns
-            inside = offs_m < (last - 1 - row) * columns
-            next_lse = gl.load(lse_ptr + at, mask=inside, other=0.0)
-            next_delta = gl.load(delta_ptr + at, mask=inside, other=0.0)
+            lse_ptrs += M
+            delta_ptrs += columns
+            exists = offs_m < gl.minimum(M, (last - 1 - row) * columns)
+            next_lse = load_lse(lse_ptrs, exists)
+            next_delta = gl.load(delta_ptrs, mask=exists, other=0.0)
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
             k = k_buf.index(own).permute((1, 0))
             v = v_buf.index(own).permute((1, 0))
@@ -170,7 +174,8 @@ def _attention_backward_dbias_kernel(
     bias_desc, bias_b, bias_h,  # strides of its batches and heads: 1, or 0 where it is broadcast
     mask_desc, mask_b, mask_r,  # rows of the mask between batches and rows; may be unread
     do_desc,
-    lse_ptr, delta_ptr, columns,  # [B, H, R, columns], as of rows.query_rows
+    lse_ptr,  # [B, H, R, M], contiguous
+    delta_ptr, columns,  # [B, H, R, columns], contiguous
     parts_ptr,  # [splits, B, H, M, N], contiguous
     M, N, R, H, num_tiles, num_tiles_n, num_heads, rows_per_split, total,
     scale_log2,
@@ -226,10 +231,14 @@ def dbias(
     bias: torch.Tensor,
     readable: torch.Tensor,
     keys: problem.KeyRows,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    lse: torch.Tensor,
+    delta: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Return the gradient of the bias; `rows` are those of `rows.query_rows`."""
+    """Return the gradient of the bias.
+
+    `readable` is one of `problem.readable_bias`, `delta` of `rows.query_rows`.
+    """
     B, H, R, M, D = q.shape
     N = k.shape[3]
     block_d = tiling.padded_head_dim(D)
@@ -242,7 +251,6 @@ def dbias(
     rows_per_split = tiling.ceil_div(R, tiling.ceil_div(_TILES_PER_SM * num_sms, tiles))
     rows_per_split = max(rows_per_split, _FEWEST_ROWS)
     splits = tiling.ceil_div(R, rows_per_split)
-    lse_log2, delta = rows
     parts = delta.new_empty((splits, B, H, M, N))
     _launch(
         min(tiles * splits, num_sms),
@@ -253,7 +261,8 @@ def dbias(
             problem.bias_tiles(readable, 64, block_n), *problem.broadcast_steps(readable),
             problem.row_pieces(keys.rows, block_n), *keys.steps,
             problem.tiles(dout, 64, block_d),
-            lse_log2, delta, delta.shape[1],
+            lse,
+            delta, delta.shape[1],
             parts,
             M, N, R, H, num_tiles_m, num_tiles_n, B * H, rows_per_split, tiles * splits,
             scale * _LOG2_E.value,

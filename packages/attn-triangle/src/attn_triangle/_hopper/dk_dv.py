@@ -260,10 +260,11 @@ def dk_dv(
     v: torch.Tensor,
     bias: torch.Tensor,
     keys: problem.KeyRows,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    lse_log2: torch.Tensor,
+    delta: torch.Tensor,
     scale: float,
 ) -> None:
-    """Fill dk and dv; `bias` is one of `problem.readable_bias`, `rows` of `rows.query_rows`."""
+    """Fill dk and dv; `bias` is one of `problem.readable_bias`, the rest of `rows.query_rows`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     block_d = tiling.padded_head_dim(D)
@@ -271,7 +272,6 @@ def dk_dv(
     block_m = plan.block
     num_tiles, num_groups = tiling.ceil_div(N, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
     total = num_tiles * num_groups * B * H
-    lse_log2, delta = rows
     _launch(
         min(total, device_info(q.device).num_sms),
         args=(

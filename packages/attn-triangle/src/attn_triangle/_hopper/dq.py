@@ -21,6 +21,7 @@ from attn_triangle._hopper.tiles import (
     exp2,
     key_blocks,
     load_keys,
+    load_lse,
     load_rows,
     load_wide,
     new_ring,
@@ -82,7 +83,7 @@ def _differentiate(
     q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    lse_ptr, delta_ptr, columns = query_rows
+    lse_ptr, M, delta_ptr, columns = query_rows
     H, R, num_tiles, num_groups, total = sizes
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
@@ -99,10 +100,10 @@ def _differentiate(
         start_m = (tile * TILES + TILE) * WG_ROWS
         slot = step & 1
         offs_m = start_m + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        at = (gl.to_tensor(b * H + h).to(gl.int64) * R + row) * columns + offs_m
-        exists = offs_m < columns
-        lse = gl.expand_dims(gl.load(lse_ptr + at, mask=exists, other=0.0), 1)
-        delta = gl.expand_dims(gl.load(delta_ptr + at, mask=exists, other=0.0), 1)
+        bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R + row
+        lse = gl.expand_dims(load_lse(lse_ptr + bh_row * M + offs_m, offs_m < M), 1)
+        delta = gl.load(delta_ptr + bh_row * columns + offs_m, mask=offs_m < M, other=0.0)
+        delta = gl.expand_dims(delta, 1)
         mbarrier.wait(q_full.index(slot), (step >> 1) & 1)
         q = q_buf.index(slot * (ROWS * TILES) + WARPGROUP)
         do = do_buf.index(slot * (ROWS * TILES) + WARPGROUP)
@@ -142,7 +143,8 @@ def _attention_backward_dq_kernel(
     mask_desc, mask_b, mask_r,  # rows of the mask between batches and rows; as range, may be unread
     range_ptr, range_b, range_r,  # [B, R, 2]
     do_desc,
-    lse_ptr, delta_ptr, columns,  # [B, H, R, columns], as of rows.query_rows
+    lse_ptr,  # [B, H, R, M], contiguous
+    delta_ptr, columns,  # [B, H, R, columns], contiguous
     dq_desc,
     M, N, R, H, num_tiles, num_groups, total,
     scale, scale_log2,
@@ -178,7 +180,7 @@ def _attention_backward_dq_kernel(
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
     loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
-    computing = (loading, (lse_ptr, delta_ptr, columns), scale, scale_log2)
+    computing = (loading, (lse_ptr, M, delta_ptr, columns), scale, scale_log2)
     gl.warp_specialize(
         [
             (_differentiate, (0, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
@@ -202,10 +204,11 @@ def dq(
     v: torch.Tensor,
     bias: torch.Tensor,
     keys: problem.KeyRows,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    lse: torch.Tensor,
+    delta: torch.Tensor,
     scale: float,
 ) -> None:
-    """Fill dq; `bias` is one of `problem.readable_bias`, `rows` of `rows.query_rows`."""
+    """Fill dq; `bias` is one of `problem.readable_bias`, `delta` of `rows.query_rows`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     block_d = tiling.padded_head_dim(D)
@@ -213,7 +216,6 @@ def dq(
     block_n = plan.block
     num_tiles, num_groups = tiling.ceil_div(M, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
     total = num_tiles * num_groups * B * H
-    lse_log2, delta = rows
     _launch(
         min(total, device_info(q.device).num_sms),
         args=(
@@ -224,7 +226,8 @@ def dq(
             problem.row_pieces(keys.rows, block_n), *keys.steps,
             keys.range, *keys.range_strides,
             problem.tiles(dout, 64, block_d),
-            lse_log2, delta, delta.shape[1],
+            lse,
+            delta, delta.shape[1],
             problem.tiles(dq, 64, block_d),
             M, N, R, H, num_tiles, num_groups, total,
             scale, scale * _LOG2_E.value,

@@ -36,7 +36,6 @@ from attn_triangle._hopper.tiles import (
     load_wide,
     new_ring,
     num_steps,
-    start_scores,
     store_rows,
     thread_sums,
     tile_of,
@@ -110,6 +109,17 @@ def _store(
     store_rows(acc * gl.expand_dims(factor, 1), out_buf, out_desc, b, h, row, start_m)
 
 
+@gluon.jit
+def _start_scores(q, k, mask, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Begin the product of queries and keys, on top of what the mask adds, [64, BLOCK_N]."""
+    zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, LAYOUT)
+    if HAS_MASK:
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero + mask.load(LAYOUT), is_async=True)
+    else:
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return scores
+
+
 # fmt: off
 @gluon.jit
 def _attend(
@@ -151,7 +161,7 @@ def _attend(
             i = count % STAGES
             own = i * ROWS + ROW
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
-            scores = start_scores(
+            scores = _start_scores(
                 q, k_buf.index(own), mask_buf.index(own), HAS_MASK, BLOCK_N, S_LAYOUT
             )
             bias = load_wide(bias_buf.index(i * TILES + TILE), S_LAYOUT)

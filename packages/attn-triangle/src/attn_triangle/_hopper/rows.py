@@ -18,7 +18,7 @@ _CLOSED = tl.constexpr(float(2**110))  # as in `tiles`
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["M", "R", "H", "num_tiles"])
+@triton.jit(do_not_specialize=["M", "R", "H", "num_tiles", "num_zeros"])
 def _rows_kernel(
     out_ptr, stride_ob, stride_oh, stride_or, stride_om, stride_od,
     do_ptr, stride_dob, stride_doh, stride_dor, stride_dom, stride_dod,
@@ -26,11 +26,15 @@ def _rows_kernel(
     dlse_ptr,  # the same, read only with HAS_DLSE
     lse_log2_ptr,  # [B, H, R, M in whole blocks], contiguous
     delta_ptr,  # the same
-    M, R, H, num_tiles,
+    zeros_ptr,  # [num_zeros], contiguous: filled with zeros
+    M, R, H, num_tiles, num_zeros,
     HEAD_DIM: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     pid = tl.program_id(0)
+    for start in range(pid * BLOCK_M, num_zeros, tl.num_programs(0) * BLOCK_M):
+        offs = start + tl.arange(0, BLOCK_M)
+        tl.store(zeros_ptr + offs, tl.zeros([BLOCK_M], tl.float32), mask=offs < num_zeros)
     # Heads first: those of a query are neighbours in memory as a rule.
     start_m = pid // H % num_tiles * BLOCK_M
     h = (pid % H).to(tl.int64)
@@ -105,16 +109,22 @@ _launch_unseeing = Launcher(_unseeing_kernel)
 
 
 def query_rows(
-    out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    zeroed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lse in units of log2 and delta = rowsum(dO O) - dlse, (B H R, M in whole blocks), float32.
 
-    A query that sees no key, or is none, gets an lse that makes its probabilities 0.
+    A query that sees no key, or is none, gets an lse that makes its probabilities 0. `zeroed`, of
+    float32 and contiguous, is filled with zeros on the way.
     """
     B, H, R, M, D = out.shape
     block_m = _CONFIG.block_m
     num_tiles = tiling.ceil_div(M, block_m)
-    lse_log2, delta = lse.new_empty((2, B * H * R, num_tiles * block_m)).unbind(0)
+    # Apart, so that one of them can be let go.
+    lse_log2, delta = (lse.new_empty((B * H * R, num_tiles * block_m)) for _ in range(2))
     strides = (out.stride(), dout.stride())
     _launch(
         num_tiles * B * H * R,
@@ -126,7 +136,8 @@ def query_rows(
             lse if dlse is None else dlse.contiguous(),
             lse_log2,
             delta,
-            M, R, H, num_tiles,
+            lse if zeroed is None else zeroed,
+            M, R, H, num_tiles, 0 if zeroed is None else zeroed.numel(),
         ),
         constexprs={
             "HEAD_DIM": D, "HAS_DLSE": dlse is not None, "BLOCK_M": block_m,

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
 )
 
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
@@ -50,6 +49,13 @@ def load_wide(buf, LAYOUT: gl.constexpr):
     else:
         wide = x.to(gl.float32)
     return wide
+
+
+@gluon.jit
+def load_lse(ptrs, mask):
+    """Read the lse of queries in units of log2; without keys one that leaves no weight."""
+    lse = gl.load(ptrs, mask=mask, other=-float("inf"))
+    return gl.where(lse == -float("inf"), CLOSED, lse * LOG2_E)
 
 
 @gluon.jit
@@ -189,17 +195,6 @@ def load_keys(
             )  # fmt: skip
         count += 1
     return count
-
-
-@gluon.jit
-def start_scores(q, k, mask, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Begin the product of queries and keys, on top of what the mask adds, [64, BLOCK_N]."""
-    zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, LAYOUT)
-    if HAS_MASK:
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero + mask.load(LAYOUT), is_async=True)
-    else:
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return scores
 
 
 @gluon.jit

@@ -1,0 +1,265 @@
+"""Gradients of queries and of the bias in one kernel for Hopper GPUs, where the order may differ.
+
+A warpgroup owns 64 queries of four rows i. It adds up dS over them in its registers and the sum to
+memory by atomic additions: a quarter of the traffic of dS. That leaves room for narrow tiles of
+scores only, and for heads of up to 32 channels.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_core import tiling
+from attn_core.device import device_info
+from attn_core.tiles.softmax import LOG2_E as _LOG2_E
+from attn_triangle._hopper import configs, problem
+from attn_triangle._hopper.dq import _load
+from attn_triangle._hopper.launch import Launcher
+from attn_triangle._hopper.tiles import (
+    LOG2_E,
+    WG_ROWS,
+    exp2,
+    key_blocks,
+    load_lse,
+    load_wide,
+    new_ring,
+    num_steps,
+    store_rows,
+    tile_of,
+)
+
+
+@gluon.jit
+def _start(q, do, k, v, zero):
+    """Begin the products that give the scores of a tile and the gradient of its weights."""
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
+
+
+@gluon.jit
+def _replaced(items, x: gl.constexpr, item):
+    """A tuple with another item at x."""
+    return items[:x] + (item,) + items[x + 1 :]  # noqa: RUF005 - Triton unpacks no tuples
+
+
+# fmt: off
+@gluon.jit
+def _differentiate(
+    TILE: gl.constexpr, args,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    """A computing warpgroup: 64 queries of all rows of each tile."""
+    loading, query_rows, dbias, scale, scale_log2 = args
+    descs, bufs, rings, sizes, N, range_ptr, strides = loading
+    q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc = descs
+    q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
+    q_full, q_empty, full, empty = rings
+    range_strides, bias_strides, mask_steps = strides
+    lse_ptr, M, delta_ptr, columns = query_rows
+    dbias_ptr, dbias_b, dbias_h, dbias_blocks = dbias
+    dbias_columns = dbias_blocks * 128  # so that addresses are seen to be aligned
+    H, R, num_tiles, num_groups, total = sizes
+    dtype: gl.constexpr = q_desc.dtype
+    BLOCK_D: gl.constexpr = q_buf.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    count = 0
+    for step in range(num_steps(sizes)):
+        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        start_m = (tile * TILES + TILE) * WG_ROWS
+        slot = step & 1
+        own = slot * (ROWS * TILES) + TILE
+        offs_m = start_m + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+        first = gl.to_tensor(b * H + h).to(gl.int64) * R + row0
+        lse = ()
+        delta = ()
+        dq = ()
+        for x in gl.static_range(ROWS):
+            # Behind the last row stands another one: no weight there.
+            exists = offs_m < gl.minimum(M, (last + 1 - row0 - x) * columns)
+            lse_x = load_lse(lse_ptr + (first + x) * M + offs_m, exists)
+            delta_x = gl.load(delta_ptr + (first + x) * columns + offs_m, mask=exists, other=0.0)
+            lse += (gl.expand_dims(lse_x, 1),)
+            delta += (gl.expand_dims(delta_x, 1),)
+            dq += (gl.zeros([WG_ROWS, BLOCK_D], gl.float32, O_LAYOUT),)
+        mbarrier.wait(q_full.index(slot), (step >> 1) & 1)
+        plane = gl.to_tensor(b * dbias_b + h * dbias_h).to(gl.int64) * dbias_columns
+        offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+        offs = gl.expand_dims(offs_m * dbias_columns, 1) + gl.expand_dims(offs_n, 0)
+        lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
+        for block in range(lo, hi):
+            i = count % STAGES
+            mbarrier.wait(full.index(i), (count // STAGES) & 1)
+            s, dp = _start(
+                q_buf.index(own), do_buf.index(own),
+                k_buf.index(i * ROWS), v_buf.index(i * ROWS), zero,
+            )  # fmt: skip
+            s = warpgroup_mma_wait(1, deps=(s,))
+            sum_ds = zero
+            for x in gl.static_range(ROWS):
+                bias = load_wide(bias_buf.index(i * TILES + TILE), S_LAYOUT)
+                offset = bias * LOG2_E - lse[x]
+                if HAS_MASK:
+                    offset += mask_buf.index(i * ROWS + x).load(S_LAYOUT)
+                p = exp2(s * scale_log2 + offset)
+                if x == 0:
+                    dp = warpgroup_mma_wait(0, deps=(dp,))
+                else:
+                    dp, done = warpgroup_mma_wait(0, deps=(dp, dq[x - 1]))
+                    dq = _replaced(dq, x - 1, done)
+                ds = p * (dp - delta[x])
+                ds_operand = gl.convert_layout(ds.to(dtype), P_LAYOUT, assert_trivial=True)
+                sum_ds += ds
+                k = k_buf.index(i * ROWS + x)
+                if x + 1 < ROWS:
+                    s, dp = _start(
+                        q_buf.index(own + (x + 1) * TILES), do_buf.index(own + (x + 1) * TILES),
+                        k_buf.index(i * ROWS + x + 1), v_buf.index(i * ROWS + x + 1), zero,
+                    )  # fmt: skip
+                next_dq = warpgroup_mma(ds_operand, k, dq[x], is_async=True)
+                dq = _replaced(dq, x, next_dq)
+                if x + 1 < ROWS:
+                    s = warpgroup_mma_wait(2, deps=(s,))
+            ptrs = dbias_ptr + (plane + block * BLOCK_N) + offs
+            gl.atomic_add(ptrs, sum_ds, sem="relaxed")
+            done = warpgroup_mma_wait(0, deps=(dq[ROWS - 1],))
+            dq = _replaced(dq, ROWS - 1, done)
+            mbarrier.arrive(empty.index(i), count=1)
+            count += 1
+        for x in gl.static_range(ROWS):
+            if row0 + x <= last:
+                buf = q_buf.index(own + x * TILES)
+                store_rows(dq[x] * scale, buf, dq_desc, b, h, row0 + x, start_m)
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(slot), count=1)
+
+
+# fmt: off
+@gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_backward_dq_dbias_kernel(
+    q_desc, k_desc, v_desc,
+    bias_desc, bias_b, bias_h,  # strides of its batches and heads: 1, or 0 where it is broadcast
+    mask_desc, mask_b, mask_r,  # rows of the mask between batches and rows; as range, may be unread
+    range_ptr, range_b, range_r,  # [B, R, 2]
+    do_desc,
+    lse_ptr,  # [B, H, R, M], contiguous
+    delta_ptr, columns,  # [B, H, R, columns], contiguous
+    dq_desc,
+    dbias_ptr, dbias_b, dbias_h, dbias_blocks,  # in rows of dbias_blocks * 128 columns
+    M, N, R, H, num_tiles, num_groups, total,
+    scale, scale_log2,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    dtype: gl.constexpr = q_desc.dtype
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
+    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
+    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
+    own: gl.constexpr = [2 * ROWS * TILES, WG_ROWS, BLOCK_D]
+    streamed: gl.constexpr = [STAGES * ROWS, BLOCK_N, BLOCK_D]
+    q_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
+    do_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
+    k_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
+    v_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
+    bias_buf = gl.allocate_shared_memory(
+        bias_desc.dtype, [STAGES * TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT
+    )
+    mask_buf = k_buf
+    if HAS_MASK:
+        mask_buf = gl.allocate_shared_memory(
+            gl.float32, [STAGES * ROWS, 1, BLOCK_N], mask_desc.layout
+        )
+    q_full, q_empty = new_ring(2, TILES)
+    full, empty = new_ring(STAGES, TILES)
+    gl.thread_barrier()
+    descs = (q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc)
+    bufs = (q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf)
+    rings = (q_full, q_empty, full, empty)
+    sizes = (H, R, num_tiles, num_groups, total)
+    strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
+    dbias = (dbias_ptr, dbias_b, dbias_h, dbias_blocks)
+    loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
+    computing = (loading, (lse_ptr, M, delta_ptr, columns), dbias, scale, scale_log2)
+    gl.warp_specialize(
+        [
+            (_differentiate, (0, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
+            (_differentiate, (1, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
+            (_load, (loading, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+_REGISTERS = 168  # a thread, to share out: 240 for each computing warpgroup
+_launch = Launcher(_attention_backward_dq_dbias_kernel)
+
+
+def new_dbias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
+    """Uninitialised memory for the gradient of a bias (., ., M, N), in float32 and whole tiles."""
+    shape = (*bias.shape[:2], problem.whole(M, 128), problem.whole(N, 128))
+    return bias.new_empty(shape, dtype=torch.float32)
+
+
+def dq_dbias(
+    dq: torch.Tensor,
+    dbias: torch.Tensor,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    keys: problem.KeyRows,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+) -> None:
+    """Fill dq and add the gradient of the bias to dbias, one of `new_dbias`, in any order.
+
+    `bias` is one of `problem.readable_bias`, `delta` of `rows.query_rows`.
+    """
+    B, H, R, M, D = q.shape
+    N = k.shape[3]
+    block_d = tiling.padded_head_dim(D)
+    plan = configs.BACKWARD_DQ_DBIAS[block_d]
+    block_n = plan.block
+    num_tiles, num_groups = tiling.ceil_div(M, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
+    total = num_tiles * num_groups * B * H
+    _, heads, rows_of_plane, columns_of_plane = dbias.shape
+    step_b, step_h = problem.broadcast_steps(bias)
+    _launch(
+        min(total, device_info(q.device).num_sms),
+        args=(
+            problem.tiles(q, 64, block_d),
+            problem.tiles(k, block_n, block_d),
+            problem.tiles(v, block_n, block_d),
+            problem.bias_tiles(bias, 64, block_n), step_b, step_h,
+            problem.row_pieces(keys.rows, block_n), *keys.steps,
+            keys.range, *keys.range_strides,
+            problem.tiles(dout, 64, block_d),
+            lse,
+            delta, delta.shape[1],
+            problem.tiles(dq, 64, block_d),
+            dbias, step_b * heads * rows_of_plane, step_h * rows_of_plane, columns_of_plane // 128,
+            M, N, R, H, num_tiles, num_groups, total,
+            scale, scale * _LOG2_E.value,
+        ),
+        constants={
+            "HAS_MASK": keys.has_mask, "HAS_RANGE": keys.has_range,
+            "TILES": plan.tiles, "ROWS": plan.rows,
+            "BLOCK_N": block_n, "BLOCK_D": block_d, "STAGES": plan.stages,
+        },
+        maxnreg=_REGISTERS,
+    )  # fmt: skip
