@@ -37,10 +37,14 @@ def test_two_parts_do_not_pay():
 
 
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_scalar_tiles_fit_the_shared_memory(dim, dtype):
-    problem = Problem(dtype, 1, 4096, 4096, 1, 1, dim, dim)
-    tile = variants._first_fitting(
-        variants._FORWARD_TILES, gpu(), 4096, problem, variants._forward_bytes
-    )
-    assert variants._forward_bytes(tile, problem) <= gpu().shared_memory
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_scalar_tiles_fit_the_shared_memory(part, dim):
+    problem = Problem("float32", 1, 4096, 4096, 1, 1, dim, dim)
+    tiles, size = {
+        "forward": (variants._FORWARD_TILES, variants._forward_bytes),
+        "backward": (variants._BACKWARD_TILES, variants._backward_bytes),
+    }[part]
+    tile = variants._first_fitting(tiles, gpu(), 4096, problem, size)
+    assert size(tile, problem) <= gpu().shared_memory
+    assert tile.columns // tile.column_threads % 4 == 0  # weights are shared in vectors
+    assert tile.rows * tile.column_threads % tile.threads == 0

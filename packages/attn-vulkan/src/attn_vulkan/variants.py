@@ -73,6 +73,7 @@ _FORWARD_TILES = (
     Tile(32, 8, 16, 4),
 )
 _BACKWARD_TILES = (
+    Tile(128, 64, 16, 4),
     Tile(128, 32, 32, 8),
     Tile(64, 16, 32, 8),
     Tile(64, 8, 32, 8),

@@ -77,15 +77,19 @@ void main() {
             dq[r][d] = vec4(0.0);
     }
     uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
-    for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
+    uint j_first = keys.x / BC * BC;
+    vec4 k_next[VECTORS(BC, D)], v_next[VECTORS(BC, D)];
+    FETCH_TILE(v_next, BC, D, v_rows, j_first, row_at(v_rows, row))
+    for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
         float products[TR][TC], grads[TR][TC];
+        STORE_TILE(v_next, s_tile, BC, STRIDE, D)
         barrier();
-        LOAD(s_tile, BC, STRIDE, D, v_rows, j0, row_at(v_rows, row))
-        barrier();
+        FETCH_TILE(k_next, BC, D, k_rows, j0, row_at(k_rows, row))
         MULTIPLY(grads, s_second, STRIDE, D)
         barrier();
-        LOAD(s_tile, BC, STRIDE, D, k_rows, j0, row_at(k_rows, row))
+        STORE_TILE(k_next, s_tile, BC, STRIDE, D)
         barrier();
+        FETCH_TILE(v_next, BC, D, v_rows, j0 + BC, row_at(v_rows, row))
         MULTIPLY(products, s_first, STRIDE, D)
         [[unroll]] for (uint r = 0; r < TR; ++r)
             [[unroll]] for (uint c = 0; c < TC; ++c) {
@@ -95,6 +99,7 @@ void main() {
         SHARE(grads)
         barrier();
         ADD_PRODUCT(dq, STRIDE)
+        barrier();
     }
     STORE(dq, query_address(p.dq, s, head, row0 + row), p.dq, p.head_dim, row0 + row < s.len_q)
 }
@@ -120,11 +125,14 @@ void main() {
         float slope = slope_of(s, head, HAS_SLOPES);
         Rows q_rows = rows_of(p.q, query_address(p.q, s, head, 0), p.head_dim, s.len_q);
         Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q);
-        for (uint i0 = queries.x / BC * BC; i0 < queries.y; i0 += BC) {
+        uint i_first = queries.x / BC * BC;
+        vec4 q_next[VECTORS(BC, D)], dout_next[VECTORS(BC, D)];
+        FETCH_TILE(q_next, BC, D, q_rows, i_first, row_at(q_rows, row))
+        for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
             float weights[TR][TC], grads[TR][TC], derivatives[TR][TC], delta[TC];
+            STORE_TILE(q_next, s_tile, BC, STRIDE, D)
             barrier();
-            LOAD(s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
-            barrier();
+            FETCH_TILE(dout_next, BC, D, dout_rows, i0, row_at(dout_rows, row))
             MULTIPLY(weights, s_first, STRIDE, D)
             [[unroll]] for (uint c = 0; c < TC; ++c) {
                 uint i = i0 + cg + c * CG;
@@ -142,7 +150,7 @@ void main() {
             }
             SHARE(weights)
             barrier();
-            LOAD(s_tile, BC, STRIDE, D, dout_rows, i0, row_at(dout_rows, row))
+            STORE_TILE(dout_next, s_tile, BC, STRIDE, D)
             barrier();
             MULTIPLY(grads, s_second, STRIDE, D)
             ADD_PRODUCT(dv, STRIDE)
@@ -151,9 +159,11 @@ void main() {
                     grads[r][c] = weights[r][c] * (grads[r][c] - delta[c]) * derivatives[r][c];
             barrier();
             SHARE(grads)
-            LOAD(s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
+            STORE_TILE(q_next, s_tile, BC, STRIDE, D)
             barrier();
+            FETCH_TILE(q_next, BC, D, q_rows, i0 + BC, row_at(q_rows, row))
             ADD_PRODUCT(dk, STRIDE)
+            barrier();
         }
     }
     STORE(dk, key_address(p.dk, s, head_kv, row0 + row, false), p.dk, p.head_dim, row0 + row < s.len_k)
