@@ -338,7 +338,10 @@ def test_nothing_compiles_anew_as_sequences_grow(use_target, monkeypatch):
     [
         (1, 64, (16, False, 4)),
         (1, 512, (33, False, 4)),
-        (8, 64, (4, False, 4)),
+        (4, 64, (8, False, 4)),
+        (8, 64, (1, False, 3)),
+        (16, 64, (1, False, 3)),
+        (8, 128, (4, False, 4)),
         (64, 64, (1, False, 4)),
         (256, 64, (1, False, 4)),
         (8, 2048, (49, True, 3)),

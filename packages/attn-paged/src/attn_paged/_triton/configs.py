@@ -25,6 +25,7 @@ LATENT = 576  # width of keys of more than 512 entries that hold their values
 _ANY = 2**30  # more queries than any sequence has
 _MAX_SPLITS = 256
 _SHORT_BYTES = 1 << 20  # of keys for one program; with fewer, counting the work costs too much
+_ALONE_BYTES = 1 << 19  # of keys for a program that has a processor and a sequence to itself
 _INVARIANT_KEYS = 1024  # of a part that is the same in every batch
 _SHARED_BYTES = 208 << 10  # of a processor, for the tiles of its programs
 _KEY_TILE_BYTES = 1 << 15  # of keys and values that one stage of the pipeline holds
@@ -95,6 +96,9 @@ ATTENTION = Table(
     ],
     sources=("attn_paged._triton.attention",),
 )
+
+# Tiles of a program that has a processor and a sequence to itself, where measured.
+_ALONE = {("sm_90", 128, 2): TileConfig(16, 128, 8, 3)}
 
 
 class Plan(NamedTuple):
@@ -251,6 +255,15 @@ def schedule(plan: Plan, span: int, key_bytes: int, choice: Choice) -> Plan:
     programs = max(1, plan.num_tiles * plan.head_tiles)
     parts = plan.config
     if plan.config.block_m <= FEW:
+        alone = _ALONE.get((device_info(choice.device).arch, choice.width, choice.size))
+        num_sms = device_info(choice.device).num_sms
+        # Half of the processors read as fast as all of them, and there is nothing to merge.
+        if (
+            alone
+            and 4 * num_sms <= 9 * programs <= 9 * num_sms
+            and span * key_bytes <= _ALONE_BYTES
+        ):
+            return plan._replace(config=alone)
         whole = choice.tiles("few-whole")
         is_full = 4 * programs >= 3 * choice.slots(whole, key_bytes)
         if is_full and span * key_bytes <= _SHORT_BYTES:
