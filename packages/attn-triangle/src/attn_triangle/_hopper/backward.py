@@ -9,6 +9,7 @@ and dB is the sum of dS over the rows. Seven products with atomic additions to d
 
 import torch
 
+from attn_core import replay
 from attn_core.tiling import padded_head_dim
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.dbias import dbias as dbias_by_owner
@@ -18,6 +19,8 @@ from attn_triangle._hopper.dq_dbias import dq_dbias, new_dbias
 from attn_triangle._hopper.rows import add_unseeing, query_rows
 from attn_triangle._triton.backward import sum_of_splits
 from attn_triangle.layout import new_heads_last, new_unwanted
+
+_LARGE = 2**24  # numbers in q beyond which memory counts and the host's time does not
 
 
 def attention_backward(
@@ -43,6 +46,9 @@ def attention_backward(
     dq, dk, dv, dbias = (new_unwanted(x) for x in (q, k, v, bias))
     if q.numel() * N == 0:
         return _zeros(q, k, v, bias, wanted)
+    recording = replay.recording()
+    if recording is not None and q.numel() > _LARGE:
+        recording.refuse()  # what is repeated holds all memory to its end
     dout = problem.readable(dout)
     readable = problem.readable_bias(bias, M, N)
     keys = problem.key_rows(mask, N, configs.LONGEST_BLOCK, is_mean=False, unread=lse)
