@@ -73,6 +73,7 @@ HOPPER = [
     Case(cache_dtype=torch.float8_e4m3fn, tokens=300),
     Case(cache_dtype=torch.int8, tokens=300),
     Case(max_blocks=64),
+    Case(max_blocks=64, heads_kv=32),
     LATENT,
     LATENT._replace(values_in_keys=True),
     LATENT._replace(values_in_keys=True, heads=16),
