@@ -133,7 +133,6 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
         compiled = recorder.compile("sm_90")
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"
         assert compiled.spills == 0
-        assert not compiled.serializes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

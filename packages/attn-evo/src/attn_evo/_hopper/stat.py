@@ -1,7 +1,7 @@
 """The second launch of causal attention on Hopper: gated values, summed up over tiles and chunks.
 
-It takes the place of the Triton kernel `_attention_stat_kernel`. Four programs of a warpgroup share
-an SM.
+It takes the place of Triton's kernel for D = 64. Three programs of a warpgroup share an SM. Each
+computes two tiles at a time, which do not wait for each other: the context before either is known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from attn_evo._hopper.tiles import (
     accumulators,
     begin_with,
     half_triangle,
-    left_operand,
+    operand,
     start_copy,
     start_linear,
     sum_rows,
@@ -34,7 +34,14 @@ from attn_evo._hopper.tiles import (
 )
 from attn_evo._triton import problem
 
-_REGISTERS = 128  # of a thread
+_REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
+
+
+@gluon.jit
+def _store_partial_sums(gated, parts):
+    """Store the sums of the rows of [64, 64] that share a thread, [32, 64]."""
+    sums = gl.sum(gl.reshape(gated, [4, 2, 8, 64]), 1)
+    parts.store(gl.reshape(sums, [32, 64]))
 
 
 @gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
@@ -48,7 +55,10 @@ def _attention_stat_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
+    PARTS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # without bank conflicts
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    COLUMNS: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
+    PAIR: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
     pid_bh = gl.program_id(0) // num_chunks
     pid_c = gl.program_id(0) % num_chunks
     first = pid_c * tiles_per_chunk
@@ -62,51 +72,85 @@ def _attention_stat_kernel(
 
     weight = gl.allocate_shared_memory(dtype, [D, D], TILE)
     bias = gl.allocate_shared_memory(dtype, [BIAS_ROWS, D], TILE)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], TILE)
-    mean_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, D], TILE)
-    context_row = gl.allocate_shared_memory(gl.float32, [D], FLAT)
-    start_copy(v_tiles.index(0), v_ptr, stride_vl, L - first * BLOCK_M, BLOCK_M, D)
+    v_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, D], TILE)
+    parts = gl.allocate_shared_memory(gl.float32, [2, 32, D], PARTS)
+    row_0 = gl.allocate_shared_memory(gl.float32, [D], FLAT)
+    row_1 = gl.allocate_shared_memory(gl.float32, [D], FLAT)
+    rows = L - first * BLOCK_M
+    start_copy(v_tiles.index(0), v_ptr, stride_vl, rows, BLOCK_M, D)
+    v_ptr += BLOCK_M * stride_vl
+    rows = gl.where(first + 1 < last, rows - BLOCK_M, 0)
+    start_copy(v_tiles.index(1), v_ptr, stride_vl, rows, BLOCK_M, D)
     start_copy(weight, matrices_ptr + W_G * D * D, D, D, D, D)
     start_copy(bias, biases_ptr + W_G * BIAS_ROWS * D, D, BIAS_ROWS, BIAS_ROWS, D)
     async_copy.commit_group()
 
     offs_d = gl.arange(0, D, ROW)
-    context_i = sum_rows(chunk_sums_ptr + pid_bh.to(gl.int64) * num_chunks * D, pid_c, D, ROW)
+    offs_pair = gl.arange(0, 2, gl.SliceLayout(1, PAIR))
+    offs_column = gl.arange(0, D, gl.SliceLayout(0, PAIR))
+    context_0 = sum_rows(chunk_sums_ptr + pid_bh.to(gl.int64) * num_chunks * D, pid_c, D, ROW)
     half = half_triangle(BLOCK_M, dtype, D)
     offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, accumulators(D)))
-    stat = gl.zeros([D], gl.float32, ROW)
-    for tile in range(first, last):
+    stat = gl.zeros([2, D], gl.float32, PAIR)
+    sum_0 = gl.load(tile_sums_ptr + offs_d)
+    sum_1 = gl.load(tile_sums_ptr + offs_d + D, mask=offs_d < (last - first - 1) * D, other=0.0)
+    for tile in range(first, last, 2):  # and the one after it, which may be past the last
         start = tile * BLOCK_M
-        stage = (tile - first) % STAGES
-        context_row.store(context_i * 0.5)
+        stage = (tile - first) // 2 % STAGES
+        num_tiles_left = last - tile
+        context_1 = context_0 + sum_0
+        row_0.store(context_0 * 0.5)
+        row_1.store(context_1 * 0.5)
         async_copy.wait_group(0)
-        num_rows = gl.where(tile + 1 < last, L - start - BLOCK_M, 0)
         v_ptr += BLOCK_M * stride_vl
-        start_copy(v_tiles.index(1 - stage), v_ptr, stride_vl, num_rows, BLOCK_M, D)
+        rows = gl.where(num_tiles_left > 2, L - start - 2 * BLOCK_M, 0)
+        start_copy(v_tiles.index(2 - 2 * stage), v_ptr, stride_vl, rows, BLOCK_M, D)
+        v_ptr += BLOCK_M * stride_vl
+        rows = gl.where(num_tiles_left > 3, L - start - 3 * BLOCK_M, 0)
+        start_copy(v_tiles.index(3 - 2 * stage), v_ptr, stride_vl, rows, BLOCK_M, D)
         async_copy.commit_group()
-        gl.store(contexts_ptr + offs_d, context_i)
-        context_i += gl.load(tile_sums_ptr + offs_d)
+        gl.store(contexts_ptr + offs_d, context_0)
+        gl.store(contexts_ptr + D + offs_d, context_1, mask=offs_d < (num_tiles_left - 1) * D)
+        context_0 = context_1 + sum_1
+        contexts_ptr += 2 * D
+        next_ptr = tile_sums_ptr + 2 * D + offs_d
+        sum_0 = gl.load(next_ptr, mask=offs_d < (num_tiles_left - 2) * D, other=0.0)
+        sum_1 = gl.load(next_ptr + D, mask=offs_d < (num_tiles_left - 3) * D, other=0.0)
 
-        v = v_tiles.index(stage)
-        context = begin_with(context_row, BLOCK_M, D)
-        context = warpgroup_mma(half, v, context, is_async=True)
-        context = warpgroup_mma_wait(0, deps=(context,))
-        inverse_count = gl.expand_dims(2.0 / (start + 1 + offs_m).to(gl.float32), 1)
-        mean = left_operand((context * inverse_count).to(dtype), mean_tile, D)
-        logit = start_linear(mean, weight, bias, BLOCK_M, D)
-        logit = warpgroup_mma_wait(0, deps=(logit,))
-        values = v.load(accumulators(D)).to(gl.float32)
-        gated = twice_gated(values, logit, dtype == gl.bfloat16)
-        total = gl.convert_layout(gl.sum(gated, 0), ROW) * 0.5
-        gl.store(tile_sums_ptr + to_stat + offs_d, total)
-        stat += total
-        contexts_ptr += D
-        tile_sums_ptr += D
+        v_0 = v_tiles.index(2 * stage)
+        v_1 = v_tiles.index(2 * stage + 1)
+        c_0 = begin_with(row_0, BLOCK_M, D)
+        c_1 = begin_with(row_1, BLOCK_M, D)
+        c_0 = warpgroup_mma(half, v_0, c_0, is_async=True)
+        c_1 = warpgroup_mma(half, v_1, c_1, is_async=True)
+        counts = (start + 1 + offs_m).to(gl.float32)
+        inverse_0 = gl.expand_dims(2.0 / counts, 1)
+        inverse_1 = gl.expand_dims(2.0 / (counts + BLOCK_M), 1)
+        c_0 = warpgroup_mma_wait(1, deps=(c_0,))
+        mean = gl.convert_layout((c_0 * inverse_0).to(dtype), operand(D), assert_trivial=True)
+        logit_0 = start_linear(mean, weight, bias, BLOCK_M, D)
+        c_1 = warpgroup_mma_wait(2, deps=(c_1,))
+        mean = gl.convert_layout((c_1 * inverse_1).to(dtype), operand(D), assert_trivial=True)
+        logit_1 = start_linear(mean, weight, bias, BLOCK_M, D)
+        logit_0 = warpgroup_mma_wait(2, deps=(logit_0,))
+        values = v_0.load(accumulators(D)).to(gl.float32)
+        _store_partial_sums(twice_gated(values, logit_0, dtype == gl.bfloat16), parts.index(0))
+        logit_1 = warpgroup_mma_wait(0, deps=(logit_1,))
+        values = v_1.load(accumulators(D)).to(gl.float32)
+        _store_partial_sums(twice_gated(values, logit_1, dtype == gl.bfloat16), parts.index(1))
+        both = parts._reinterpret(gl.float32, [64, D], PARTS).load(COLUMNS)
+        totals = gl.sum(gl.reshape(both, [2, 32, D]), 1) * 0.5
+        totals = gl.convert_layout(totals, PAIR)
+        ptrs = tile_sums_ptr + to_stat + offs_pair[:, None] * D + offs_column[None, :]
+        mask = (offs_pair < num_tiles_left)[:, None] & (offs_column < D)[None, :]
+        gl.store(ptrs, totals, mask=mask)
+        stat += totals
+        tile_sums_ptr += 2 * D
 
     row = ((num_heads + pid_bh).to(gl.int64) * num_chunks + pid_c) * D
-    gl.store(chunk_sums_ptr + row + offs_d, stat)
+    gl.store(chunk_sums_ptr + row + offs_column, gl.sum(stat, 0))
     if pid_c == num_chunks - 1:
-        gl.store(sums_after_ptr + pid_bh.to(gl.int64) * D + offs_d, context_i)
+        gl.store(sums_after_ptr + pid_bh.to(gl.int64) * D + offs_d, context_0)
 
 
 _launch_stat = Launcher(_attention_stat_kernel, maxnreg=_REGISTERS)

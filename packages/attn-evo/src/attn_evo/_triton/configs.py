@@ -84,7 +84,7 @@ BACKWARD = Table(
     sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),
 )
 # Of the launches before those that Hopper has kernels of its own for.
-HOPPER_FORWARD = TileConfig(64, 1024, 4, 2)
+HOPPER_FORWARD = TileConfig(64, 2752, 4, 2)
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.
 SUMS = TileConfig(1, 1, 4, 1)
 # Of launches of the backward pass whose tiles are smaller, whose pipeline is longer or at most so
