@@ -111,6 +111,17 @@ def test_values_packed_with_others(dim, dtype, device, make_case, assert_results
     assert_results(case, attend(case, inputs), (v, *rest))
 
 
+@pytest.mark.parametrize("length", [11_000, 15_000])
+def test_chunks_of_several_tiles(length, device, make_case):
+    """Three and four on 132 SMs: of an odd number the last has no neighbour to go with."""
+    v, weights, *_ = make_case(1, 4, length, 64).inputs(BFLOAT, device)
+    out, sums = ops.attention(v, *weights, None, None, None, True, FLOAT, [], BACKEND)
+    exact = EvoWeights(*(weight.double() for weight in weights))
+    exact_out, exact_sums = reference.attention(v.double(), exact, True)
+    assert (out - exact_out).norm() < 3e-2 * exact_out.norm()
+    assert (sums - exact_sums).norm() < 1e-2 * exact_sums.norm()
+
+
 def test_gradients_through_the_public_function(device, make_case):
     case = make_case(2, 2, 300, 64)
     inputs = case.inputs(BFLOAT, device)
