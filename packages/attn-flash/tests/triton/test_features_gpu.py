@@ -113,6 +113,12 @@ def test_dense(sizes, name, window, device):
     check(*dense_problem(sizes, name, torch.bfloat16, device, window))
 
 
+@pytest.mark.parametrize("name", ["bias", "bool-bias", "key-mask"])
+def test_long(name, device):
+    sizes = 1, 2, 1, 70, 1100, 128, 128
+    check(*dense_problem(sizes, name, torch.bfloat16, device, (-1, -1)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["plain", "everything"])
 @pytest.mark.parametrize("sizes", ODD_SIZES.values(), ids=ODD_SIZES)

@@ -120,6 +120,12 @@ def test_gradient_of_a_bias_that_is_not_written_down_before_it_is_summed(monkeyp
     test_dense("bias-of-a-head", "window")
 
 
+@pytest.mark.parametrize("name", ["bias-of-a-head", "bool-bias", "key-mask", "added-key-mask"])
+def test_products_a_tile_ahead(name, monkeypatch):
+    monkeypatch.setattr(configs, "SHORT", 0)
+    test_dense(name, "full")
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 @pytest.mark.parametrize("name", ["alibi", "bool-bias", "everything"])
 def test_scales_that_are_not_positive(name, scale):

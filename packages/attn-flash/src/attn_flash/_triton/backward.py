@@ -44,6 +44,7 @@ from attn_flash.options import Options
 # What the gradient of a bias may take before it is summed: in copies of the bias, or in elements.
 _MOST_COPIES = 8
 _MOST_EXPANDED = 1 << 29
+_WIDEST_HEAD = 256  # bytes, of those that are summed so
 
 
 # fmt: off
@@ -550,7 +551,7 @@ def attention_backward(
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
     terms = problem.score_terms(q, size, options)
-    dbias = None if bias is None else _expanded_dbias(bias, size, options)
+    dbias = None if bias is None else _expanded_dbias(bias, q, size, options)
     dq = _dq(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options)
     dk, dv = _dk_dv(dout, q, k, v, rows, size, terms, options)
     if dbias is not None:
@@ -576,11 +577,17 @@ def _dsinks(sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return (grad.sum(0) if grad.dim() == 2 else grad).to(sinks.dtype)
 
 
-def _expanded_dbias(bias, size, options):
-    """Memory for the gradient of a bias (B, H, M, N) before it is summed, or None for too much."""
+def _expanded_dbias(bias, q, size, options):
+    """Memory for the gradient of a bias (B, H, M, N) before it is summed, or None for too much.
+
+    Triton stores tiles through shared memory, of which wide heads and biases leave too little.
+    """
     whole = (size.B, size.H, size.M, size.N)
     limit = max(_MOST_COPIES * bias.numel(), _MOST_EXPANDED)
     if bias.shape[2:] != whole[2:] or math.prod(whole) > limit:
+        return None
+    head_bytes = tiling.padded_head_dim(max(size.D, size.D_v)) * q.element_size()
+    if bias.element_size() != q.element_size() or head_bytes > _WIDEST_HEAD:
         return None
     is_all_written = options.window == (-1, -1) and not options.is_varlen
     return bias.new_empty(whole) if is_all_written else bias.new_zeros(whole)
@@ -633,7 +640,7 @@ def _dq(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options):
 def _dk_dv_table(options):
     if options.attn_bias is not None:
         return configs.BACKWARD_DK_DV_BIAS
-    if options.softcap != 0.0 or options.alibi_slopes is not None:
+    if options.alibi_slopes is not None:
         return configs.BACKWARD_DK_DV_TERMS
     return configs.BACKWARD_DK_DV
 

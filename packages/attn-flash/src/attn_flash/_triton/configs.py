@@ -118,7 +118,7 @@ BACKWARD_DK_DV = Table(
     ],
     sources=("attn_flash._triton.backward",),
 )
-# Softcapping and ALiBi compute with all scores, for which smaller tiles leave the registers.
+# ALiBi computes with positions, for which smaller tiles leave the registers.
 BACKWARD_DK_DV_TERMS = Table(
     "attn_flash.backward_dk_dv_terms",
     rows={
@@ -142,9 +142,8 @@ BACKWARD_DK_DV_BIAS = Table(
         **BACKWARD_DK_DV.rows,
         **_rows(
             "sm_90",
-            (64, "any", TileConfig(64, 128, 8, 2)),
             (128, "short", TileConfig(32, 128, 8, 2)),
-            (128, "causal", TileConfig(32, 128, 8, 2)),
+            (128, "causal", TileConfig(64, 128, 8, 3)),
         ),
     },
     default=BACKWARD_DK_DV.default,

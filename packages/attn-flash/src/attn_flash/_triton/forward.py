@@ -42,7 +42,8 @@ def _attend(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -71,6 +72,13 @@ def _attend(
     next_key_mask = 0.0
     if HAS_KEY_MASK > 0:
         next_key_mask = load_term(key_mask_ptrs, offs_n < N - lo, True)
+    # The products of the next tile run beside the softmax of this one. At the end there is no next.
+    IS_AHEAD: tl.constexpr = AHEAD and not MASKED
+    next_products = 0.0
+    if IS_AHEAD:
+        k = load_tile(k_ptr + k_offs, offs_n < N - lo, mask_d, True, PAD_D)
+        next_products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k_ptr += tl.where(lo + BLOCK_N < hi, BLOCK_N, 0) * stride_kn
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
         if PAGE_SIZE > 0:
@@ -92,7 +100,11 @@ def _attend(
             key_mask = next_key_mask[None, :]
             key_mask_ptrs += tl.where(start_n + BLOCK_N < hi, BLOCK_N, 0) * stride_mn
             next_key_mask = load_term(key_mask_ptrs, offs_n < N - start_n - BLOCK_N, MASKED)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        products = next_products  # [BLOCK_M, BLOCK_N]
+        if IS_AHEAD:
+            next_products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         distance = (position_f - start_n)[:, None] - offs_nf[None, :]
         scores, factor, _ = modify_scores(
             products, distance, bias, key_mask, scale_log2, softcap_log2, slope_log2,
@@ -117,7 +129,10 @@ def _attend(
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if PAGE_SIZE == 0:
-            k_ptr += BLOCK_N * stride_kn
+            if IS_AHEAD:
+                k_ptr += tl.where(start_n + 2 * BLOCK_N < hi, BLOCK_N, 0) * stride_kn
+            else:
+                k_ptr += BLOCK_N * stride_kn
             v_ptr += BLOCK_N * stride_vn
     return acc, m_i, l_i
 
@@ -140,7 +155,7 @@ def _attend_rows(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -181,7 +196,7 @@ def _attend_rows(
             lo, full_lo, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
@@ -191,7 +206,7 @@ def _attend_rows(
         full_lo, full_hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, False,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
@@ -201,7 +216,7 @@ def _attend_rows(
         full_hi, hi, M, N, b, h,
         scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
         HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
         BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
@@ -238,7 +253,7 @@ def _attention_forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -288,7 +303,7 @@ def _attention_forward_kernel(
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
-            NEGATE_Q, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
+            NEGATE_Q, AHEAD, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     else:
         _attend_rows(
@@ -299,7 +314,7 @@ def _attention_forward_kernel(
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
-            NEGATE_Q, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
+            NEGATE_Q, AHEAD, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
 
@@ -347,7 +362,8 @@ def attention(
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "HAS_SINKS": sinks is not None,
-            "NEGATE_Q": options.scale < 0, "PRECISION": tiling.dot_precision(q),
+            "NEGATE_Q": options.scale < 0, "AHEAD": _runs_ahead(size, options),
+            "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m,
             "TAIL_M": problem.tail_block(size.M, config.block_m, options),
             "BLOCK_N": config.block_n,
@@ -362,3 +378,13 @@ def attention(
 
 def _tiles_table(options):
     return configs.FORWARD_TERMS if configs.modifies_scores(options) else configs.FORWARD
+
+
+def _runs_ahead(size, options):
+    """Whether to start products a tile ahead: for all that waits between products and softmax.
+
+    It costs each program a product, and those that see few keys more than they gain.
+    """
+    waits = options.attn_bias is not None or options.key_mask is not None
+    sees_much = options.window == (-1, -1) and size.N > configs.SHORT
+    return waits and sees_much and options.block_table is None
