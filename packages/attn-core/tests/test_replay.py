@@ -1,6 +1,7 @@
 """Calls that are repeated, with kernels that copy memory by address and count their launches."""
 
 import ctypes
+import weakref
 
 import pytest
 import torch
@@ -324,6 +325,33 @@ def test_arguments_elsewhere_are_not_repeated(kernel):
     for _ in range(4):
         function(filled(1.0), torch.empty(2, device="meta"))
     assert kernel.computed == 4
+
+
+def test_large_memory_is_not_held_to_the_end(kernel, monkeypatch):
+    monkeypatch.setattr(replay, "_MAX_MADE", 3 * 64)
+    alive = []
+
+    def function(x, pieces):
+        kernel.computed += 1
+        memory = []
+        for _ in range(pieces):
+            scratch = x.new_empty(x.shape)
+            kernel.launch(x, scratch, 1.0)
+            memory.append(weakref.ref(scratch))
+            del scratch
+        alive.append(sum(ref() is not None for ref in memory))
+        out = x.new_empty(x.shape)
+        kernel.launch(x, out, 2.0)
+        return out
+
+    function = Replayed(function)
+    for pieces, computed in ((2, 2), (3, 4)):
+        kernel.computed = 0
+        alive.clear()
+        for _ in range(4):
+            assert torch.equal(function(filled(1.0), pieces), filled(2.0))
+        assert kernel.computed == computed
+    assert alive[2:] == [0, 0]  # after the one that was recorded
 
 
 def test_failure_is_raised_every_time():

@@ -35,6 +35,9 @@ _EMPTY = frozenset(
 _ZEROS = frozenset({_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default})
 _FULL = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.new_full.default: 2}  # the value
 _MAX_REMEMBERED = 4096
+# Bytes made on the way: a replay holds them to its end, where the call itself frees what it can.
+# Kernels that need more take longer than any Python.
+_MAX_MADE = 2**26
 _SEEN, _REFUSED = "seen once", "cannot be repeated"
 _memories: list[dict[Hashable, Any]] = []
 _thread = threading.local()
@@ -134,6 +137,7 @@ class Recording(Observer):
         self._num_arguments = len(tensors)
         self._tensors = list(tensors)  # then those that are made on the way, and how
         self._makers: list[_Make] = []
+        self._bytes_made = 0
         self._is_watching = True
         self._steps: list[_Launch | _Copy] = []
         self._written: set[int] = set()
@@ -178,6 +182,8 @@ class Recording(Observer):
 
     def launched(self, tensors: Sequence[torch.Tensor], start: Start) -> None:
         """Note a launch: ``start`` repeats it, given the addresses of `tensors`."""
+        if not self._is_repeatable:
+            return
         places = [place for place in map(self._place, tensors) if place is not None]
         self._steps.append(_Launch(start, places))
         self._written.update(place.number for place in places)
@@ -185,9 +191,12 @@ class Recording(Observer):
     def refuse(self) -> None:
         """Note something that cannot be repeated."""
         self._is_repeatable = False
+        del self._tensors[self._num_arguments :]
 
     def replay(self, results: Any) -> _Replay | None:
         """Return what repeats the call that gave `results`, or None."""
+        if not self._is_repeatable:
+            return None
         is_single = isinstance(results, torch.Tensor)
         wanted = (results,) if is_single else results or ()
         outputs = [view for view in map(self._view, wanted) if view is not None]
@@ -217,10 +226,12 @@ class Recording(Observer):
         return methodcaller("new_full", x.shape, value, **options)
 
     def _made(self, tensor: torch.Tensor, make: _Make) -> None:
-        if tensor.device != self._tensors[0].device:
+        self._bytes_made += tensor.nbytes
+        if tensor.device != self._tensors[0].device or self._bytes_made > _MAX_MADE:
             self.refuse()
-        self._tensors.append(tensor)
-        self._makers.append(make)
+        if self._is_repeatable:
+            self._tensors.append(tensor)
+            self._makers.append(make)
 
     def _place(self, tensor: torch.Tensor) -> _Place | None:
         """Find the memory of a tensor: it, or the only address it can be a view of."""
