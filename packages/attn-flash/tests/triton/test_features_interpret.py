@@ -123,6 +123,7 @@ def test_gradient_of_a_bias_that_is_not_written_down_before_it_is_summed(monkeyp
 @pytest.mark.parametrize("name", ["bias-of-a-head", "bool-bias", "key-mask", "added-key-mask"])
 def test_products_a_tile_ahead(name, monkeypatch):
     monkeypatch.setattr(configs, "SHORT", 0)
+    monkeypatch.setattr(configs, "tiles", lambda *_: TileConfig(16, 16, num_stages=3))
     test_dense(name, "full")
 
 

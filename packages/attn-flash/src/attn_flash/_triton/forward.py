@@ -362,7 +362,7 @@ def attention(
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "HAS_SINKS": sinks is not None,
-            "NEGATE_Q": options.scale < 0, "AHEAD": _runs_ahead(size, options),
+            "NEGATE_Q": options.scale < 0, "AHEAD": _runs_ahead(size, options, config),
             "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m,
             "TAIL_M": problem.tail_block(size.M, config.block_m, options),
@@ -380,11 +380,12 @@ def _tiles_table(options):
     return configs.FORWARD_TERMS if configs.modifies_scores(options) else configs.FORWARD
 
 
-def _runs_ahead(size, options):
+def _runs_ahead(size, options, config):
     """Whether to start products a tile ahead: for all that waits between products and softmax.
 
-    It costs each program a product, and those that see few keys more than they gain.
+    It costs each program a product, and those that see few keys more than they gain; and shared
+    memory, of which there is enough where the tiles have three stages.
     """
     waits = options.attn_bias is not None or options.key_mask is not None
     sees_much = options.window == (-1, -1) and size.N > configs.SHORT
-    return waits and sees_much and options.block_table is None
+    return waits and sees_much and options.block_table is None and config.num_stages > 2
