@@ -209,7 +209,7 @@ def _prefix_sum_columns_kernel(
     # The tiles of the group before this one, and in the first row all groups before.
     offs_row = tl.arange(0, _GROUP)
     rows = tl.where(offs_row == 0, num_tiles + group - 1, group * _GROUP + offs_row - 1)
-    wanted = tl.where(offs_row == 0, group > 0, rows < place)
+    wanted = (rows < place) | ((offs_row == 0) & (offs_row < group))
     ptrs = words_ptr + tile_offsets(rows, BLOCK_C, offs_c, 1)
     carry = tl.sum(_await_published(ptrs, wanted[:, None] & (offs_c < BLOCK_C)[None, :]), 0)
     if place % _GROUP == _GROUP - 1:
