@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -204,6 +205,7 @@ def peak_mib(call: Call, device: torch.device) -> float:
 
 def captured(call: Call) -> Call:
     """Record a GPU call as a CUDA graph and return its replay."""
+    gc.collect()  # gradients of old calls that wait for it tie the inputs to another stream
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -132,6 +132,14 @@ def test_results_and_gradients(case, device):
     check(case, case.inputs(device), case.make_mask(device), device)
 
 
+@pytest.mark.parametrize("deterministic", [True, False], ids=["det", "atomics"])
+def test_sizes_one_after_the_other(device, deterministic):
+    """A kernel that is compiled for one size serves all; large ones give a program many tiles."""
+    for size in (128, 256, 128, 250):
+        case = Case(H=4, R=size, M=size, N=size, mask="none", deterministic=deterministic)
+        check(case, case.inputs(device), case.make_mask(device), device)
+
+
 def test_scores_of_which_the_first_tile_is_no_guide(device):
     case = Case(M=384, N=384, mask="none")
     q, k, v, bias = case.inputs(device)

@@ -149,14 +149,20 @@ class LaunchRecorder:
         self.constexprs = {name: value for name, value in keywords.items() if name in names}
 
     def compile(self, target: str) -> CompiledKernel:
-        """Compile the kernel as Triton would for this launch; errors as in `compile_ahead`."""
+        """Compile the kernel as Triton would for this launch; errors as in `compile_ahead`.
+
+        Also a ValueError where Triton would compile for an integer that is no stride: a `Launcher`
+        would start what came of it for other values.
+        """
         signature, constants = {}, dict(self.constexprs)
         for parameter, value in zip(self.kernel.params, self.args, strict=False):
+            name, is_hinted = parameter.name, not parameter.do_not_specialize
             if value is None:
-                constants[parameter.name] = None
-            else:
-                is_hinted = not parameter.do_not_specialize
-                signature[parameter.name] = _type_of(value, is_hinted)
+                constants[name] = None
+                continue
+            if type(value) is int and is_hinted and not name.startswith("stride_"):
+                raise ValueError(f"{self.kernel.__name__} must name {name} in do_not_specialize")
+            signature[name] = _type_of(value, is_hinted)
         return compile_ahead(self.kernel, signature, constants, target, **self.options)
 
 

@@ -18,6 +18,7 @@ NOT_SPECIALIZED = [
     "H",
     "size_1",
     "size_2",
+    "num_columns",
     "num_heads",
     "num_tiles",
     "num_chunks",

@@ -27,6 +27,8 @@ from attn_flash.options import Options
 
 NOT_SPECIALIZED = [
     *problem.NOT_SPECIALIZED,
+    "bias_m",
+    "bias_n",
     "num_b",
     "num_h",
     "num_m",
