@@ -157,6 +157,20 @@ def test_attention_compiles_and_fits(target, case, use_target, monkeypatch):
         assert compiled.spills <= allowed
 
 
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 40, 64, 128])
+def test_three_programs_of_shared_work_fit_a_processor(heads, use_target, monkeypatch):
+    """Programs of 128 threads: 64K registers and 227 KB of shared memory."""
+    use_target("sm_90")
+    recorder = record_launches(attention._launch, monkeypatch)
+    for launcher in (worklist._launch, merge._launch):
+        record_launches(launcher, monkeypatch)
+    attend(Case(heads=heads, max_blocks=9999))
+    compiled = recorder.compile("sm_90")
+    assert recorder.options["num_warps"] == 4
+    assert 3 * 128 * compiled.registers <= 1 << 16
+    assert 3 * (compiled.shared + 1024) <= 227 << 10
+
+
 @pytest.mark.parametrize(
     "case, stages",
     [
@@ -210,7 +224,6 @@ def test_merge_compiles_without_spills(target, D_v, case, use_target, monkeypatc
 @pytest.mark.parametrize("target", TARGETS)
 def test_counting_of_work_compiles(target, use_target, monkeypatch):
     use_target(target)
-    monkeypatch.setattr(worklist, "FEW_TILES", 0)
     recorder = record_launches(worklist._launch, monkeypatch)
     for launcher in (merge._launch, attention._launch):
         record_launches(launcher, monkeypatch)
@@ -268,7 +281,8 @@ def test_merge_with_prefixes_compiles_without_spills(target, use_target, monkeyp
     launchers = [
         getattr(attention, name) for name in ("_launch", "_launch_first", "_launch_second")
     ]
-    for launcher in (cascade._launch_find, cascade._launch_divide, *launchers):
+    before = (cascade._launch_find, cascade._launch_divide, worklist._launch)
+    for launcher in (*before, *launchers):
         record_launches(launcher, monkeypatch)
     recorder = record_launches(merge._launch_halves, monkeypatch)
     attend_to_prefixes()

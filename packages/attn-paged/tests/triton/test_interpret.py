@@ -196,10 +196,11 @@ def test_tiles_and_schedules(sizes, tiles, schedule, window, monkeypatch):
     check(make(sizes), window=window)
 
 
-def test_work_of_many_tiles_is_counted_before(monkeypatch):
+@pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_programs_may_count_the_work_themselves(sizes, monkeypatch):
     use(monkeypatch, shares=3)
-    monkeypatch.setattr(worklist, "FEW_TILES", 0)
-    check(make(MIXED))
+    monkeypatch.setattr(worklist, "is_short", lambda plan, overlaps: True)
+    check(make(sizes))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 20, 64])

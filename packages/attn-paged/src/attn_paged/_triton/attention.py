@@ -607,7 +607,7 @@ def _start_by(
     limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
     is_light = is_light if plan.is_beside else None
     ends = context_lens.new_empty((plan.num_tiles,)) if plan.is_shared else None
-    is_counted = plan.is_shared and not worklist.is_short(plan, v_cache)
+    is_counted = plan.is_shared and not worklist.is_short(plan, overlaps)
     if is_counted:
         worklist.count_work(
             context_lens, cu_seqlens_q, is_causal, ends,

@@ -1,8 +1,9 @@
 """The work of a batch, counted on the device so that programs can share it equally.
 
 A unit of work is one tile of keys for one tile of queries. The list holds, for each tile of
-queries, the units up to its end. Few tiles are counted by every program of attention anew, which
-takes less time than another kernel; many are counted by a kernel before it.
+queries, the units up to its end. A kernel before attention counts it. Beside a shared prefix every
+program of attention does, so that no kernel comes between two that overlap; elsewhere the registers
+this takes cost more than a kernel.
 """
 
 import torch
@@ -16,8 +17,6 @@ from attn_paged._triton.configs import Plan
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile
 
 FEW_TILES = 256  # at most, that a program of attention counts itself
-_MOST_OUTPUT = 1 << 14  # numbers of a tile: more leave no registers for the list,
-_MOST_QUANTISED = 1 << 12  # and fewer where keys are dequantised
 _TILES = 1024  # that are counted at once
 
 
@@ -71,11 +70,9 @@ def _count_work_kernel(
 _launch = Launcher(_count_work_kernel)
 
 
-def is_short(plan: Plan, v_cache: torch.Tensor) -> bool:
+def is_short(plan: Plan, overlaps: bool) -> bool:
     """Whether the programs of attention count the work themselves."""
-    most_output = _MOST_QUANTISED if v_cache.itemsize == 1 else _MOST_OUTPUT
-    output = plan.config.block_m * v_cache.shape[3]
-    return plan.num_tiles <= FEW_TILES and output <= most_output
+    return overlaps and plan.num_tiles <= FEW_TILES
 
 
 def count_work(
