@@ -205,7 +205,7 @@ def _draw_ratios(result: Result, rows: Sequence[Row]) -> Any:
     """One panel for each pass, one line for each series: our fastest backend to the best peer."""
     from matplotlib import pyplot as plt
 
-    passes = _unique(row.pass_ for row in rows)
+    passes = _unique(row.pass_ for row in rows if our_ratio([row]) is not None)
     figure, panels = plt.subplots(
         1, len(passes), figsize=(5.5 * len(passes), 4.0), squeeze=False, layout="constrained"
     )

@@ -215,6 +215,16 @@ def test_without_a_peer_there_are_no_ratios_to_plot(tmp_path):
     assert [picture.name for picture in pictures] == ["result-rates.png"]
 
 
+def test_a_pass_without_a_peer_has_no_panel_of_ratios(tmp_path):
+    pytest.importorskip("matplotlib")
+    result, _, _ = measure(provider("a"), provider("b", kind="ours"))
+    for row in result.rows:
+        if row.pass_ == "backward":
+            row.ratio_to_best_peer = None
+    figure = report._draw_ratios(result, [row for row in result.rows if row.series])
+    assert len(figure.axes) == 1
+
+
 def test_a_readme_without_a_section_is_refused():
     with pytest.raises(ValueError, match="must have a section <!-- benchmarks:attn-flash -->"):
         report.fill("text", "attn-flash", "body")
