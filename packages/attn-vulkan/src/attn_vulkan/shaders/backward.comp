@@ -82,12 +82,12 @@ void main() {
     FETCH_TILE(v_next, BC, D, v_rows, j_first, row_at(v_rows, row))
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
         float products[TR][TC], grads[TR][TC];
-        STORE_TILE(v_next, s_tile, BC, STRIDE, D)
+        STORE_TILE(v_next, s_tile, BC, STRIDE, D, v_rows, j0, row_at(v_rows, row))
         barrier();
         FETCH_TILE(k_next, BC, D, k_rows, j0, row_at(k_rows, row))
         MULTIPLY(grads, s_second, STRIDE, D)
         barrier();
-        STORE_TILE(k_next, s_tile, BC, STRIDE, D)
+        STORE_TILE(k_next, s_tile, BC, STRIDE, D, k_rows, j0, row_at(k_rows, row))
         barrier();
         FETCH_TILE(v_next, BC, D, v_rows, j0 + BC, row_at(v_rows, row))
         MULTIPLY(products, s_first, STRIDE, D)
@@ -130,7 +130,7 @@ void main() {
         FETCH_TILE(q_next, BC, D, q_rows, i_first, row_at(q_rows, row))
         for (uint i0 = i_first; i0 < queries.y; i0 += BC) {
             float weights[TR][TC], grads[TR][TC], derivatives[TR][TC], delta[TC];
-            STORE_TILE(q_next, s_tile, BC, STRIDE, D)
+            STORE_TILE(q_next, s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
             barrier();
             FETCH_TILE(dout_next, BC, D, dout_rows, i0, row_at(dout_rows, row))
             MULTIPLY(weights, s_first, STRIDE, D)
@@ -150,7 +150,7 @@ void main() {
             }
             SHARE(weights)
             barrier();
-            STORE_TILE(dout_next, s_tile, BC, STRIDE, D)
+            STORE_TILE(dout_next, s_tile, BC, STRIDE, D, dout_rows, i0, row_at(dout_rows, row))
             barrier();
             MULTIPLY(grads, s_second, STRIDE, D)
             ADD_PRODUCT(dv, STRIDE)
@@ -159,7 +159,7 @@ void main() {
                     grads[r][c] = weights[r][c] * (grads[r][c] - delta[c]) * derivatives[r][c];
             barrier();
             SHARE(grads)
-            STORE_TILE(q_next, s_tile, BC, STRIDE, D)
+            STORE_TILE(q_next, s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
             barrier();
             FETCH_TILE(q_next, BC, D, q_rows, i0 + BC, row_at(q_rows, row))
             ADD_PRODUCT(dk, STRIDE)

@@ -115,7 +115,7 @@ void main() {
     vec4 k_next[VECTORS(BC, D)], v_next[VECTORS(BC, DV)];
     FETCH_TILE(k_next, BC, D, k_rows, j_first, K_ADDRESS)
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
-        STORE_TILE(k_next, s_tile, BC, Q_STRIDE, D)
+        STORE_TILE(k_next, s_tile, BC, Q_STRIDE, D, k_rows, j0, K_ADDRESS)
         barrier();
         FETCH_TILE(v_next, BC, DV, v_rows, j0, V_ADDRESS)
         float scores[TR][TC];
@@ -151,7 +151,7 @@ void main() {
         }
         SHARE(scores)
         barrier();
-        STORE_TILE(v_next, s_tile, BC, V_STRIDE, DV)
+        STORE_TILE(v_next, s_tile, BC, V_STRIDE, DV, v_rows, j0, V_ADDRESS)
         barrier();
         FETCH_TILE(k_next, BC, D, k_rows, j0 + BC, K_ADDRESS)
         ACCUMULATE(acc, V_STRIDE)

@@ -15,12 +15,13 @@ const uint P_STRIDE = BC / 4 + 1;
 
 shared vec4 s_weights[BR * P_STRIDE];
 
-// Vectors of a tile that one invocation moves.
+// Vectors of a tile that one invocation moves, and whether it has registers to hold them meanwhile.
 #define VECTORS(tall, dim) (((tall) * (dim / 4) + WG - 1) / WG)
+#define IS_AHEAD(tall, dim) (VECTORS(tall, dim) <= 8)
 
 // x = this invocation's vectors of the tile of `tall` rows from row `start` on, 0 past the end;
 // `address` is that of `row`. All are on their way before the first is waited for.
-#define FETCH_TILE(x, tall, dim, rows, start, address) \
+#define FETCH(x, tall, dim, rows, start, address) \
     if (ALIGNED && (tall) * (dim / 4) % WG == 0 && rows.size == dim && (start) + (tall) <= rows.count) { \
         [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
             uint e = t + n * WG, row = (start) + e / (dim / 4); \
@@ -35,27 +36,42 @@ shared vec4 s_weights[BR * P_STRIDE];
         } \
     }
 
-#define STORE_TILE(x, shared_tile, tall, stride, dim) \
+#define STORE_FETCHED(x, shared_tile, tall, stride, dim) \
     [[unroll]] for (uint n = 0; n < VECTORS(tall, dim); ++n) { \
         uint e = t + n * WG; \
         if (e < (tall) * (dim / 4)) \
             shared_tile[e / (dim / 4) * stride + e % (dim / 4)] = x[n]; \
     }
 
+#define LOAD_ONE_BY_ONE(shared_tile, tall, stride, dim, rows, start, address) \
+    for (uint e = t; e < (tall) * (dim / 4); e += WG) { \
+        uint row = (start) + e / (dim / 4); \
+        vec4 x = vec4(0.0); \
+        if (row < rows.count) \
+            x = load4(address, rows.element, e % (dim / 4) * 4, rows.size, ALIGNED); \
+        shared_tile[e / (dim / 4) * stride + e % (dim / 4)] = x; \
+    }
+
+// Begin to load a tile, and have it in shared memory: all of it then, where registers do not hold it.
+#define FETCH_TILE(x, tall, dim, rows, start, address) \
+    if (IS_AHEAD(tall, dim)) \
+        FETCH(x, tall, dim, rows, start, address)
+
+#define STORE_TILE(x, shared_tile, tall, stride, dim, rows, start, address) \
+    if (IS_AHEAD(tall, dim)) { \
+        STORE_FETCHED(x, shared_tile, tall, stride, dim) \
+    } else { \
+        LOAD_ONE_BY_ONE(shared_tile, tall, stride, dim, rows, start, address) \
+    }
+
 // Unaligned rows are loaded one by one, which keeps that code small.
 #define LOAD(shared_tile, tall, stride, dim, rows, start, address) \
     if (ALIGNED) { \
         vec4 x[VECTORS(tall, dim)]; \
-        FETCH_TILE(x, tall, dim, rows, start, address) \
-        STORE_TILE(x, shared_tile, tall, stride, dim) \
+        FETCH(x, tall, dim, rows, start, address) \
+        STORE_FETCHED(x, shared_tile, tall, stride, dim) \
     } else { \
-        for (uint e = t; e < (tall) * (dim / 4); e += WG) { \
-            uint row = (start) + e / (dim / 4); \
-            vec4 x = vec4(0.0); \
-            if (row < rows.count) \
-                x = load4(address, rows.element, e % (dim / 4) * 4, rows.size, ALIGNED); \
-            shared_tile[e / (dim / 4) * stride + e % (dim / 4)] = x; \
-        } \
+        LOAD_ONE_BY_ONE(shared_tile, tall, stride, dim, rows, start, address) \
     }
 
 // block[r][c] = row rg + r RG of `rows` times row cg + c CG of s_tile. Summed in two levels: one
