@@ -13,7 +13,7 @@ from attn_flash._hopper.support import TRITON_VERSIONS
 
 # In the order in which they import one another.
 MODULES = (
-    "primitives", "softmax", "problem", "descriptors", "launch", "schedules",
+    "primitives", "softmax", "problem", "descriptors", "schedules",
     "forward", "forward_short", "backward_sums", "backward", "backward_short", "backward_wide",
     "attention",
 )  # fmt: skip
@@ -56,11 +56,11 @@ def hopper(monkeypatch):
 
 
 def starter(kernel):
-    """What does without the driver what a `launch.Launcher` does."""
+    """What does without the driver what a `GluonLauncher` does."""
 
-    def start(num_programs, rows, args, constants, maxnreg):
-        descriptors = [argument.describe() for argument in rows]
-        kernel[num_programs,](*descriptors, *args, **constants, maxnreg=maxnreg)
+    def start(num_programs, args, constants, maxnreg):
+        args = [arg.describe() if isinstance(arg, tuple) else arg for arg in args]
+        kernel[num_programs,](*args, **constants, maxnreg=maxnreg)
 
     return start
 

@@ -48,9 +48,9 @@ def compile_kernel(monkeypatch, *args, **options):
     """Compile the kernel of the products as the launcher starts it."""
     compiled = []
 
-    def launch(num_programs, rows, args, constants, maxnreg):
-        names, values = kernel.arg_names, [*rows, *args]
-        signature = {name: type_of(x) for name, x in zip(names, values, strict=False)}
+    def launch(num_programs, args, constants, maxnreg):
+        names = kernel.arg_names
+        signature = {name: type_of(x) for name, x in zip(names, args, strict=False)}
         launched = {"num_warps": 4, "maxnreg": maxnreg}
         compiled.append(compile_ahead(kernel, signature, constants, "sm_90", **launched))
 

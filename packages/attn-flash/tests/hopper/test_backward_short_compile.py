@@ -36,10 +36,10 @@ def type_of(value):
 def test_products_overlap_and_nothing_spills(M, dtype, monkeypatch):
     compiled = []
 
-    def launch(num_programs, rows, args, constants, maxnreg):
+    def launch(num_programs, args, constants, maxnreg):
         kernel = original._kernel
-        names, values = kernel.arg_names, [*rows, *args]
-        signature = {name: type_of(x) for name, x in zip(names, values, strict=False)}
+        names = kernel.arg_names
+        signature = {name: type_of(x) for name, x in zip(names, args, strict=False)}
         options = {"num_warps": 4, "maxnreg": maxnreg}
         compiled.append(compile_ahead(kernel, signature, constants, "sm_90", **options))
 

@@ -34,9 +34,9 @@ def launches(monkeypatch):
     compiled = []
 
     def compiler(kernel):
-        def launch(num_programs, rows, args, constants, maxnreg):
-            names, values = kernel.arg_names, [*rows, *args]
-            signature = {name: type_of(x) for name, x in zip(names, values, strict=False)}
+        def launch(num_programs, args, constants, maxnreg):
+            names = kernel.arg_names
+            signature = {name: type_of(x) for name, x in zip(names, args, strict=False)}
             options = {"num_warps": 4, "maxnreg": maxnreg}
             compiled.append(compile_ahead(kernel, signature, constants, "sm_90", **options))
 

@@ -46,9 +46,8 @@ class Launches:
         self.kernel = launcher._kernel
         self.compiled = []
 
-    def __call__(self, _num_programs, rows, args, constants, maxnreg):
-        values = [*rows, *args]
-        signature = dict(zip(self.kernel.arg_names, map(type_of, values), strict=False))
+    def __call__(self, _num_programs, args, constants, maxnreg):
+        signature = dict(zip(self.kernel.arg_names, map(type_of, args), strict=False))
         options = {"num_warps": 4, "maxnreg": maxnreg}
         self.compiled.append(compile_ahead(self.kernel, signature, constants, "sm_90", **options))
 

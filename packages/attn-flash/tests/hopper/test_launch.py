@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-from attn_core import replay
-from attn_flash._hopper import launch
-from attn_flash._hopper.launch import Flat, Launcher, Rows
+from attn_core import gluon_launch, replay
+from attn_core.gluon_launch import GluonLauncher
+from attn_flash._hopper.descriptors import Flat, Rows
 
 STREAM = 23
 CONSTANTS = {"BLOCK_M": 128, "NEGATE": False}
@@ -58,7 +58,9 @@ def encoded(monkeypatch):
         return f"map of {pointer}"
 
     utils = SimpleNamespace(fill_tma_descriptor=fill)
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(
+        gluon_launch, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils))
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     return addresses
@@ -69,7 +71,7 @@ def tokens(*shape):
 
 
 def start(launcher, x, out, number=5, constants=CONSTANTS):
-    launcher(3, (Rows(x, 64, 64),), (out, None, number), constants, maxnreg=168)
+    launcher(3, (Rows(x, 64, 64), out, None, number), constants, maxnreg=168)
 
 
 def expected(x, out, number=5):
@@ -85,7 +87,7 @@ def expected(x, out, number=5):
 
 def test_later_starts_go_to_the_driver(encoded):
     kernel = Kernel(1)
-    launcher = Launcher(kernel)
+    launcher = GluonLauncher(kernel)
     out = tokens(1, 8, 2, 64)
     xs = [tokens(1, 8, 2, 64) for _ in range(3)]
     for x in (xs[0], *xs, *xs):
@@ -96,7 +98,7 @@ def test_later_starts_go_to_the_driver(encoded):
 
 
 def test_each_shape_is_encoded_by_itself(encoded):
-    launcher = Launcher(kernel := Kernel(1))
+    launcher = GluonLauncher(kernel := Kernel(1))
     memory = tokens(1, 8, 4, 64)
     views = (memory, memory[:, :4], memory[:, :, :2], memory.view(1, 16, 2, 64))
     for x in (memory, *views):
@@ -106,29 +108,37 @@ def test_each_shape_is_encoded_by_itself(encoded):
 
 
 def test_flat_arguments_are_encoded_too(encoded):
-    launcher = Launcher(kernel := Kernel(2))
+    launcher = GluonLauncher(kernel := Kernel(2))
     x, sums = tokens(1, 8, 2, 64), torch.zeros(64, 32)
     for _ in range(2):
-        launcher(3, (Rows(x, 64, 64), Flat(sums, (64, 32))), (5,), CONSTANTS, maxnreg=168)
+        launcher(3, (Rows(x, 64, 64), Flat(sums, (64, 32)), 5), CONSTANTS, maxnreg=168)
     [args] = kernel.starts
     assert args[-8:] == (f"map of {sums.data_ptr()}", 64, 32, 32, 1, 5, 128, False)
 
 
 def test_other_constants_are_compiled_anew(encoded):
-    launcher = Launcher(kernel := Kernel(1))
+    launcher = GluonLauncher(kernel := Kernel(1))
     x = tokens(1, 8, 2, 64)
     for constants in (CONSTANTS, {**CONSTANTS, "NEGATE": True}):
         start(launcher, x, x, constants=constants)
     assert kernel.bound == 2
 
 
+def test_other_dtypes_of_any_tensor_are_compiled_anew(encoded):
+    launcher = GluonLauncher(kernel := Kernel(1))
+    x = tokens(1, 8, 2, 64)
+    for out in (x, x.float(), x):
+        start(launcher, x, out)
+    assert kernel.bound == 2
+
+
 def test_profilers_see_the_launch(encoded, monkeypatch):
-    launcher = Launcher(kernel := Kernel(1))
+    launcher = GluonLauncher(kernel := Kernel(1))
     x = tokens(1, 8, 2, 64)
     hooks = SimpleNamespace(
         launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook="leave"
     )
-    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=hooks))
+    monkeypatch.setattr(gluon_launch, "knobs", SimpleNamespace(runtime=hooks))
     for _ in range(2):
         start(launcher, x, x)
     [args] = kernel.starts
@@ -137,7 +147,7 @@ def test_profilers_see_the_launch(encoded, monkeypatch):
 
 def test_launch_is_repeated_on_other_tensors(encoded, monkeypatch):
     monkeypatch.setattr(replay, "_launches_here", lambda tensor: True)
-    launcher = Launcher(kernel := Kernel(1))
+    launcher = GluonLauncher(kernel := Kernel(1))
 
     def attend(x):
         out = x.new_empty(x.shape)

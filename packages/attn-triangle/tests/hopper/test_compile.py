@@ -17,7 +17,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 from triton.backends.nvidia.compiler import get_ptxas
 
 from attn_triangle._hopper import backward, forward, redo, rows
-from attn_triangle._hopper.launch import Tiles
+from attn_triangle._hopper.descriptors import Tiles
 from attn_triangle._triton import backward as portable
 from attn_triangle._triton import keys
 

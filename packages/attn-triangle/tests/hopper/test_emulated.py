@@ -31,8 +31,8 @@ pytestmark = [
 
 # In the order in which they import one another.
 MODULES = (
-    "configs", "launch", "tiles", "problem", "redo", "rows", "forward", "dk_dv", "dq", "dq_dbias",
-    "dbias", "backward",
+    "configs", "descriptors", "tiles", "problem", "redo", "rows",
+    "forward", "dk_dv", "dq", "dq_dbias", "dbias", "backward",
 )  # fmt: skip
 GLUON = {
     "forward": "_attention_forward_kernel",
@@ -153,7 +153,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(emulator, "_LATENESS", 5e-4)
     with emulator.emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
         modules = dict(zip(MODULES, found, strict=True))
-        modules["launch"].TensorDescriptor = Descriptor
+        modules["descriptors"].TensorDescriptor = Descriptor
         gl = modules["forward"].gl
         gl.__dict__.update(load=load, atomic_add=atomic_add, to_tensor=Integer, int8="i8")
         for name, kernel in GLUON.items():
@@ -165,7 +165,7 @@ def hopper(monkeypatch):
 
 
 def starter(kernel):
-    """What does without the driver what a `Launcher` does."""
+    """What does without the driver what a `GluonLauncher` does."""
 
     def start(num_programs, args, constants, maxnreg):
         kernel[(num_programs,)](*map(argument, args), **constants)

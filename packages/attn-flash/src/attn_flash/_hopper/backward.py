@@ -28,9 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper import backward_sums as sums
-from attn_flash._hopper.descriptors import addressable
-from attn_flash._hopper.launch import Flat, Launcher, Rows
+from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     arrive_at,
@@ -535,7 +535,7 @@ def _attention_backward_kernel(
     )
 
 
-_launch = Launcher(_attention_backward_kernel)
+_launch = GluonLauncher(_attention_backward_kernel)
 _LOG2_E = 1.4426950408889634
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
@@ -593,13 +593,11 @@ def attention_backward(
     longest = sequences.longest_k if is_ragged else M
     _launch(
         blocks_n * B * H_KV,
-        rows=(
+        args=(
             *(Rows(tensor, block_m, block_d, is_ragged) for tensor in (q, dout)),
             *(Rows(tensor, _KEYS.value, block_d, is_ragged) for tensor in (k, v, dk, dv)),
             *(Flat(row, (1, block_m)) for row in rows),
             Flat(dq_sum, sums.UNIT),
-        ),
-        args=(
             counters, *((starts_q, starts_k) if is_ragged else (counters, counters)),
             count, M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV,
             _heads_per_group(q, longest, H // H_KV), scale, scale * _LOG2_E, left, right,

@@ -25,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper import problem as host
-from attn_flash._hopper.descriptors import addressable
-from attn_flash._hopper.launch import Launcher, Rows
+from attn_flash._hopper.descriptors import Rows, addressable
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     exp2,
@@ -449,7 +449,7 @@ def _attention_backward_short_kernel(
     )
 
 
-_launch = Launcher(_attention_backward_short_kernel)
+_launch = GluonLauncher(_attention_backward_short_kernel)
 _BLOCK_D = 64
 _MAX_REGISTERS = 168  # of a thread at the start; warp_specialize shares them out
 
@@ -471,12 +471,12 @@ def attention_backward_short(
     inputs = (q, dout, k, v)
     _launch(
         min(B * H, host.num_sms(q.device)),
-        rows=(
+        args=(
             *(Rows(tensor, _ROWS.value, _BLOCK_D) for tensor in (*inputs, out)),
             *(Rows(tensor, pieces[-1], _BLOCK_D) for tensor in inputs),
             *(Rows(tensor, _ROWS.value, _BLOCK_D) for tensor in (dq, dk, dv)),
+            lse, M, H, B * H, scale, scale * host.LOG2_E,
         ),
-        args=(lse, M, H, B * H, scale, scale * host.LOG2_E),
         constants={"TILES": len(pieces), "PIECES": pieces},
         maxnreg=_MAX_REGISTERS,
     )

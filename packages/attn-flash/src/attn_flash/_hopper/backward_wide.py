@@ -24,11 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper import problem as host
 from attn_flash._hopper.backward import _crosses_edge, _mask
-from attn_flash._hopper.descriptors import addressable
-from attn_flash._hopper.launch import Flat, Launcher, Rows
+from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     arrive_at_stage,
@@ -486,8 +486,8 @@ def _attention_backward_dq_kernel(
     )
 
 
-_launch_dk_dv = Launcher(_attention_backward_dk_dv_kernel)
-_launch_dq = Launcher(_attention_backward_dq_kernel)
+_launch_dk_dv = GluonLauncher(_attention_backward_dk_dv_kernel)
+_launch_dq = GluonLauncher(_attention_backward_dq_kernel)
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 
@@ -519,11 +519,9 @@ def attention_backward_wide(
     scales = scale, scale * host.LOG2_E
     _launch_dk_dv(
         -(-N // rows) * B * H_KV,
-        rows=(
+        args=(
             *inputs, *(Rows(tensor, rows, block_d) for tensor in (dk, dv)),
             *(Flat(row, (1, rows)) for row in (lse_log2, delta)),
-        ),
-        args=(
             M, N, H, H // H_KV, B * H_KV, host.heads_per_group(M, D), left, right, *scales,
         ),
         constants=constants,
@@ -531,8 +529,8 @@ def attention_backward_wide(
     )  # fmt: skip
     _launch_dq(
         -(-M // (2 * rows)) * B * H,
-        rows=(*inputs, Rows(dq, rows, block_d)),
         args=(
+            *inputs, Rows(dq, rows, block_d),
             lse_log2, delta, M, N, H, H // H_KV, B * H, host.heads_per_group(N, D), left, right,
             lse_log2.shape[1], *scales,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -65,3 +66,30 @@ def flat_descriptor(tensor: torch.Tensor, tile: tuple[int, int]) -> TensorDescri
     """Describe a contiguous matrix of float32 in tiles that keep their order in shared memory."""
     layout = gl.NVMMASharedLayout(0, 32, rank=2)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(tile), layout)
+
+
+class Rows(NamedTuple):
+    """An argument: (B, S, H, D) in tiles of `rows` tokens of one head and `block_d` columns.
+
+    `is_ragged` says that tiles end with sequences in it; see `ragged_descriptor`.
+    """
+
+    tensor: torch.Tensor
+    rows: int
+    block_d: int
+    is_ragged: bool = False
+
+    def describe(self) -> TensorDescriptor:
+        """Return what Triton launches with."""
+        return rows_descriptor(*self)
+
+
+class Flat(NamedTuple):
+    """An argument: a contiguous matrix of float32 in tiles."""
+
+    tensor: torch.Tensor
+    tile: tuple[int, int]
+
+    def describe(self) -> TensorDescriptor:
+        """Return what Triton launches with."""
+        return flat_descriptor(*self)

@@ -31,8 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper import problem
-from attn_flash._hopper.launch import Launcher, Rows
+from attn_flash._hopper.descriptors import Rows
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     arrive_at,
@@ -656,7 +657,7 @@ def _attention_forward_kernel(
         )
 
 
-_launch = Launcher(_attention_forward_kernel)
+_launch = GluonLauncher(_attention_forward_kernel)
 _MAX_REGISTERS = {2: 168, 3: 128}  # of a thread at the start; warp_specialize shares them out
 
 
@@ -685,11 +686,9 @@ def forward(
     block_n, block_d = schedule.block_n, constants["BLOCK_D"]
     _launch(
         num_programs,
-        rows=(
+        args=(
             Rows(q, ROWS.value, block_d, is_ragged), Rows(k, block_n, block_d, is_ragged),
             Rows(v, block_n, block_d, is_ragged), Rows(out, ROWS.value, block_d, is_ragged),
-        ),
-        args=(
             out, lse, *tensors, problem.tile_counter(q.device) if schedule.is_dynamic else lse,
             *sizes,
         ),

@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper import problem as host
-from attn_flash._hopper.launch import Launcher, Rows
+from attn_flash._hopper.descriptors import Rows
 from attn_flash._hopper.primitives import (
     accumulator_layout,
     arrive_at,
@@ -364,7 +365,7 @@ def _attention_forward_short_kernel(
     )
 
 
-_launch = Launcher(_attention_forward_short_kernel)
+_launch = GluonLauncher(_attention_forward_short_kernel)
 _BLOCK_D = 64
 _Q_STAGES = 2
 _MAX_REGISTERS = 168  # of a thread at the start; warp_specialize shares them out
@@ -385,11 +386,11 @@ def forward_short(
     _, N, H_KV, _ = k.shape
     _launch(
         min(B * H, host.num_sms(q.device)),
-        rows=(
+        args=(
             Rows(q, ROWS.value, _BLOCK_D), Rows(k, ROWS.value, _BLOCK_D),
             Rows(v, ROWS.value, _BLOCK_D), Rows(out, ROWS.value, _BLOCK_D),
+            lse, M, N, H, H // H_KV, B * H, host.scale_log2(scale),
         ),
-        args=(lse, M, N, H, H // H_KV, B * H, host.scale_log2(scale)),
         constants={
             "TILES": -(-M // ROWS.value), "PIECES": pieces_of(N), "NEGATE": scale < 0,
             "BLOCK_D": _BLOCK_D, "STAGES": stages_of(M), "Q_STAGES": _Q_STAGES,

@@ -15,9 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core import tiling
 from attn_core.device import device_info
+from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
-from attn_triangle._hopper.launch import Launcher
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
@@ -220,7 +220,7 @@ def _attention_backward_dbias_kernel(
     )
 
 
-_launch = Launcher(_attention_backward_dbias_kernel)
+_launch = GluonLauncher(_attention_backward_dbias_kernel)
 
 
 def dbias(

@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core import tiling
 from attn_core.device import device_info
+from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.dq import _load
-from attn_triangle._hopper.launch import Launcher
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
@@ -204,7 +204,7 @@ def _attention_backward_dq_dbias_kernel(
 
 
 _REGISTERS = 168  # a thread, to share out: 240 for each computing warpgroup
-_launch = Launcher(_attention_backward_dq_dbias_kernel)
+_launch = GluonLauncher(_attention_backward_dq_dbias_kernel)
 
 
 def new_dbias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:

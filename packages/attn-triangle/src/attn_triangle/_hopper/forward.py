@@ -21,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core import tiling
 from attn_core.device import device_info
+from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
-from attn_triangle._hopper.launch import Launcher
 from attn_triangle._hopper.redo import redo
 from attn_triangle._hopper.tiles import (
     LOG2_E,
@@ -242,7 +242,7 @@ def _attention_forward_kernel(
     )
 
 
-_launch = Launcher(_attention_forward_kernel)
+_launch = GluonLauncher(_attention_forward_kernel)
 # Sums of weights beyond these may come from weights that their type does not hold.
 _LIMITS = {torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 

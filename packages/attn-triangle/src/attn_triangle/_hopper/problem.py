@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from attn_core.tiling import ceil_div
-from attn_triangle._hopper.launch import Tiles
+from attn_triangle._hopper.descriptors import Tiles
 from attn_triangle._triton import keys
 from attn_triangle.layout import is_aligned
 

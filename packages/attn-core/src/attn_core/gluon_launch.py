@@ -1,19 +1,18 @@
 """Start Gluon kernels at little cost on the host.
 
 Binding arguments and encoding tensors for the copy engine takes Triton longer than a small kernel
-runs. A `Launcher` remembers the compiled kernel of each set of constants and how each tensor was
-encoded, and hands both to the driver directly.
+runs. A `GluonLauncher` remembers the compiled kernel of each set of constants and how each tensor
+was encoded, and hands both to the driver directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from attn_core import replay
@@ -23,38 +22,7 @@ _PADDING = 0  # what is past the end of a tensor arrives as zeros
 _WARPS = 4  # of the first computing warpgroup, the only one that a launch names
 # Numbers of element types that differ between Triton's compiler and the driver.
 _DRIVER_TYPES = {8: 10, 9: 8, 10: 9}
-
-
-class Tiles(NamedTuple):
-    """An argument: a tensor that the copy engine moves in tiles.
-
-    Attributes
-    ----------
-    tensor : Tensor
-        Its last dimension is dense, all other strides and its address multiples of 16 bytes.
-    block : tuple of int
-        Sizes of a tile.
-    is_swizzled : bool
-        Whether a tile is an operand of a product, or else a piece of a row of numbers.
-    """
-
-    tensor: torch.Tensor
-    block: tuple[int, ...]
-    is_swizzled: bool = True
-
-    def describe(self) -> TensorDescriptor:
-        """Return what Triton launches with."""
-        x, block, is_swizzled = self
-        layout = gl.NVMMASharedLayout(
-            swizzle_byte_width=min(128, block[-1] * x.itemsize) if is_swizzled else 0,
-            element_bitwidth=8 * x.itemsize,
-            rank=len(block),
-        )
-        unit = 16 // x.itemsize
-        strides = [
-            unit if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
-        ]
-        return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block), layout)
+_descriptor_of = methodcaller("describe")
 
 
 class _Compiled(NamedTuple):
@@ -65,14 +33,16 @@ class _Compiled(NamedTuple):
     encodings: Sequence[Mapping[str, Any]]
 
 
-class Launcher:
+class GluonLauncher:
     """Starts one kernel.
 
     Parameters
     ----------
     kernel : JITFunction of gluon.jit
-        Its parameters are the run-time arguments, tensors to move in tiles as `Tiles`, then the
-        constants. None of its integers is specialised.
+        Its parameters are the run-time arguments, then the constants. None of its integers is
+        specialised. The only tuples among the arguments are tensors that the copy engine moves in
+        tiles: first such a `tensor`, then what is hashable and says how, with a method `describe`
+        that returns a TensorDescriptor.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -83,16 +53,16 @@ class Launcher:
     def __call__(
         self, num_programs: int, args: Sequence[Any], constants: Mapping[str, Any], maxnreg: int
     ) -> None:
-        """Run `num_programs` programs on `args`, the first of which is `Tiles`."""
+        """Run `num_programs` programs on `args`, the first of which is a tensor in tiles."""
         device = args[0].tensor.device
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(num_programs, args, constants, maxnreg)
             return
         tensors = [
-            arg.tensor if isinstance(arg, Tiles) else arg
+            arg[0] if isinstance(arg, tuple) else arg
             for arg in args
-            if isinstance(arg, (Tiles, torch.Tensor))
+            if isinstance(arg, (tuple, torch.Tensor))
         ]
         recording = replay.recording()
         key = (device.index, *[x.dtype for x in tensors], *constants.values())
@@ -118,7 +88,7 @@ class Launcher:
     ) -> None:
         """Let Triton launch, and remember what it compiled where that can be started again."""
         kernel = self._kernel[(num_programs,)](
-            *(arg.describe() if isinstance(arg, Tiles) else arg for arg in args),
+            *(_descriptor_of(arg) if isinstance(arg, tuple) else arg for arg in args),
             **constants,
             num_warps=_WARPS,
             maxnreg=maxnreg,
@@ -131,18 +101,18 @@ class Launcher:
         self._compiled[key] = _Compiled(kernel, start, kernel.metadata.tensordesc_meta)
 
     def _parts(self, args: Sequence[Any], compiled: _Compiled) -> list[Any]:
-        """Return the arguments with an encoder in place of `Tiles`, a gap in place of a tensor."""
+        """Return the arguments with encoders in place of tiles, and gaps in place of tensors."""
         encodings = iter(compiled.encodings)
         return [
             self._encoder(arg, next(encodings))
-            if isinstance(arg, Tiles)
+            if isinstance(arg, tuple)
             else _GAP
             if isinstance(arg, torch.Tensor)
             else arg
             for arg in args
         ]
 
-    def _encoder(self, tiles: Tiles, encoding: Mapping[str, Any]) -> _Encoder:
+    def _encoder(self, tiles: Any, encoding: Mapping[str, Any]) -> _Encoder:
         tensor, *tile = tiles
         key = (tensor.shape, tensor.stride(), tensor.dtype, *tile)
         known = self._encoders.get(key)
@@ -196,7 +166,7 @@ class _Start:
 class _Encoder:
     """Encodes tensors of one shape for the copy engine, each address once."""
 
-    def __init__(self, descriptor: TensorDescriptor, encoding: Mapping[str, Any]) -> None:
+    def __init__(self, descriptor: Any, encoding: Mapping[str, Any]) -> None:
         self._sizes = list(descriptor.shape), list(descriptor.strides)
         self._encoding = encoding
         self._known: dict[int, list[Any]] = {}
