@@ -16,7 +16,7 @@ def test_scale():
     assert arguments.softmax_scale(np.float32(0.5), 64) == 0.5
 
 
-@pytest.mark.parametrize("value", ["x", math.nan, math.inf, [1.0], torch.tensor(1.0), 1j])
+@pytest.mark.parametrize("value", ["x", math.nan, math.inf, [1.0], torch.tensor(1.0), 1j, 10**400])
 def test_scale_must_be_a_finite_number(value):
     message = f"scale must be a finite number or None, got {value!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -37,6 +37,7 @@ def test_softcap_must_be_finite_and_not_negative(value):
         (False, [3, -7], (3, -1)),
         (False, torch.tensor([3, 2]), (3, 2)),
         (True, (3, 2), (3, 0)),
+        (False, (2**70, 2**31), (2**31 - 1, 2**31 - 1)),
         (True, (-5, -1), (-1, 0)),
         (np.True_, (-1, -1), (-1, 0)),
     ],
@@ -57,7 +58,7 @@ def test_causal_must_be_a_switch():
 
 
 def test_reach_counts_the_own_key():
-    assert [arguments.reach(size) for size in (1, 8, -1, -9)] == [0, 7, -1, -1]
+    assert [arguments.reach(size) for size in (1, 8, -1, -9, 2**70)] == [0, 7, -1, -1, 2**31 - 1]
     with pytest.raises(ValueError, match="^window_size must be positive, or negative for no"):
         arguments.reach(0)
     with pytest.raises(ValueError, match="^window_size must be an integer, got 1.5$"):

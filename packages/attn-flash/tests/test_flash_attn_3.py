@@ -298,6 +298,12 @@ def test_a_chunk_is_a_number_of_positions(function, chunk):
         getattr(flash_attn_3, function)(*tensors, *places, attention_chunk=chunk)
 
 
+def test_a_chunk_may_be_wider_than_any_sequence():
+    q, k, v = (x.detach()[None] for x in inputs(12, 4, 16))
+    out = flash_attn_3.flash_attn_func(q, k, v, causal=True, attention_chunk=2**70)
+    torch.testing.assert_close(out, flash_attn_3.flash_attn_func(q, k, v, causal=True))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -316,6 +322,7 @@ def test_a_chunk_is_a_number_of_positions(function, chunk):
         ({"v": torch.zeros(11, 2, 16)}, r"v must have shape \(T_new, H_KV, D_v\)"),
         ({"cache_seqlens": None}, "cache_seqlens must be given with k"),
         ({"rotary_cos": torch.zeros(20, 8)}, "rotary_sin must be given with rotary_cos"),
+        ({"rotary_sin": torch.zeros(20, 8)}, "rotary_cos must be given with rotary_sin"),
         ({"q": torch.zeros(2, 6, 4, 16)}, r"q must have 3 dimensions \(T_q, H, D\)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -356,6 +363,8 @@ def test_shapes_are_named():
         flash_attn_3.flash_attn_combine(torch.ones(2, 1, 3, 4, 8), torch.ones(2, 1, 4, 3))
     with pytest.raises(ValueError, match="lse_partial must have dtype float16"):
         flash_attn_3.flash_attn_combine(torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4).bool())
+    with pytest.raises(ValueError, match="lse_partial must be on the device of out_partial"):
+        flash_attn_3.flash_attn_combine(torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4, device="meta"))
     with pytest.raises(ValueError, match="out_dtype must be a floating dtype or None, got 3"):
         flash_attn_3.flash_attn_combine(torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4), out_dtype=3)
     with pytest.raises(ValueError, match="qkv must have num_heads_q"):

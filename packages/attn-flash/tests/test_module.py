@@ -41,6 +41,14 @@ def test_an_unknown_argument_is_refused(qkv):
         FlashAttention()(*qkv, bias_of_keys=None)
 
 
+@pytest.mark.parametrize(
+    "name, value", [("attention_dropout", 1.0), ("softmax_scale", float("nan"))]
+)
+def test_a_wrong_number_is_refused_at_once(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {value}$"):
+        FlashAttention(**{name: value})
+
+
 def test_it_has_no_parameters_and_can_be_copied(qkv):
     module = FlashAttention(softmax_scale=0.3)
     assert not list(module.parameters())

@@ -261,6 +261,8 @@ def test_bad_numbers_are_named():
         cache.scales("first")
     with pytest.raises(ValueError, match="limit must be a positive integer, got 0"):
         cache.batch([], limit=0)
+    with pytest.raises(ValueError, match="sequences must be a list of names, got 1"):
+        cache.batch(1)
     with pytest.raises(ValueError, match="batch must be a PagedBatch, got list"):
         cache.attend(0, torch.randn(0, 4, 8), [1])
 

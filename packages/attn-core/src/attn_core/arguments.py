@@ -6,21 +6,23 @@ import math
 import operator
 from typing import Any
 
-from attn_core.checks import flag, is_number
+from attn_core.checks import flag, is_finite
+
+_WIDEST = 2**31 - 1  # no sequence is longer, so a wider window hides as little
 
 
 def softmax_scale(value: Any, head_dim: int, name: str = "softmax_scale") -> float:
     """Return the factor of the scores, ``1 / sqrt(head_dim)`` where none is given."""
     if value is None:
         return 1.0 / math.sqrt(max(head_dim, 1))
-    if not is_number(value) or not math.isfinite(value):
+    if not is_finite(value):
         raise ValueError(f"{name} must be a finite number or None, got {value!r}")
     return float(value)
 
 
 def softcap(value: Any) -> float:
     """Return the cap of the scores, 0 for none."""
-    if not is_number(value) or not 0.0 <= value < math.inf:
+    if not is_finite(value) or value < 0.0:
         raise ValueError(f"softcap must be a finite number, 0 or more, got {value!r}")
     return float(value)
 
@@ -33,7 +35,7 @@ def window(causal: Any, window_size: Any) -> tuple[int, int]:
         raise ValueError(
             f"window_size must be two integers (left, right), got {window_size!r}"
         ) from None
-    return max(left, -1), 0 if flag("causal", causal) else max(right, -1)
+    return _side(left), 0 if flag("causal", causal) else _side(right)
 
 
 def reach(window_size: Any) -> int:
@@ -44,4 +46,8 @@ def reach(window_size: Any) -> int:
         raise ValueError(f"window_size must be an integer, got {window_size!r}") from None
     if number == 0:
         raise ValueError("window_size must be positive, or negative for no window, got 0")
-    return number - 1 if number > 0 else -1
+    return _side(number - 1) if number > 0 else -1
+
+
+def _side(number: int) -> int:
+    return min(max(number, -1), _WIDEST)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_LARGEST = sys.float_info.max
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -96,14 +98,15 @@ def require_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a real number, of Python or numpy, and not NaN."""
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a real number, of Python or numpy, that a float can hold."""
     if isinstance(value, (int, float)):
-        return value == value  # noqa: PLR0124  (False for NaN)
+        return -_LARGEST <= value <= _LARGEST  # False for NaN
     if hasattr(value, "__len__"):  # strings, arrays, and tensors, which would have to be read
         return False
     try:
-        return bool(float(value) == value)
+        number = float(value)
+        return bool(-_LARGEST <= number <= _LARGEST and number == value)
     except (TypeError, ValueError, OverflowError):
         return False
 
@@ -112,12 +115,6 @@ def flag(name: str, value: Any) -> bool:
     """Return a switch as a bool: True, False, or a number that equals one of them."""
     if value is True or value is False:
         return value
-    if not is_number(value) or value not in (0, 1):
+    if not is_finite(value) or value not in (0, 1):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
-
-
-def require_finite(name: str, value: float) -> None:
-    """Check that a number is neither infinite nor NaN."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")

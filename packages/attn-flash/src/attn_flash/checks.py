@@ -82,10 +82,10 @@ def describe(
     )
 
 
-def dropout_p(value: Any) -> float:
+def dropout_p(value: Any, name: str = "dropout_p") -> float:
     """Return the probability that a weight is dropped."""
-    if not checks.is_number(value) or not 0.0 <= value < 1.0:
-        raise ValueError(f"dropout_p must be a number from 0 to below 1, got {value!r}")
+    if not checks.is_finite(value) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be a number from 0 to below 1, got {value!r}")
     return float(value)
 
 

@@ -16,6 +16,7 @@ import torch
 from attn_core import arguments
 from attn_core.checks import (
     flag,
+    require_device,
     require_dtype,
     require_rank,
     require_shape,
@@ -35,6 +36,8 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
 ]
+
+_WHOLE = 2**31 - 1  # a chunk that any sequence fits in
 
 
 def flash_attn_func(
@@ -97,7 +100,7 @@ def flash_attn_func(
     """
     del num_splits, pack_gqa, sm_margin
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    chunk = length("attention_chunk", attention_chunk)
+    chunk = _chunk(attention_chunk)
     out, lse, _ = api.flash_attn_func(
         q,
         k,
@@ -241,7 +244,7 @@ def flash_attn_varlen_func(
     """
     del num_splits, pack_gqa, sm_margin
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    chunk = length("attention_chunk", attention_chunk)
+    chunk = _chunk(attention_chunk)
     place = None
     if seqused_q is not None:
         require_rank("q", q, "(T_q, H, D)")
@@ -367,7 +370,7 @@ def flash_attn_with_kvcache(
     del scheduler_metadata, pack_gqa, sm_margin
     return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    chunk = length("attention_chunk", attention_chunk)
+    chunk = _chunk(attention_chunk)
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -416,6 +419,7 @@ def _composed(
         lengths = torch.full((batch,), number, dtype=torch.int32, device=q.device)
     if rotary_seqlens is not None:
         ragged_cache.check_positions(rotary_seqlens, batch, q, rotary[0])
+    kvcache_checks.check_pair(*rotary[:2])
     if rotary[0] is not None:
         first = lengths if rotary_seqlens is None else rotary_seqlens
         window = arguments.window(options["causal"], options["window_size"])
@@ -479,6 +483,7 @@ def flash_attn_combine(
     require_dtype("out_partial", out_partial, DTYPES)
     require_shape("lse_partial", lse_partial, symbols[:-4] + ")", out_partial.shape[:-1])
     require_dtype("lse_partial", lse_partial, DTYPES)
+    require_device("lse_partial", lse_partial, "out_partial", out_partial)
     if out_dtype not in (None, *DTYPES):
         raise ValueError(f"out_dtype must be a floating dtype or None, got {out_dtype!r}")
     lse = torch.logsumexp(lse_partial, 0)
@@ -511,6 +516,10 @@ def _refuse(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise UnsupportedProblemError(f"{name} must be None, got {type(value).__name__}")
+
+
+def _chunk(value: Any) -> int:
+    return min(length("attention_chunk", value), _WHOLE)
 
 
 def _dense_chunks(q: torch.Tensor, k: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -236,6 +236,13 @@ def _check_new_tokens(
         )
 
 
+def check_pair(cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
+    """Check that both tables of rotation are given, or neither."""
+    if (cos is None) != (sin is None):
+        given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
+        raise ValueError(f"rotary_{missing} must be given with rotary_{given}, got None")
+
+
 def _check_rotary(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -243,11 +250,9 @@ def _check_rotary(
     sin: torch.Tensor | None,
     capacity: int,
 ) -> None:
-    if cos is None and sin is None:
-        return
+    check_pair(cos, sin)
     if cos is None or sin is None:
-        given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
-        raise ValueError(f"rotary_{missing} must be given with rotary_{given}, got None")
+        return
     if k is None:
         raise ValueError("k must be given with rotary_cos: keys in the cache are rotated already")
     check_tables("rotary_cos", cos, "rotary_sin", sin, "q", q)

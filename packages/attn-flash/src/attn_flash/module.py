@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from attn_core import backends
+from attn_core import arguments, backends
+from attn_flash import checks
 from attn_flash.api import flash_attn_func
 
 
@@ -21,6 +22,11 @@ class FlashAttention(torch.nn.Module):
         Factor of the scores.
     backend : str, default "auto"
         As in `flash_attn_func`.
+
+    Raises
+    ------
+    ValueError
+        A number does not fit; the message names it.
 
     Examples
     --------
@@ -39,7 +45,9 @@ class FlashAttention(torch.nn.Module):
         backend: str = backends.AUTO,
     ) -> None:
         super().__init__()
-        self.attention_dropout = attention_dropout
+        if softmax_scale is not None:
+            softmax_scale = arguments.softmax_scale(softmax_scale, 1)
+        self.attention_dropout = checks.dropout_p(attention_dropout, "attention_dropout")
         self.softmax_scale = softmax_scale
         self.backend = backend
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -113,8 +112,7 @@ def check_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 def positive(name: str, value: Any) -> float:
     """Return a number that is finite and more than 0."""
-    is_number = isinstance(value, (int, float)) and 0 < value < math.inf
-    if not is_number:
+    if not checks.is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number, more than 0, got {value!r}")
     return float(value)
 

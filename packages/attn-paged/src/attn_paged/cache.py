@@ -366,6 +366,8 @@ class PagedKVCache:
         """
         if limit is not None:
             require_positive("limit", limit)
+        if not isinstance(sequences, Sequence):
+            raise ValueError(f"sequences must be a list of names, got {sequences!r}")
         with self._manager.lock:
             spans = [self._unwritten(name, limit) for name in sequences]
             slots = [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attn_core import backends
-from attn_core.checks import flag, require_shape, require_tensor
+from attn_core.checks import flag, require_positive, require_shape, require_tensor
 from attn_triangle._gating import sigmoid_gate
 from attn_triangle.api import triangle_attention
 from attn_triangle.state_dicts import convert_state_dict, sizes_of
@@ -71,8 +71,7 @@ class TriangleAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("c_in", c_in), ("c_hidden", c_hidden), ("no_heads", no_heads)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            require_positive(name, size)
         self.starting = flag("starting", starting)
         self.layer_norm = nn.LayerNorm(c_in)
         self.linear = nn.Linear(c_in, no_heads, bias=False)
@@ -171,7 +170,7 @@ class _GatedAttention(nn.Module):
         self, c_in: int, c_hidden: int, no_heads: int, deterministic: bool, backend: str
     ) -> None:
         super().__init__()
-        self.deterministic = deterministic
+        self.deterministic = flag("deterministic", deterministic)
         self.c_hidden = c_hidden
         self.no_heads = no_heads
         self.backend = backend
