@@ -462,3 +462,19 @@ def test_compile_ragged_with_dropout():
     out, _, probs = compiled(*tensors, *starts, *longest)
     assert out.isfinite().all()
     assert (probs < 0).any()
+
+
+def test_slopes_and_dropout_are_as_precise_as_the_scores():
+    q, k, v = qkv()
+    slopes = FEATURES["alibi"]["alibi_slopes"]
+    dropout = FEATURES["dropout"]
+    out, lse, _ = flash_attn_func(
+        torch.zeros_like(q), k, v, alibi_slopes=slopes, return_attn_probs=True, **dropout
+    )
+    distance = torch.arange(M)[:, None] + N - M - torch.arange(N)
+    scores = -slopes.double()[:, None, None] * distance.abs()
+    torch.testing.assert_close(lse, torch.logsumexp(scores, -1).expand(B, H, M))
+    keep = dropout_mask((B, H, M, N), **dropout)
+    probs = torch.softmax(scores, -1) * keep / (1.0 - dropout["dropout_p"])
+    values = v.repeat_interleave(H // H_KV, dim=2)
+    torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", probs, values))

@@ -265,7 +265,7 @@ def _scores(
     len_q, len_k = grouped.shape[1], keys.shape[2]
     if options.alibi_slopes is not None:
         distance = distances(len_q, len_k, keys.device)[rows].abs()
-        scores = scores - options.alibi_slopes[..., None, None] * distance
+        scores = scores - options.alibi_slopes[..., None, None].to(scores.dtype) * distance
     bias, key_mask = options.attn_bias, options.key_mask
     if bias is not None:
         scores = _masked(scores, bias if bias.shape[2] == 1 else bias[:, :, rows])
@@ -297,7 +297,8 @@ def _kept(probs: torch.Tensor, rows: slice, options: Options, first_batch: int) 
 
 def _dropout(probs: torch.Tensor, rows: slice, options: Options, first_batch: int) -> torch.Tensor:
     """What dropout multiplies a block of probabilities by."""
-    return _kept(probs, rows, options, first_batch) / (1.0 - options.dropout_p)
+    kept = _kept(probs, rows, options, first_batch)
+    return kept.to(probs.dtype) / (1.0 - options.dropout_p)
 
 
 def _add_reduced(dbias: torch.Tensor, dscores: torch.Tensor, rows: slice) -> None:

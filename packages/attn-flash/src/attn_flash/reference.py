@@ -68,7 +68,7 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         distance = distances(q.shape[1], k.shape[1], q.device).abs()
-        scores = scores - alibi_slopes[..., None, None] * distance
+        scores = scores - alibi_slopes[..., None, None].to(scores.dtype) * distance
     masks = [attn_bias, None if key_mask is None else key_mask[:, None, None, :]]
     masks.append(visible(q.shape[1], k.shape[1], window, q.device))
     for mask in masks:
