@@ -17,6 +17,7 @@ _CHECKED_SEQUENCES = 4
 _WORKSPACE_BYTES = 128 << 20
 _VLLM_SEGMENTS = 16  # of a sequence, and the programs below which vLLM cuts one into them
 _VLLM_PROGRAMS = 128
+_MOST_AULE_KEYS = 2**17  # of all sequences: 4 ms
 _PASSES = ("forward", "host")
 
 
@@ -304,6 +305,8 @@ def _aule(case: Case, inputs: Inputs) -> Call:
     from aule.triton_flash_amd import flash_attention_paged_amd  # plain Triton, on any GPU
 
     _require_own_values(case)
+    if case["B"] * case["N"] > _MOST_AULE_KEYS:
+        raise UnsupportedProblemError("one call would take as long as all others together")
     return Call(lambda: flash_attention_paged_amd(*inputs[:5]))
 
 
