@@ -28,13 +28,13 @@ def scaled_backward(dout, factor):
 
 class Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, factor):
+    def forward(ctx, compute, x, factor):
         ctx.factor = factor
-        return operator.below_autograd(x, factor)
+        return compute(x, factor)
 
     @staticmethod
     def backward(ctx, dout):
-        return operator_backward(dout, ctx.factor), None
+        return None, operator_backward(dout, ctx.factor), None
 
 
 NAME = "attn_core_tests::scaled"
@@ -45,7 +45,7 @@ operator_backward = Operator(
     SCHEMA.replace("x", "dout"),
     scaled_backward,
     scaled_fake,
-    autograd=lambda dout, factor: dout * factor,
+    autograd=lambda _, dout, factor: dout * factor,
 )
 without_gradient = Operator("attn_core_tests::constant", SCHEMA, scaled, scaled_fake)
 
@@ -163,14 +163,8 @@ def test_a_view_that_is_negated_by_a_mark_is_negated(requires_grad):
         seen.append(x.is_neg())
         return x * factor
 
-    class Watched(Scaled):
-        @staticmethod
-        def forward(ctx, x, factor):
-            ctx.factor = factor
-            return watched.below_autograd(x, factor)
-
     name = f"attn_core_tests::watched_{requires_grad}".lower()
-    watched = Operator(name, SCHEMA, watch, scaled_fake, autograd=Watched.apply)
+    watched = Operator(name, SCHEMA, watch, scaled_fake, autograd=Scaled.apply)
     x = torch.randn(5, dtype=torch.complex64).conj().imag.requires_grad_(requires_grad)
     assert x.is_neg()
     torch.testing.assert_close(watched(x, 2.0), 2.0 * x.resolve_neg())
@@ -181,14 +175,8 @@ def test_autocast_stays_outside(x):
     def product(x, factor):
         return factor * x @ x.mT
 
-    class Product(Scaled):
-        @staticmethod
-        def forward(ctx, x, factor):
-            ctx.factor = factor
-            return products.below_autograd(x, factor)
-
     name, fake = "attn_core_tests::product", lambda x, factor: x.new_empty(len(x), len(x))
-    products = Operator(name, SCHEMA, product, fake, autograd=Product.apply)
+    products = Operator(name, SCHEMA, product, fake, autograd=Scaled.apply)
     for tensor in (x, x.detach()):
         with torch.autocast("cpu", torch.bfloat16):
             assert (tensor @ tensor.mT).dtype == torch.bfloat16

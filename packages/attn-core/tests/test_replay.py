@@ -1,13 +1,19 @@
 """Calls that are repeated, with kernels that copy memory by address and count their launches."""
 
 import ctypes
+import itertools
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_core import environment, library, replay, tuning
 from attn_core.replay import Replayed, recording, repeatable
+from attn_core.testing.repeats import assert_repeats
 
 
 class Kernel:
@@ -396,6 +402,201 @@ def test_forgetting(kernel, forget):
     assert kernel.computed == 3
 
 
+class TestSurroundings:
+    """Calls that are like earlier ones, except in what surrounds them."""
+
+    @pytest.fixture
+    def function(self, kernel):
+        function = repeatable(kernel.compute)
+        for _ in range(3):
+            function(filled(1.0))
+        assert kernel.computed == 2
+        return function
+
+    def test_fake_tensors(self, kernel, function, monkeypatch):
+        monkeypatch.setattr(kernel, "launch", lambda *args: None)
+        with FakeTensorMode() as mode:
+            out = function(mode.from_tensor(filled(1.0)))
+        assert isinstance(out, FakeTensor)
+        assert kernel.launched == 3
+
+    def test_vmap(self):
+        seen = []
+        doubled = repeatable(lambda x: seen.append(type(x)) or x * 2)
+        for _ in range(4):
+            out = torch.vmap(doubled)(filled(1.0, (3, 4)))
+        assert torch.equal(out, filled(2.0, (3, 4)))
+        assert len(seen) == 4
+
+    def test_modes_see_what_happens(self, kernel, function):
+        class Counting(TorchDispatchMode):
+            seen = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                self.seen += 1
+                return func(*args, **(kwargs or {}))
+
+        with Counting() as mode:
+            function(filled(1.0))
+        assert mode.seen
+        assert kernel.computed == 3
+
+    def test_inference_mode(self, function):
+        for _ in range(2):
+            with torch.inference_mode():
+                assert function(filled(1.0)).is_inference()
+            assert not function(filled(1.0)).is_inference()
+
+    def test_threads(self, kernel, function):
+        def work(value):
+            return all(
+                torch.equal(function(filled(value)), filled(2.0 * value)) for _ in range(200)
+            )
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, (1.0, 2.0, 3.0, 4.0)))
+        assert kernel.computed == 2
+
+    def test_a_thread_records_its_own_calls(self, kernel):
+        """While one thread records, others launch what is not part of it."""
+        inner = Kernel()
+        recorded, launched = threading.Event(), threading.Event()
+
+        def compute(x):
+            if recording() is not None:
+                recorded.set()
+                assert launched.wait(10)
+            return kernel.compute(x)
+
+        def beside():
+            assert recorded.wait(10)
+            inner.compute(filled(1.0))
+            launched.set()
+
+        function = Replayed(compute)
+        function(filled(1.0))
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(beside)
+            function(filled(1.0))
+            other.result()
+        for _ in range(2):
+            assert torch.equal(function(filled(5.0)), filled(10.0))
+        assert (kernel.computed, inner.launched) == (2, 1)
+
+
+class Doubled(torch.autograd.Function):
+    """Says that 2 x - y is what was computed."""
+
+    @staticmethod
+    def forward(ctx, compute, x, y):
+        ctx.save_for_backward(x, y)
+        return compute(x, y)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        assert len(ctx.saved_tensors) == 2
+        return None, 2.0 * dout, -dout
+
+
+@pytest.fixture
+def doubled(kernel):
+    """An operator of x and y: 2 x, and another result, both launched."""
+
+    def compute(x, y):
+        out = kernel.compute(x)
+        other = x.new_zeros(3)
+        kernel.touch(other)
+        return out, other
+
+    Doubled.count = getattr(Doubled, "count", 0) + 1
+    return library.Operator(
+        f"attn_core_tests::doubled_{Doubled.count}",
+        "(Tensor x, Tensor y) -> (Tensor, Tensor)",
+        compute,
+        lambda x, y: (x.new_empty(x.shape), x.new_empty(3)),
+        autograd=Doubled.apply,
+    )
+
+
+def leaves(*values):
+    return [filled(value).requires_grad_() for value in values]
+
+
+class TestDifferentiated:
+    """Public functions of one operator, while gradients are recorded."""
+
+    @pytest.mark.parametrize("results", [1, 2])
+    def test_third_call_only_launches(self, kernel, doubled, results):
+        function = repeatable(lambda x, y: doubled(x, y)[0] if results == 1 else doubled(x, y))
+        for value in range(1, 6):
+            x, y = leaves(value, 7.0)
+            out = function(x, y) if results == 1 else function(x, y)[0]
+            assert torch.equal(out, filled(2.0 * value))
+            dx, dy = torch.autograd.grad(out, (x, y), filled(3.0))
+            assert torch.equal(dx, filled(6.0))
+            assert torch.equal(dy, filled(-3.0))
+        assert (kernel.computed, kernel.launched) == (2, 5)
+
+    def test_calls_with_and_without_gradients_take_turns(self, doubled):
+        function = repeatable(doubled.__call__)
+        x, y = leaves(1.0, 2.0)
+        for _ in range(4):
+            assert function(x, y)[0].requires_grad
+            with torch.no_grad():
+                assert not function(x, y)[0].requires_grad
+            assert not function(x.detach(), y.detach())[0].requires_grad
+            [dy] = torch.autograd.grad(function(x.detach(), y)[0], y, filled(1.0))
+            assert torch.equal(dy, filled(-1.0))
+
+    def test_tensors_of_one_memory_keep_their_histories(self, doubled):
+        """The same object twice, then two objects: alike to kernels, but not to autograd."""
+        function = repeatable(doubled.__call__)
+        memory = filled(1.0)
+        for _ in range(4):
+            [x] = leaves(1.0)
+            [dx] = torch.autograd.grad(function(x, x)[0], x, filled(1.0))
+            assert torch.equal(dx, filled(1.0))
+        for _ in range(4):
+            x, y = (memory.detach().requires_grad_() for _ in range(2))
+            dx, dy = torch.autograd.grad(function(x, y)[0], (x, y), filled(1.0))
+            assert torch.equal(dx, filled(2.0))
+            assert torch.equal(dy, filled(-1.0))
+
+    @pytest.mark.parametrize(
+        "around",
+        [
+            lambda op, x, y: op(x.view(16), y.view(16))[0],
+            lambda op, x, y: op(x, y)[0].t(),
+            lambda op, x, y: op(op(x, y)[0], y)[0],
+            lambda op, x, y: op(x, y)[0] * 3.0,
+            lambda op, x, y: op(x, y)[0].detach(),
+        ],
+        ids=["view", "view of result", "twice", "multiplied", "detached"],
+    )
+    def test_more_than_the_operator_runs_in_full(self, doubled, around):
+        function = repeatable(lambda x, y: around(doubled, x, y))
+        found = []
+        for _ in range(5):
+            x, y = leaves(1.0, 2.0)
+            out = function(x, y)
+            grads = ()
+            if out.requires_grad:
+                grads = torch.autograd.grad(out, (x, y), torch.ones_like(out))
+            found.append((out, *grads))
+        for results in found:
+            for result, expected in zip(results, found[0], strict=True):
+                assert torch.equal(result, expected)
+
+    def test_graph_is_freed(self, doubled):
+        function = repeatable(doubled.__call__)
+        for _ in range(4):
+            x, y = leaves(1.0, 2.0)
+            memory = weakref.ref(x)
+            function(x, y)[0].sum().backward()
+            del x, y
+            assert memory() is None
+
+
 class TestRepeatable:
     """The decorator of public functions."""
 
@@ -448,3 +649,31 @@ class TestRepeatable:
         function = repeatable(lambda x: x * 2)
         compiled = torch.compile(function, fullgraph=True, backend="eager")
         assert torch.equal(compiled(filled(3.0)), filled(6.0))
+
+
+class TestAssertRepeats:
+    """The test kit's check of functions that are repeated."""
+
+    def test_functions_that_are_repeated_pass(self, kernel):
+        assert_repeats(repeatable(kernel.compute), lambda i: [filled(float(i))])
+
+    def test_kinds_and_passes(self, doubled):
+        def gradients(x, y):
+            out, _ = function(x, y)
+            return out, *torch.autograd.grad(out, (x, y), filled(1.0))
+
+        function = repeatable(doubled.__call__)
+        assert_repeats(gradients, lambda i: leaves(i, 1.0))
+        with pytest.raises(AssertionError, match=r"2 calls were repeated, expected 4"):
+            assert_repeats(gradients, lambda i: leaves(i, 1.0), passes=2)
+
+    def test_functions_that_are_not_fail(self, kernel):
+        with pytest.raises(AssertionError, match="0 calls were repeated, expected 2"):
+            assert_repeats(kernel.compute, lambda i: [filled(1.0)])
+
+    def test_other_bits_fail(self, kernel):
+        """What a function remembers on its own is not repeated."""
+        calls = itertools.count()
+        function = repeatable(lambda x: kernel.compute(x, next(calls)))
+        with pytest.raises(AssertionError, match="result 0 of call 0"):
+            assert_repeats(function, lambda i: [filled(1.0)])

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from attn_core.eager import is_plain_eager, needs_grad
 from attn_core.errors import UnsupportedProblemError
-from attn_core.replay import Replayed
+from attn_core.replay import Replayed, recording
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -36,8 +36,9 @@ class Operator:
     fake : callable
         Same arguments; returns empty outputs of the right shape, stride, dtype and device.
     autograd : callable, optional
-        Same arguments; computes the operator so that autograd can differentiate it, usually by an
-        ``autograd.Function``. Called only when a gradient is needed.
+        ``autograd(compute, *args)`` computes the operator so that autograd can differentiate it,
+        usually by an ``autograd.Function`` whose forward pass is ``compute(*args)``. Called only
+        when a gradient is needed.
     """
 
     def __init__(
@@ -66,9 +67,13 @@ class Operator:
         """Compute the operator; differentiable where it has an autograd rule."""
         if not is_plain_eager(args):
             return self.overload(*args)
-        if self._autograd is not None and needs_grad(args):
-            return self._autograd(*args)
-        return self._implementation(*args)
+        if self._autograd is None or not needs_grad(args):
+            return self._implementation(*args)
+        results = self._autograd(self.below_autograd, *args)
+        tape = recording()
+        if tape is not None:
+            tape.differentiated(self._autograd, args, results)
+        return results
 
     def below_autograd(self, *args: Any) -> Any:
         """Compute the operator inside an autograd.Function, where no gradient is recorded."""
@@ -89,7 +94,7 @@ class Operator:
                 f"{self._name} has no rule for torch.func.grad and its relatives: differentiate it "
                 "with torch.autograd; torch.vmap around that runs"
             )
-        return self._autograd(*args)
+        return self._autograd(self.below_autograd, *args)
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

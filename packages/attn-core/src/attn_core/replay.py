@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from operator import methodcaller
+from operator import itemgetter, methodcaller
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from attn_core import environment
-from attn_core.eager import Observer, is_plain_eager, needs_grad, signature
+from attn_core.eager import Observer, is_plain_eager, signature
 
 Start = Callable[[list[int]], None]
 _Make = Callable[[torch.Tensor], torch.Tensor]
@@ -44,7 +44,7 @@ _thread = threading.local()
 
 
 def repeatable(function: _Function) -> _Function:
-    """Let a public function repeat plain eager calls that need no gradient.
+    """Let a public function repeat plain eager calls.
 
     Parameters
     ----------
@@ -56,14 +56,15 @@ def repeatable(function: _Function) -> _Function:
     Returns
     -------
     callable
-        The same function. Operators repeat what is differentiated by themselves.
+        The same function. Calls that autograd differentiates are repeated where it does so in one
+        operator, whose tensors are those of the call.
     """
     replayed = Replayed(function, _environment)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values()) if kwargs else args
-        if not is_plain_eager(values) or needs_grad(values):
+        if not is_plain_eager(values):
             return function(*args, **kwargs)
         return replayed.compute(values, args, kwargs)
 
@@ -109,7 +110,7 @@ class Replayed:
             return self._function(*args, **kwargs)
         key = (call.key, *kwargs, self._context and self._context())
         known = self._known.get(key)
-        if isinstance(known, _Replay):
+        if isinstance(known, (_Replay, _Differentiable)):
             return known.run(call.tensors, call.pointers)
         if known is _SEEN:
             with Recording(call.tensors) as tape:
@@ -141,6 +142,7 @@ class Recording(Observer):
         self._is_watching = True
         self._steps: list[_Launch | _Copy] = []
         self._written: set[int] = set()
+        self._operator: tuple[Callable[..., Any], Sequence[Any], Any] | None = None
         self._is_repeatable = len({tensor.device for tensor in tensors}) == 1
 
     def __enter__(self) -> Recording:
@@ -188,24 +190,45 @@ class Recording(Observer):
         self._steps.append(_Launch(start, places))
         self._written.update(place.number for place in places)
 
+    def differentiated(self, rule: Callable[..., Any], args: Sequence[Any], results: Any) -> None:
+        """Note that `results` come of an operator of `args` that autograd differentiates by rule.
+
+        ``rule(compute, *args)`` is what `attn_core.library.Operator` calls.
+        """
+        if self._operator is not None:
+            self.refuse()
+        self._operator = rule, args, results
+
     def refuse(self) -> None:
         """Note something that cannot be repeated."""
         self._is_repeatable = False
         del self._tensors[self._num_arguments :]
 
-    def replay(self, results: Any) -> _Replay | None:
+    def replay(self, results: Any) -> _Replay | _Differentiable | None:
         """Return what repeats the call that gave `results`, or None."""
+        if self._operator is None:
+            return self._plain_replay(results)
+        rule, args, made = self._operator
+        forward = self._plain_replay(made)
+        places = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        numbers = _numbers([args[place] for place in places], self._tensors[: self._num_arguments])
+        outputs = _numbers(_unpacked(results), _unpacked(made))
+        if forward is None or numbers is None or outputs is None:
+            return None
+        others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+        tensors = dict(zip(places, numbers, strict=True))
+        return _Differentiable(forward, rule, others, tensors, outputs, _packer(results))
+
+    def _plain_replay(self, results: Any) -> _Replay | None:
         if not self._is_repeatable:
             return None
-        is_single = isinstance(results, torch.Tensor)
-        wanted = (results,) if is_single else results or ()
+        wanted = _unpacked(results)
         outputs = [view for view in map(self._view, wanted) if view is not None]
         if not self._is_repeatable or not self._steps or len(outputs) < len(wanted):
             return None
         if not all(map(self._is_new, wanted, outputs)):
             return None
-        pack = _only if is_single else tuple if outputs else _nothing
-        return _Replay(self._makers, self._steps, outputs, pack)
+        return _Replay(self._makers, self._steps, outputs, _packer(results))
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
         to, what = self._view(target), self._view(source)
@@ -330,6 +353,25 @@ class _Replay(NamedTuple):
         return self.pack([view.of(tensors) for view in self.outputs])
 
 
+class _Differentiable(NamedTuple):
+    """A call of one operator that autograd differentiates."""
+
+    forward: _Replay
+    rule: Callable[..., Any]
+    others: list[Any]  # the operator's arguments, with gaps for tensors
+    numbers: dict[int, int]  # of the tensors that belong there
+    outputs: list[int]  # which of its results the call returns
+    pack: Callable[[list[torch.Tensor]], Any]
+
+    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
+        """Repeat it on other tensors, to which it adds those that it makes."""
+        args = self.others.copy()
+        for place, number in self.numbers.items():
+            args[place] = tensors[number]
+        results = _unpacked(self.rule(lambda *_: self.forward.run(tensors, pointers), *args))
+        return self.pack([results[number] for number in self.outputs])
+
+
 def each_time(make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Return ``make()``, which a replay calls too: it follows from more than the call.
 
@@ -362,9 +404,18 @@ def _launches_here(tensor: Any) -> bool:
     return is_on_gpu and tensor.get_device() == torch._C._cuda_getDevice()
 
 
-def _only(results: list[torch.Tensor]) -> torch.Tensor:
-    return results[0]
+def _numbers(wanted: Sequence[Any], tensors: Sequence[Any]) -> list[int] | None:
+    """Find tensors among others, as objects: autograd tells apart what shares memory."""
+    places = [[n for n, other in enumerate(tensors) if other is tensor] for tensor in wanted]
+    return [n for [n] in places] if all(len(found) == 1 for found in places) else None
 
 
-def _nothing(results: list[torch.Tensor]) -> None:
-    return None
+def _unpacked(results: Any) -> Sequence[Any]:
+    return (results,) if isinstance(results, torch.Tensor) else results or ()
+
+
+def _packer(results: Any) -> Callable[[list[torch.Tensor]], Any]:
+    """Return what gives tensors the form of `results`."""
+    if isinstance(results, torch.Tensor):
+        return itemgetter(0)
+    return tuple if results else lambda _: None

@@ -7,6 +7,7 @@ and the sums up to the last token. `tiles` is as in `checks.AttentionProblem`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +73,10 @@ def _attention_backward_fake(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, sums_after = attention.below_autograd(*args)
+    def forward(
+        ctx: Any, compute: Callable[..., Any], *args: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, sums_after = compute(*args)
         tensors = len(args) - _STATIC_ARGUMENTS
         ctx.save_for_backward(*args[:tensors])
         ctx.static = args[tensors:]
@@ -88,13 +91,13 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(v)
         dv, dsums, *dweights = attention_backward(dout, dsums_after, v, *tensors, *ctx.static)
-        has_sums = ctx.needs_input_grad[_SUMS_ARGUMENT]
+        has_sums = ctx.needs_input_grad[1 + _SUMS_ARGUMENT]
         statics = (None,) * _STATIC_ARGUMENTS
-        return dv, *dweights, None, dsums if has_sums else None, None, *statics
+        return None, dv, *dweights, None, dsums if has_sums else None, None, *statics
 
 
 def _attention_backward_autograd(
-    dout: torch.Tensor, dsums_after: torch.Tensor | None, *args: Any
+    _: Any, dout: torch.Tensor, dsums_after: torch.Tensor | None, *args: Any
 ) -> tuple[torch.Tensor, ...]:
     """Gradients that can be differentiated again: those of the plain formula, recomputed."""
     call = _call(*args)
@@ -162,17 +165,19 @@ def _prefix_sum_fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 class _PrefixSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *static: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, compute: Callable[..., torch.Tensor], x: torch.Tensor, *static: Any
+    ) -> torch.Tensor:
         ctx.static = static
-        return prefix_sum.below_autograd(x, *static)  # type: ignore[no-any-return]
+        return compute(x, *static)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
-        return prefix_sum_backward(dout, *ctx.static), None, None, None, None
+        return None, prefix_sum_backward(dout, *ctx.static), None, None, None, None
 
 
 def _prefix_sum_backward_autograd(
-    dout: torch.Tensor, dim: int, exclusive: bool, reverse: bool, backend: str
+    _: Any, dout: torch.Tensor, dim: int, exclusive: bool, reverse: bool, backend: str
 ) -> torch.Tensor:
     return prefix_sum(dout, dim, exclusive, not reverse, backend)  # type: ignore[no-any-return]
 

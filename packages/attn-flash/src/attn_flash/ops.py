@@ -8,6 +8,7 @@ where sequences are ragged, of any strides; `lse` is float32, float64 for float6
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,10 +81,12 @@ def _attention_backward_fake(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = attention.below_autograd(*args)
-        ctx.save_for_backward(out, lse, *args[:_FIRST_STATIC])
-        ctx.static = args[_FIRST_STATIC:]
+    def forward(
+        ctx: Any, compute: Callable[..., Any], static: tuple[Any, ...], *tensors: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = compute(*tensors, *static)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.static = static
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -92,14 +95,20 @@ class _Attention(torch.autograd.Function):
         out, lse, q, k, v, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        needs = ctx.needs_input_grad
+        _, _, *needs = ctx.needs_input_grad
         dq, dk, dv, dbias, dsinks = attention_backward(
             dout, dlse, q, k, v, out, lse, needs[_BIAS], *tensors, *ctx.static
         )
         grads = [dq, dk, dv, *[None] * (len(needs) - 3)]
         grads[_BIAS] = dbias if needs[_BIAS] else None
         grads[_SINKS] = dsinks if needs[_SINKS] else None
-        return tuple(grads)
+        return None, None, *grads
+
+
+def _attention_autograd(compute: Callable[..., Any], *args: Any) -> Any:
+    # Autograd looks at each of its arguments: numbers go in one.
+    static, tensors = args[_FIRST_STATIC:], args[:_FIRST_STATIC]
+    return _Attention.apply(compute, static, *tensors)  # type: ignore[no-untyped-call]
 
 
 _BIAS = 3 + Options._fields.index("attn_bias")
@@ -108,6 +117,7 @@ _FIRST_STATIC = 3 + Options._fields.index("max_seqlen_q")  # what comes before a
 
 
 def _attention_backward_autograd(
+    _: Any,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -188,7 +198,7 @@ attention = Operator(
     f"(Tensor q, Tensor k, Tensor v, {options.SCHEMA}, str backend) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
-    autograd=_Attention.apply,
+    autograd=_attention_autograd,
 )
 attention_backward = Operator(
     ATTENTION_BACKWARD,

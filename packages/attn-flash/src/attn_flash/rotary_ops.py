@@ -66,17 +66,20 @@ def _rotate_inplace_fake(*_: Any) -> None:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, compute: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any
+    ) -> torch.Tensor:
         cos, sin, offsets, ctx.offset, cu_seqlens, *ctx.static = args
         ctx.save_for_backward(cos, sin, offsets, cu_seqlens)
-        return rotate.below_autograd(x, *args)  # type: ignore[no-any-return]
+        return compute(x, *args)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
         cos, sin, offsets, cu_seqlens = ctx.saved_tensors
         max_seqlen, interleaved, conjugate, backend = ctx.static
         back = (max_seqlen, interleaved, not conjugate, backend)
-        return (rotate(dout, cos, sin, offsets, ctx.offset, cu_seqlens, *back), *[None] * 9)
+        dx = rotate(dout, cos, sin, offsets, ctx.offset, cu_seqlens, *back)
+        return None, dx, *[None] * 9
 
 
 class _RotateInplace(torch.autograd.Function):

@@ -12,6 +12,7 @@ out * sigmoid(logits) of two tensors of one shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,8 +97,10 @@ def _attention_backward_fake(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = attention.below_autograd(*args)
+    def forward(
+        ctx: Any, compute: Callable[..., Any], *args: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = compute(*args)
         q, k, v, bias, mask, *static = args
         ctx.save_for_backward(q, k, v, bias, mask, out, lse)
         ctx.static = static
@@ -112,10 +115,10 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         grads = attention_backward(
             dout, dlse, q, k, v, bias, mask, out, lse,
-            scale, masked_rows, _wanted(ctx.needs_input_grad), deterministic, backend,
+            scale, masked_rows, _wanted(ctx.needs_input_grad[1:]), deterministic, backend,
         )  # fmt: skip
-        needed = zip(grads, ctx.needs_input_grad, strict=False)
-        return *(grad if need else None for grad, need in needed), None, None, None, None
+        needed = zip(grads, ctx.needs_input_grad[1:], strict=False)
+        return None, *(grad if need else None for grad, need in needed), None, None, None, None
 
 
 def _wanted(needs: tuple[bool, ...]) -> str:
@@ -126,6 +129,7 @@ def _wanted(needs: tuple[bool, ...]) -> str:
 
 
 def _attention_backward_autograd(
+    _: Any,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -200,19 +204,24 @@ def _gate_backward_fake(
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, logits: torch.Tensor, backend: str) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        compute: Callable[..., torch.Tensor],
+        out: torch.Tensor,
+        logits: torch.Tensor,
+        backend: str,
+    ) -> torch.Tensor:
         ctx.save_for_backward(out, logits)
         ctx.backend = backend
-        gated: torch.Tensor = gate.below_autograd(out, logits, backend)
-        return gated
+        return compute(out, logits, backend)
 
     @staticmethod
     def backward(ctx: Any, dgated: torch.Tensor) -> tuple[Any, ...]:
-        return *gate_backward(dgated, *ctx.saved_tensors, ctx.backend), None
+        return None, *gate_backward(dgated, *ctx.saved_tensors, ctx.backend), None
 
 
 def _gate_backward_autograd(
-    dgated: torch.Tensor, out: torch.Tensor, logits: torch.Tensor, backend: str
+    _: Any, dgated: torch.Tensor, out: torch.Tensor, logits: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in operations that can be differentiated again."""
     opening = torch.sigmoid(logits)
