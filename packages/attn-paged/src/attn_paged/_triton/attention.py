@@ -13,269 +13,15 @@ import triton.language as tl
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
-from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile
-from attn_core.tiles.scores import first_state, tanh
-from attn_core.tiles.softmax import (
-    LOG2_E,
-    finish_softmax,
-    online_softmax,
-    online_softmax_masked,
-)
+from attn_core.tiles.softmax import LOG2_E, finish_softmax
 from attn_paged._triton import cascade, configs, merge, problem, worklist
+from attn_paged._triton.keys import attend, block_ids, keys_of_part, with_sink
 from attn_paged._triton.merge import Parts, programs_at_work, rows_of_tile, share_of_work
+from attn_paged._triton.quantised import power_of_two
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_of_unit
 from attn_paged._triton.worklist import units_of_tiles
 from attn_paged.options import AttentionOptions
-
-LEAST_EXPONENT = tl.constexpr(-100)  # of a value's scale: sums of 2**100 are still finite
-
-
-@triton.jit
-def _block_ids(
-    table_ptr, stride_tn, start_n, first, stop, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Physical block of each key of a tile, or of all of them where they share it.
-
-    Table entries of keys outside [first, stop) are not read.
-    """
-    if BLOCK_SIZE % BLOCK_N == 0:
-        offs_n = start_n
-        mask_n = start_n < stop
-    else:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = (offs_n >= first) & (offs_n < stop)
-    entries = offs_n.to(tl.uint32) // BLOCK_SIZE
-    return tl.load(table_ptr + entries.to(tl.int64) * stride_tn, mask=mask_n, other=0)
-
-
-# fmt: off
-@triton.jit
-def _bend(
-    scores, position, offs_n, slopes, scale_log2, softcap_log2,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-):
-    # fmt: on
-    """Scale scores to units of log2, cap them and add the bias of distance."""
-    if HAS_SOFTCAP:
-        scores = softcap_log2 * tanh(scores * (scale_log2 / softcap_log2))
-    else:
-        scores = scores * scale_log2
-    if HAS_ALIBI:
-        distance = tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32)
-        scores -= slopes[:, None] * distance
-    return scores
-
-
-# Four int8 in one register as four float16: 1024 + n, n from 0 to 255, has n for its last bits.
-_INT8 = tl.constexpr("""{
-    .reg .b32 bytes, low, high, bias;
-    mov.b32 bias, 0x64806480;
-    xor.b32 bytes, $2, 0x80808080;
-    prmt.b32 low, bytes, 0x64646464, 0x4140;
-    prmt.b32 high, bytes, 0x64646464, 0x4342;
-    sub.rn.f16x2 $0, low, bias;
-    sub.rn.f16x2 $1, high, bias;
-}""")
-
-
-@triton.jit
-def _dequantised(x, dtype: tl.constexpr, HAS_PTX: tl.constexpr):
-    """Quantised numbers without their scale, exact in `dtype`.
-
-    float8 becomes float16 two at a time; so does int8 by PTX, and else by way of float32.
-    """
-    if x.dtype == dtype:
-        return x
-    if dtype == tl.float16:
-        if x.dtype.is_fp8():
-            return x.to(tl.float16)
-        if HAS_PTX:
-            return tl.inline_asm_elementwise(
-                _INT8, "=r,=r,r", [x], tl.float16, is_pure=True, pack=4
-            )
-    return x.to(tl.float32).to(dtype)
-
-
-# Of two pairs in one register, the even numbers and the odd ones, each as two float16.
-_FLOAT8_PAIRS = tl.constexpr("""{
-    .reg .b32 even, odd;
-    .reg .b16 evens, odds, none;
-    prmt.b32 even, $2, 0, 0x4420;
-    prmt.b32 odd, $2, 0, 0x4431;
-    mov.b32 {evens, none}, even;
-    mov.b32 {odds, none}, odd;
-    cvt.rn.f16x2.e4m3x2 $0, evens;
-    cvt.rn.f16x2.e4m3x2 $1, odds;
-}""")
-_INT8_PAIRS = tl.constexpr("""{
-    .reg .b32 bytes, even, odd, bias;
-    mov.b32 bias, 0x64806480;
-    xor.b32 bytes, $2, 0x80808080;
-    prmt.b32 even, bytes, 0x64646464, 0x4240;
-    prmt.b32 odd, bytes, 0x64646464, 0x4341;
-    sub.rn.f16x2 $0, even, bias;
-    sub.rn.f16x2 $1, odd, bias;
-}""")
-
-
-@triton.jit
-def _dequantised_pairs(pairs, code: tl.constexpr, dtype: tl.constexpr, HAS_PTX: tl.constexpr):
-    """Even and odd columns of a tile whose elements are two numbers of type `code`.
-
-    Triton takes float8 apart byte by byte, for twice as many instructions.
-    """
-    if HAS_PTX and dtype == tl.float16:
-        PTX: tl.constexpr = _FLOAT8_PAIRS if code.is_fp8() else _INT8_PAIRS
-        return tl.inline_asm_elementwise(
-            PTX, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
-        )
-    even = pairs.to(tl.int8).to(code, bitcast=True)
-    odd = (pairs >> 8).to(tl.int8).to(code, bitcast=True)
-    return _dequantised(even, dtype, HAS_PTX), _dequantised(odd, dtype, HAS_PTX)
-
-
-@triton.jit
-def _power_of_two(x):
-    """Largest power of two up to each x > 0, and 1 for what float32 has no full precision for."""
-    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _scaled_softmax(m_i, l_i, scores, scale_log2, v_scales, visible, MASKED: tl.constexpr):
-    """Online softmax that returns p * v_scale, at most 2: float16 holds it whatever the scales.
-
-    So m_i is the exponent of the largest of these products instead of the largest score.
-    """
-    scores = scores * scale_log2
-    if MASKED:
-        scores = tl.where(visible, scores, -float("inf"))
-    exponents = (v_scales.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23
-    sizes = tl.maximum(exponents - 127, LEAST_EXPONENT).to(tl.float32)
-    m_new = tl.maximum(m_i, tl.max(scores + sizes[None, :], 1))
-    pivot = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.math.exp2(scores - pivot[:, None])
-    alpha = tl.math.exp2(m_i - pivot)
-    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p * v_scales[None, :]
-
-
-@triton.jit
-def _with_sink(m_i, l_i, sinks_ptrs, has_sink, BLOCK_M: tl.constexpr):
-    """Take in the sink, a key whose value is 0; return m_i, l_i and the factor for acc."""
-    m_sink, l_sink = first_state(sinks_ptrs, has_sink, True, BLOCK_M)
-    m_new = tl.maximum(m_i, m_sink)
-    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
-    alpha = tl.math.exp2(m_i - pivot)
-    return m_new, l_i * alpha + l_sink * tl.math.exp2(m_sink - pivot), alpha
-
-
-# fmt: off
-@triton.jit
-def _attend(
-    acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
-    k_ptr, stride_kb, stride_kn, stride_kd,
-    v_ptr, stride_vb, stride_vn, stride_vd,
-    k_scale_ptr, stride_ksb, stride_ksn,
-    v_scale_ptr, stride_vsb, stride_vsn,
-    table_ptr, stride_tn,
-    tree_ptrs, stride_mn, mask_m, tree_start, tree_width,
-    lo, hi, first, stop, N, scale_log2, softcap_log2, left, right,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr,
-    SAME_SLOTS: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, HAS_PTX: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):
-    # fmt: on
-    """Attend to the tiles of keys in [lo, hi), with or without looking at the mask.
-
-    `blocks` are the ids of the tile at lo. They are loaded one tile ahead: keys whose address
-    depends on a load of the same iteration would halve the depth of Triton's pipeline. Where
-    elements of v are pairs, acc has their even columns and acc_odd the odd ones.
-    """
-    PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV // PAIR)
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V // PAIR
-    for start_n in range(lo, hi, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = (offs_n >= first) & (offs_n < stop)
-        # Never negative: unsigned, they are divided and widened in fewer instructions.
-        slots = (offs_n.to(tl.uint32) % BLOCK_SIZE).to(tl.int64)
-        far_blocks = blocks.to(tl.uint32).to(tl.int64)
-        k_offsets = far_blocks * stride_kb + slots * stride_kn
-        v_offsets = k_offsets // PAIR if SAME_SLOTS else far_blocks * stride_vb + slots * stride_vn
-        k_rows = k_ptr + k_offsets[:, None]
-        v_rows = v_ptr + v_offsets[:, None]
-        k_ptrs = k_rows + offs_d[None, :] * stride_kd
-        v_ptrs = v_rows + offs_dv[None, :] * stride_vd
-        k = load_tile(k_ptrs, mask_n, mask_d, MASKED, HEAD_DIM < BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = k
-        if not VALUES_IN_KEYS:
-            v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, HEAD_DIM_V < BLOCK_DV)  # [.., BLOCK_DV]
-        k = _dequantised(k, q.dtype, HAS_PTX)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if TAIL_D > 0:
-            offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
-            k_ptrs = k_rows + offs_tail[None, :] * stride_kd
-            k = load_tile(k_ptrs, mask_n, offs_tail < HEAD_DIM, MASKED, HEAD_DIM < BLOCK_D + TAIL_D)
-            k = _dequantised(k, q.dtype, HAS_PTX)
-            scores = tl.dot(q_tail, tl.trans(k), scores, input_precision=PRECISION)
-        if IS_QUANTISED:
-            k_offsets = far_blocks * stride_ksb + slots * stride_ksn
-            v_offsets = k_offsets if SAME_SLOTS else far_blocks * stride_vsb + slots * stride_vsn
-            k_scales = tl.load(k_scale_ptr + k_offsets, mask=mask_n, other=0.0)
-            v_scales = tl.load(v_scale_ptr + v_offsets, mask=mask_n, other=0.0)
-            scores *= k_scales[None, :] * q_scale[:, None]
-        blocks = _block_ids(
-            table_ptr, stride_tn, start_n + BLOCK_N, first, stop, BLOCK_SIZE, BLOCK_N
-        )
-        factor = scale_log2
-        if HAS_SOFTCAP or HAS_ALIBI:
-            scores = _bend(
-                scores, position, offs_n, slopes, scale_log2, softcap_log2, HAS_SOFTCAP, HAS_ALIBI
-            )
-            factor = 1.0
-        visible = True
-        if MASKED:
-            visible = is_visible(
-                position[:, None], offs_n[None, :], N, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            if HAS_TREE:
-                column = offs_n - tree_start
-                is_about = mask_m[:, None] & ((column >= 0) & (column < tree_width))[None, :]
-                entries = tree_ptrs[:, None] + (column * stride_mn)[None, :]
-                visible = visible & (tl.load(entries, mask=is_about, other=1) != 0)
-        if IS_QUANTISED:
-            m_i, l_i, alpha, p = _scaled_softmax(
-                m_i, l_i, scores, factor, v_scales, visible, MASKED
-            )
-        elif MASKED:
-            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
-        else:
-            m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
-        p = p.to(q.dtype)
-        if PAIR == 2:
-            v, v_odd = _dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype, HAS_PTX)
-        else:
-            v = _dequantised(v, q.dtype, HAS_PTX)
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
-        if PAIR == 2:
-            acc_odd = tl.dot(p, v_odd, acc_odd * alpha[:, None], input_precision=PRECISION)
-    return acc, acc_odd, m_i, l_i, blocks
-
-
-@triton.jit
-def _keys_of_part(lo, full_lo, full_hi, hi, first_part, last_part, BLOCK_N: tl.constexpr):
-    """Cut the runs of `key_blocks` down to some of their tiles, counted from lo."""
-    hi = tl.maximum(tl.minimum(hi, lo + last_part * BLOCK_N), lo)
-    lo = tl.minimum(lo + first_part * BLOCK_N, hi)
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
-    full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
-    return lo, full_lo, full_hi, hi
 
 
 # fmt: off
@@ -415,7 +161,7 @@ def _paged_attention_kernel(
             peak = tl.max(tl.abs(q.to(tl.float32)), 1)
             if TAIL_D > 0:
                 peak = tl.maximum(peak, tl.max(tl.abs(q_tail.to(tl.float32)), 1))
-            q_scale = _power_of_two(peak)
+            q_scale = power_of_two(peak)
             q = (q.to(tl.float32) / q_scale[:, None]).to(tl.float16)
             q_tail = (q_tail.to(tl.float32) / q_scale[:, None]).to(tl.float16)
         slopes = scale_log2
@@ -441,11 +187,11 @@ def _paged_attention_kernel(
             full_hi = tl.maximum(full_hi, full_lo)
 
         first = tl.maximum(N - M + start_m - left, 0) if HAS_LEFT else 0
-        lo, full_lo, full_hi, hi = _keys_of_part(
+        lo, full_lo, full_hi, hi = keys_of_part(
             lo, full_lo, full_hi, hi, first_part, last_part, BLOCK_N
         )
         table = table_ptr + b.to(tl.int64) * stride_tb
-        blocks = _block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
+        blocks = block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
@@ -455,7 +201,7 @@ def _paged_attention_kernel(
         PEEL: tl.constexpr = BLOCK_M > 32
         if PEEL:
             if HAS_LEFT:
-                acc, acc_odd, m_i, l_i, blocks = _attend(
+                acc, acc_odd, m_i, l_i, blocks = attend(
                     acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
                     k_ptr, stride_kb, stride_kn, stride_kd,
                     v_ptr, stride_vb, stride_vn, stride_vd,
@@ -466,7 +212,7 @@ def _paged_attention_kernel(
                     HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, True, PRECISION,
                     BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
                 )  # fmt: skip
-            acc, acc_odd, m_i, l_i, blocks = _attend(
+            acc, acc_odd, m_i, l_i, blocks = attend(
                 acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
                 k_ptr, stride_kb, stride_kn, stride_kd,
                 v_ptr, stride_vb, stride_vn, stride_vd,
@@ -478,7 +224,7 @@ def _paged_attention_kernel(
                 BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
             )  # fmt: skip
             lo = full_hi
-        acc, acc_odd, m_i, l_i, blocks = _attend(
+        acc, acc_odd, m_i, l_i, blocks = attend(
             acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
             k_ptr, stride_kb, stride_kn, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vd,
@@ -494,7 +240,7 @@ def _paged_attention_kernel(
             acc = tl.interleave(acc, acc_odd)
         if HAS_SINKS:
             has_sink = tl.where((b < B) & has_first, mask_m, False)
-            m_i, l_i, alpha = _with_sink(m_i, l_i, sinks_ptrs, has_sink, BLOCK_M)
+            m_i, l_i, alpha = with_sink(m_i, l_i, sinks_ptrs, has_sink, BLOCK_M)
             acc *= alpha[:, None]
         out, lse = finish_softmax(m_i, l_i, acc)
         mask_dv = (offs_dv < HEAD_DIM_V)[None, :]

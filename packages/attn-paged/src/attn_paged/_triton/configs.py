@@ -94,7 +94,7 @@ ATTENTION = Table(
         for block_n in (16, 32, 64, 128)
         for stages in (1, 2, 3, 4)
     ],
-    sources=("attn_paged._triton.attention",),
+    sources=tuple(f"attn_paged._triton.{name}" for name in ("attention", "keys", "quantised")),
 )
 
 # Tiles of a program that has a processor and a sequence to itself, where measured.
