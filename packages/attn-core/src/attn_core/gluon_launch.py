@@ -23,6 +23,10 @@ _WARPS = 4  # of the first computing warpgroup, the only one that a launch names
 # Numbers of element types that differ between Triton's compiler and the driver.
 _DRIVER_TYPES = {8: 10, 9: 8, 10: 9}
 _descriptor_of = methodcaller("describe")
+_GAP = object()
+# Places among the arguments of a start: after the grid, and after what the kernel is.
+_STREAM = 3
+_WATCHERS = slice(10, 13)
 
 
 class _Compiled(NamedTuple):
@@ -101,7 +105,7 @@ class GluonLauncher:
         self._compiled[key] = _Compiled(kernel, start, kernel.metadata.tensordesc_meta)
 
     def _parts(self, args: Sequence[Any], compiled: _Compiled) -> list[Any]:
-        """Return the arguments with encoders in place of tiles, and gaps in place of tensors."""
+        """Return the arguments with an encoder in place of tiles, and `_GAP` of other tensors."""
         encodings = iter(compiled.encodings)
         return [
             self._encoder(arg, next(encodings))
@@ -123,75 +127,77 @@ class GluonLauncher:
         return known
 
 
-_GAP = object()
-
-
 class _Start:
     """A launch of a compiled kernel, complete but for addresses."""
 
     def __init__(
-        self, compiled: _Compiled, num_programs: int, device: int, parts: list[Any]
+        self, compiled: _Compiled, num_programs: int, device: int, parts: Sequence[Any]
     ) -> None:
+        kernel = compiled.kernel
         self._compiled = compiled
-        self._num_programs = num_programs
         self._device = device
-        self._parts = parts
+        self._args = [num_programs, 1, 1, None, kernel.function, False, False, None, None]
+        self._args += [kernel.packed_metadata, None, None, None]
+        self._tensors: list[tuple[int, _Encoder | None]] = []  # the place of each
+        for part in parts:
+            if part is _GAP:
+                self._tensors.append((len(self._args), None))
+                self._args.append(None)
+            elif type(part) is _Encoder:
+                self._tensors.append((len(self._args), part))
+                self._args += [None, *part.sizes]
+            else:
+                self._args.append(part)
 
     def __call__(self, pointers: Sequence[int]) -> None:
         """Start it with the addresses of its tensors; their device is the current one."""
-        addresses, args = iter(pointers), []
-        for part in self._parts:
-            if part is _GAP:
-                args.append(next(addresses))
-            elif type(part) is _Encoder:
-                args += part(next(addresses))
-            else:
-                args.append(part)
-        kernel = self._compiled.kernel
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._compiled.start(
-            self._num_programs, 1, 1, stream, kernel.function, False, False, None, None,
-            kernel.packed_metadata, *self._watchers(stream), *args,
-        )  # fmt: skip
-
-    def _watchers(self, stream: int) -> tuple[Any, ...]:
-        """What a profiler is told, and how before and after the launch."""
+        args = self._args.copy()
+        args[_STREAM] = torch._C._cuda_getCurrentRawStream(self._device)
+        for (place, encoder), pointer in zip(self._tensors, pointers, strict=True):
+            args[place] = pointer if encoder is None else encoder(pointer)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if not enter.calls:
-            return None, None, None
-        grid = self._num_programs, 1, 1
-        return self._compiled.kernel.launch_metadata(grid, stream), enter, leave
+        if enter.calls:  # of a profiler, which wants to know the kernel
+            metadata = self._compiled.kernel.launch_metadata(tuple(args[:_STREAM]), args[_STREAM])
+            args[_WATCHERS] = metadata, enter, leave
+        self._compiled.start(*args)
 
 
 class _Encoder:
-    """Encodes tensors of one shape for the copy engine, each address once."""
+    """Encodes tensors of one shape for the copy engine, each address once.
+
+    Attributes
+    ----------
+    sizes : list of int
+        Shape and strides, which follow the tensor map among the arguments of the driver.
+    """
 
     def __init__(self, descriptor: Any, encoding: Mapping[str, Any]) -> None:
-        self._sizes = list(descriptor.shape), list(descriptor.strides)
+        self._shape, self._strides = list(descriptor.shape), list(descriptor.strides)
+        self.sizes = [*self._shape, *self._strides]
         self._encoding = encoding
-        self._known: dict[int, list[Any]] = {}
+        self._maps: dict[int, Any] = {}
 
-    def __call__(self, pointer: int) -> list[Any]:
-        """Return the tensor as the driver takes it: a tensor map, sizes and strides."""
-        known = self._known.get(pointer)
+    def __call__(self, pointer: int) -> Any:
+        """Return the tensor map of an address."""
+        known = self._maps.get(pointer)
         return self._encode(pointer) if known is None else known
 
-    def _encode(self, pointer: int) -> list[Any]:
-        (shape, strides), encoding = self._sizes, self._encoding
+    def _encode(self, pointer: int) -> Any:
+        encoding = self._encoding
         tensor_map = driver.active.utils.fill_tma_descriptor(
             pointer,
             encoding["swizzle"],
             encoding["elem_size"],
             _DRIVER_TYPES.get(encoding["elem_type"], encoding["elem_type"]),
             encoding["block_size"],
-            shape,
-            strides,
+            self._shape,
+            self._strides,
             _PADDING,
         )
-        if len(self._known) == _MAX_REMEMBERED:
-            self._known.clear()
-        self._known[pointer] = [tensor_map, *shape, *strides]
-        return self._known[pointer]
+        if len(self._maps) >= _MAX_REMEMBERED:
+            self._maps.clear()
+        self._maps[pointer] = tensor_map
+        return tensor_map
 
 
 def _start_function(kernel: Any) -> Any:
