@@ -22,7 +22,7 @@ from attn_vulkan.quirks import usable
 from attn_vulkan.runtime.context import choose_device, open_context
 from benchmarks.problems import Case
 from benchmarks.providers import flash
-from benchmarks.providers.base import TIMED, Call, Provider, Subject, leaf, wants_grad
+from benchmarks.providers.base import TIMED, Call, Provider, Subject, Tasks, leaf, wants_grad
 from benchmarks.providers.flash import Inputs
 
 _AULE_HEAD_DIM = 64
@@ -36,9 +36,8 @@ def _ours(variant: str | None, case: Case, inputs: Inputs) -> Call:
     """Inputs lie in memory that both APIs see, as a program that uses Vulkan would put them."""
     from attn_flash import flash_attn_func
 
-    dtype = str(case.dtype).removeprefix("torch.")
-    if variant and variant not in variants.available(_device(), dtype):
-        raise UnsupportedProblemError(f"the device has no variant {variant} for {dtype}")
+    if variant:
+        _require(variant, _problem(case))
     q, k, v = (_shared(tensor).requires_grad_(wants_grad(case)) for tensor in inputs[:3])
 
     def forward() -> torch.Tensor:
@@ -77,17 +76,48 @@ class _Timestamps:
 
 
 def _clocks(variant: str, case: Case) -> dict[str, _Timestamps]:
-    problem = Problem(
+    records = {"forward": launch.record_forward, "backward": launch.record_backward}
+    return {
+        pass_: _Timestamps(_problem(case), functools.partial(record, variant=variant))
+        for pass_, record in records.items()
+    }
+
+
+def _problem(case: Case) -> Problem:
+    return Problem(
         str(case.dtype).removeprefix("torch."),
         *(case[size] for size in ("B", "M", "N", "H", "H_KV", "D", "D")),
         window=flash.window(case),
         is_aligned=True,
     )
-    records = {"forward": launch.record_forward, "backward": launch.record_backward}
-    return {
-        pass_: _Timestamps(problem, functools.partial(record, variant=variant))
-        for pass_, record in records.items()
-    }
+
+
+def _require(variant: str, problem: Problem) -> None:
+    if variant not in variants.available(_device(), problem.dtype):
+        raise UnsupportedProblemError(f"the device has no variant {variant} for {problem.dtype}")
+    if not variants.fits_forward(variant, problem):
+        raise UnsupportedProblemError(f"{variant} has no shader for heads that share rows")
+
+
+def _shaders(variant: str, case: Case) -> Tasks:
+    """The pipelines that a case needs: drivers keep what they compiled, for every process."""
+    device, problem = _device(), _problem(case)
+    if variant not in variants.available(device, problem.dtype):
+        return {}
+    plans: list[variants.Plan] = []
+    if variants.fits_forward(variant, problem):
+        plans.append(variants.forward(device, variant, problem, 1.0))
+    if "backward" in case.passes and variants.fits_backward(variant, problem):
+        plans += variants.backward(device, variant, problem)
+    return {(plan.shader, plan.constants): functools.partial(_compile, plan) for plan in plans}
+
+
+def _compile(plan: variants.Plan, _: Inputs) -> None:
+    open_context().pipelines.get(plan.shader, plan.constants)
+
+
+def _nothing_compiled(_: Case) -> Tasks:
+    return {}
 
 
 @contextlib.contextmanager
@@ -150,14 +180,27 @@ SUBJECT = Subject(
                 devices=("cpu", "cuda"),
                 passes=("forward",) if name == "matrix2" else TIMED,
                 graph=False,
+                compiles=functools.partial(_shaders, name),
             )
             for name in variants.VARIANTS
         ),
-        Provider("call", functools.partial(_ours, None), "ours", "attn_vulkan", graph=False),
+        Provider(
+            "call",
+            functools.partial(_ours, None),
+            "ours",
+            "attn_vulkan",
+            graph=False,
+            compiles=_nothing_compiled,
+        ),
         Provider("torch", functools.partial(flash._ours, "torch"), devices=("cpu",)),
-        Provider("cudnn", functools.partial(flash._sdpa, "CUDNN_ATTENTION")),
-        Provider("flash", functools.partial(flash._sdpa, "FLASH_ATTENTION")),
-        Provider("efficient", functools.partial(flash._sdpa, "EFFICIENT_ATTENTION")),
+        *(
+            Provider(
+                name,
+                functools.partial(flash._sdpa, f"{name.upper()}_ATTENTION"),
+                compiles=_nothing_compiled,
+            )
+            for name in ("cudnn", "flash", "efficient")
+        ),
         Provider(
             "aule",
             _aule,
@@ -165,6 +208,7 @@ SUBJECT = Subject(
             distribution="aule-attention",
             devices=("cpu", "cuda"),
             passes=("forward",),
+            compiles=_nothing_compiled,
         ),
     ),
     make_inputs=flash.make_inputs,
@@ -172,4 +216,5 @@ SUBJECT = Subject(
     flops=flash.flops,
     traffic=flash.traffic,
     x_axis="M",
+    warm=True,
 )

@@ -30,6 +30,7 @@ _TIMED_DIMS = (128, 64)
 _REPEATS = 8
 _ROUND_TRIPS = 200
 _LSE_BYTES = 4
+_NUMBERS = 1 << 20  # different ones in a tensor; a host takes seconds for as many as a GPU holds
 # An idle GPU has lowered its clocks, to a fifth on an H200.
 _WARMING_SECONDS = 0.3
 
@@ -140,10 +141,11 @@ class Timer:
         problem = self._problem
         with self._stack:
             self._stack.enter_context(self._context.in_use())
+            contents = _normal(problem.dtype)
             for name in ("q", "out", "dout", "dq"):
-                self._fields[name] = self._tensor(problem.len_q, problem.heads)
+                self._fields[name] = self._tensor(problem.len_q, problem.heads, contents)
             for name in ("k", "v", "dk", "dv"):
-                self._fields[name] = self._tensor(problem.len_k, problem.heads_kv)
+                self._fields[name] = self._tensor(problem.len_k, problem.heads_kv, contents)
             lse = self._allocate(problem.batches * problem.heads * problem.len_q * _LSE_BYTES)
             strides = (problem.heads * problem.len_q, 1, problem.len_q, 0)
             self._fields["lse"] = View(lse.address, strides)
@@ -166,12 +168,11 @@ class Timer:
             commands.then(lambda: times.extend(commands.seconds()))
         return [end - start for start, end in itertools.pairwise(times)]
 
-    def _tensor(self, length: int, heads: int) -> View:
+    def _tensor(self, length: int, heads: int, contents: bytes) -> View:
         problem = self._problem
-        contents = _normal(problem.dtype, problem.batches * length * heads * problem.head_dim)
-        buffer = self._allocate(len(contents))
-        _fill(self._context, buffer, contents)
         row = heads * problem.head_dim
+        buffer = self._allocate(problem.batches * length * row * ITEM_BYTES[problem.dtype])
+        _fill(self._context, buffer, contents)
         return View(buffer.address, (length * row, row, problem.head_dim, 1))
 
     def _allocate(self, size: int) -> Buffer:
@@ -180,21 +181,25 @@ class Timer:
         return buffer
 
 
-def _normal(dtype: str, count: int) -> bytes:
+@functools.cache
+def _normal(dtype: str) -> bytes:
     """Normal numbers: those of memory as it is found may cost a GPU less power, or be NaN."""
     import numpy as np
 
-    numbers = np.random.default_rng(0).standard_normal(count, np.float32)
+    numbers = np.random.default_rng(0).standard_normal(_NUMBERS, np.float32)
     if dtype == "bfloat16":
         return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     return numbers.astype(dtype).tobytes()
 
 
 def _fill(context: Context, buffer: Buffer, contents: bytes) -> None:
+    """Repeat `contents` over a buffer."""
+    size = len(contents)
     with context.commands() as commands:
-        staging = commands.keep(context.memory.allocate(len(contents), "staging"))
-        ctypes.memmove(staging.pointer, contents, len(contents))
-        commands.copy(staging, 0, buffer, 0, len(contents))
+        staging = commands.keep(context.memory.allocate(size, "staging"))
+        ctypes.memmove(staging.pointer, contents, size)
+        for start in range(0, buffer.size, size):
+            commands.copy(staging, 0, buffer, start, min(size, buffer.size - start))
 
 
 def _reference(q: Any, k: Any, v: Any, dout: Any, *, causal: bool) -> tuple[Any, ...]:
