@@ -1,7 +1,9 @@
 """Clocks: how long a call takes on a device, and how fast the device itself is.
 
-A GPU call is timed by events, with the L2 cache emptied before each repeat. Calls that are compared
-take turns, a few repeats each, so that a drift of the clocks meets all of them alike.
+A GPU call is timed by events. Before each repeat so much memory is read that nothing of the call's
+own is left in the L2 cache; writing would do so too, but the call would then wait for what was
+written to leave the cache. Calls that are compared take turns, a few repeats each, so that a drift
+of the clocks meets all of them alike.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 
 Call = Callable[[], object]
 Context = Callable[[], contextlib.AbstractContextManager[object]]
-_FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
+_READ_BYTES = 256 << 20  # more than the L2 cache of any GPU
 _HOST_CALLS = 20
 _COPIED_BYTES = 2 << 30
 _GEMM_SIZE = 8192
@@ -65,14 +67,15 @@ class CudaClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+        self._read = torch.zeros(_READ_BYTES // 4, dtype=torch.float32, device=device)
+        self._sum = torch.empty((), dtype=torch.float32, device=device)
 
     def samples(self, call: Call, count: int) -> list[float]:
         """Return the milliseconds of `count` calls, each from a cold L2 cache."""
         pairs = []
         for _ in range(count):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flushed.zero_()
+            torch.sum(self._read, dim=0, out=self._sum)
             start.record()
             call()
             end.record()
