@@ -107,14 +107,17 @@ class Call(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What the launches of one pass hand on, in the order in which kernels take it."""
+    """What the launches of one pass hand on, in the order in which kernels take it.
 
-    matrices: torch.Tensor
-    biases: torch.Tensor
-    vectors: torch.Tensor
-    tile_sums: torch.Tensor
-    chunk_sums: torch.Tensor
-    contexts: torch.Tensor
+    Rows of BLOCK_D numbers, of v's dtype in the first two and of float32 in the others.
+    """
+
+    matrices: torch.Tensor  # [4, BLOCK_D]
+    biases: torch.Tensor  # [4, _BIAS_ROWS]
+    vectors: torch.Tensor  # [6]
+    tile_sums: torch.Tensor  # [4, B * H, tiles]
+    chunk_sums: torch.Tensor  # [4, B * H, chunks]
+    contexts: torch.Tensor  # [B * H, tiles]
 
 
 def call(
@@ -147,22 +150,15 @@ def call(
 
 
 def scratch(call: Call) -> Scratch:
-    """Allocate the scratch memory of a pass."""
+    """Allocate the scratch memory of a pass: two pieces, for each takes the host its time."""
     v = call.v[0]
     _, _, num_heads, num_tiles, num_chunks, _ = call.sizes
     block_d = call.blocks["BLOCK_D"]
-
-    def sums(*rows: int) -> torch.Tensor:
-        return v.new_empty((*rows, block_d), dtype=torch.float32)
-
-    return Scratch(
-        matrices=v.new_empty((4, block_d, block_d)),
-        biases=v.new_empty((4, _BIAS_ROWS, block_d)),
-        vectors=sums(6),
-        tile_sums=sums(4, num_heads, num_tiles),
-        chunk_sums=sums(4, num_heads, num_chunks),
-        contexts=sums(num_heads, num_tiles),
-    )
+    num_weights = 4 * block_d, 4 * _BIAS_ROWS
+    num_sums = 6, 4 * num_heads * num_tiles, 4 * num_heads * num_chunks, num_heads * num_tiles
+    weights = v.new_empty((sum(num_weights), block_d))
+    sums = v.new_empty((sum(num_sums), block_d), dtype=torch.float32)
+    return Scratch(*weights.split(num_weights), *sums.split(num_sums))
 
 
 def is_nvidia(tensor: torch.Tensor) -> bool:
