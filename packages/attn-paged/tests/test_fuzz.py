@@ -41,7 +41,7 @@ def test_any_batch(
     is_flat,
     is_invariant,
 ):
-    (H_KV, group), (D, D_v), B = heads, dims, len(sequences)
+    (H_KV, group), D, B = heads, dims[0], len(sequences)
     lens_q, lens_k = ([pair[side] for pair in sequences] for side in (0, 1))
     bounds = torch.tensor([*accumulate(lens_q, initial=0)], dtype=torch.int32)
     tokens, H = sum(lens_q) + padding, H_KV * group
