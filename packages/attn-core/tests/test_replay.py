@@ -11,8 +11,8 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_core import environment, library, replay, tuning
-from attn_core.replay import Replayed, recording, repeatable
+from attn_core import eager, environment, library, recording, replay, tuning
+from attn_core.replay import Replayed, repeatable
 from attn_core.testing.repeats import assert_repeats
 
 
@@ -32,12 +32,12 @@ class Kernel:
                 target[i] = source[i] * factor
 
         start([x.data_ptr(), out.data_ptr()])
-        if recording() is not None:
-            recording().launched([x, out], start)
+        if recording.current() is not None:
+            recording.current().launched([x, out], start)
 
     def touch(self, out):
-        if recording() is not None:
-            recording().launched([out], lambda pointers: None)
+        if recording.current() is not None:
+            recording.current().launched([out], lambda pointers: None)
 
     def compute(self, x, factor=2.0):
         self.computed += 1
@@ -105,10 +105,10 @@ def unequal():
 
 
 def test_no_two_calls_share_a_key():
-    keys = {name: replay.signature(args).key for name, args in unequal()}
+    keys = {name: eager.signature(args).key for name, args in unequal()}
     for allowed in (True, False):
         with torch.set_grad_enabled(allowed):
-            keys[f"grad {allowed}"] = replay.signature((torch.ones(4, 4), 7.0)).key
+            keys[f"grad {allowed}"] = eager.signature((torch.ones(4, 4), 7.0)).key
     assert len(set(keys.values())) == len(keys)
 
 
@@ -122,13 +122,13 @@ def test_no_two_calls_share_a_key():
 )
 def test_switches_of_torch_are_part_of_the_key(switch):
     args = (torch.ones(4), 2.0)
-    before = replay.signature(args).key
+    before = eager.signature(args).key
     switch(True)
     try:
-        assert replay.signature(args).key != before
+        assert eager.signature(args).key != before
     finally:
         switch(False)
-    assert replay.signature(args).key == before
+    assert eager.signature(args).key == before
 
 
 def test_unaligned_tensors_are_not_repeated(kernel):
@@ -316,7 +316,7 @@ def test_memory_that_is_made_each_time(kernel):
     def function(x):
         kernel.computed += 1
         out = x.new_empty(x.shape)
-        kernel.launch(replay.each_time(make), out, 1.0)
+        kernel.launch(recording.each_time(make), out, 1.0)
         return out
 
     replayed = Replayed(function)
@@ -334,7 +334,7 @@ def test_arguments_elsewhere_are_not_repeated(kernel):
 
 
 def test_large_memory_is_not_held_to_the_end(kernel, monkeypatch):
-    monkeypatch.setattr(replay, "_MAX_MADE", 3 * 64)
+    monkeypatch.setattr(recording, "_MAX_MADE", 3 * 64)
     alive = []
 
     def function(x, pieces):
@@ -368,7 +368,7 @@ def test_failure_is_raised_every_time():
     for _ in range(4):
         with pytest.raises(ValueError, match="no"):
             function(filled(1.0))
-    assert recording() is None
+    assert recording.current() is None
 
 
 def test_function_without_results(kernel):
@@ -463,7 +463,7 @@ class TestSurroundings:
         recorded, launched = threading.Event(), threading.Event()
 
         def compute(x):
-            if recording() is not None:
+            if recording.current() is not None:
                 recorded.set()
                 assert launched.wait(10)
             return kernel.compute(x)

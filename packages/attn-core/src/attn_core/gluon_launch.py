@@ -15,7 +15,7 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from attn_core import replay
+from attn_core import recording
 
 _MAX_REMEMBERED = 4096
 _PADDING = 0  # what is past the end of a tensor arrives as zeros
@@ -68,19 +68,19 @@ class GluonLauncher:
             for arg in args
             if isinstance(arg, (tuple, torch.Tensor))
         ]
-        recording = replay.recording()
+        tape = recording.current()
         key = (device.index, *[x.dtype for x in tensors], *constants.values())
         compiled = self._compiled.get(key)
         if compiled is None:
-            if recording is not None:
-                recording.refuse()
+            if tape is not None:
+                tape.refuse()
             self._launch(key, num_programs, args, constants, maxnreg)
             return
         parts = [*self._parts(args, compiled), *constants.values()]
         start = _Start(compiled, num_programs, device.index, parts)
         start([x.data_ptr() for x in tensors])
-        if recording is not None:
-            recording.launched(tensors, start)
+        if tape is not None:
+            tape.launched(tensors, start)
 
     def _launch(
         self,

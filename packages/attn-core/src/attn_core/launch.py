@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attn_core import replay
+from attn_core import recording
 from attn_core.device import triton_version
 from attn_core.tuning import TileConfig
 
@@ -81,16 +81,16 @@ class Launcher:
         # Triton compiles another kernel for addresses that are less aligned.
         are_aligned = not any(pointer % _POINTER_ALIGNMENT for pointer in pointers)
         compiled = self._compiled.get(key) if are_aligned else None
-        recording = replay.recording()
+        tape = recording.current()
         with _on_device(first.device):
             if compiled is not None:
                 start = _Start(compiled, num_programs, first.device, [*args, *constants], places)
                 start(pointers)
-                if recording is not None and places == objects:
-                    recording.launched(tensors, start)
+                if tape is not None and places == objects:
+                    tape.launched(tensors, start)
                     return
-            if recording is not None:  # a descriptor keeps an address, a compilation no start
-                recording.refuse()
+            if tape is not None:  # a descriptor keeps an address, a compilation no start
+                tape.refuse()
             if compiled is not None:
                 return
             if self._check is not None:

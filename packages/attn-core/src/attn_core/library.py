@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from attn_core import recording
 from attn_core.eager import is_plain_eager, needs_grad
 from attn_core.errors import UnsupportedProblemError
-from attn_core.replay import Replayed, recording
+from attn_core.replay import Replayed
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -70,7 +71,7 @@ class Operator:
         if self._autograd is None or not needs_grad(args):
             return self._implementation(*args)
         results = self._autograd(self.below_autograd, *args)
-        tape = recording()
+        tape = recording.current()
         if tape is not None:
             tape.differentiated(self._autograd, args, results)
         return results

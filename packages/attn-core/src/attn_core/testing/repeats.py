@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from attn_core import replay
+from attn_core.recording import Replay
 
 _TIMES = 3  # one call to be noticed, one to be recorded, one to be repeated
 
@@ -57,13 +58,13 @@ def assert_repeats(
 def counted_replays() -> Iterator[list[None]]:
     """Within it, every call that is repeated adds to the list."""
     replays: list[None] = []
-    run = replay._Replay.run
+    run = Replay.run
 
     def counted(*args: Any) -> Any:
         replays.append(None)
         return run(*args)
 
-    with mock.patch.object(replay._Replay, "run", counted):
+    with mock.patch.object(Replay, "run", counted):
         yield replays
 
 

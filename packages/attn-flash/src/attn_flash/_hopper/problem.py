@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from attn_core.device import device_info
-from attn_core.replay import each_time
+from attn_core.recording import each_time
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [

@@ -9,7 +9,7 @@ and dB is the sum of dS over the rows. Seven products with atomic additions to d
 
 import torch
 
-from attn_core import replay
+from attn_core import recording
 from attn_core.tiling import padded_head_dim
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.dbias import dbias as dbias_by_owner
@@ -46,9 +46,9 @@ def attention_backward(
     dq, dk, dv, dbias = (new_unwanted(x) for x in (q, k, v, bias))
     if q.numel() * N == 0:
         return _zeros(q, k, v, bias, wanted)
-    recording = replay.recording()
-    if recording is not None and q.numel() > _LARGE:
-        recording.refuse()  # what is repeated holds all memory to its end
+    tape = recording.current()
+    if tape is not None and q.numel() > _LARGE:
+        tape.refuse()  # what is repeated holds all memory to its end
     dout = problem.readable(dout)
     readable = problem.readable_bias(bias, M, N)
     keys = problem.key_rows(mask, N, configs.LONGEST_BLOCK, is_mean=False, unread=lse)
