@@ -1,6 +1,7 @@
 """The text of errors: the argument, what is allowed, what it got."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,12 @@ from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
 x = torch.empty(2, 3)
 
 
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its interface a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 @pytest.mark.parametrize(
     "check, message",
     [
@@ -19,6 +26,10 @@ x = torch.empty(2, 3)
         (
             lambda: checks.require_tensor("q", x.to_sparse()),
             "q must be a strided tensor, got layout torch.sparse_coo",
+        ),
+        (
+            lambda: checks.require_tensor("q", nested()),
+            "q must be a strided tensor, got a nested one",
         ),
         (
             lambda: checks.require_rank("q", x, "(B, M, D)"),

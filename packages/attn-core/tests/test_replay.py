@@ -11,7 +11,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_core import eager, environment, library, recording, replay, tuning
+from attn_core import checks, eager, environment, library, recording, replay, tuning
 from attn_core.replay import Replayed, repeatable
 from attn_core.testing.repeats import assert_repeats
 
@@ -137,6 +137,13 @@ def test_unaligned_tensors_are_not_repeated(kernel):
     for _ in range(4):
         function(x, 2.0)
     assert kernel.computed == 4
+
+
+def test_tensors_without_an_address_are_left_to_the_function():
+    function = Replayed(lambda x, y: checks.require_tensor("y", y))
+    for _ in range(4):
+        with pytest.raises(ValueError, match="y must be a strided tensor"):
+            function(filled(1.0), filled(1.0).to_sparse())
 
 
 def test_views_of_arguments_are_found_again(kernel):

@@ -20,6 +20,8 @@ def require_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise ValueError(f"{name} must be a strided tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise ValueError(f"{name} must be a strided tensor, got a nested one")
 
 
 def require_rank(name: str, tensor: torch.Tensor, symbols: str) -> None:

@@ -77,20 +77,23 @@ def needs_grad(args: Sequence[Any]) -> bool:
 
 
 def signature(args: Sequence[Any]) -> Signature | None:
-    """Describe plain arguments; None where a tensor is less aligned than memory that is new.
+    """Describe plain arguments; None where one has no address, or less aligned than new memory.
 
     Beside metadata and numbers the key holds which tensors begin at the same address, whether
     gradients are recorded, and what torch allows: TF32, and sums in any order.
     """
     types = tuple(map(type, args))
     tensors = [arg for arg in args if type(arg) in _TENSORS]
-    pointers = [tensor.data_ptr() for tensor in tensors]
+    try:
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]
+    except RuntimeError:  # of a sparse or nested tensor, which the call itself is to refuse
+        return None
     if functools.reduce(operator.or_, pointers, 0) % _ALIGNMENT:
         return None
     others = [arg for arg in args if type(arg) not in _TENSORS]
     if not _SEQUENCES.isdisjoint(types):
         others = [_by_value(arg) if type(arg) in _SEQUENCES else arg for arg in others]
-    described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]
     key = (
         types,
         *others,
