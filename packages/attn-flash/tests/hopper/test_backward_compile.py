@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
-from attn_core.testing.compilation import compile_ahead, record_launches
+from attn_core.testing.compilation import record_launches
+
+from .cases import CAUSAL, HALF, OPEN, compiler
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -15,25 +17,10 @@ from attn_flash._hopper import backward, backward_sums
 
 pytestmark = pytest.mark.compile
 
-WINDOWS = {"full": (-1, -1), "causal": (-1, 0), "window": (100, 0)}
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-}
+WINDOWS = {"full": OPEN, "causal": CAUSAL, "window": (100, 0)}
 # Bytes: numbers that stay the same through the loop, most of them for the branch that masks. An
 # accumulator that does not fit takes thousands.
 MAX_SPILLS = {64: 288, 128: 128}
-
-
-def type_of(value):
-    if isinstance(value, torch.Tensor):
-        return f"*{TYPES[value.dtype]}:16"
-    if isinstance(value, tuple):
-        tile = value.describe()
-        return f"tensordesc<{TYPES[value.tensor.dtype]}{tile.block_shape},{tile.layout!r}>"
-    return "fp32" if isinstance(value, float) else "i32"
 
 
 def run(D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
@@ -46,19 +33,11 @@ def run(D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False)
 
 def compile_kernel(monkeypatch, *args, **options):
     """Compile the kernel of the products as the launcher starts it."""
-    compiled = []
-
-    def launch(num_programs, args, constants, maxnreg):
-        names = kernel.arg_names
-        signature = {name: type_of(x) for name, x in zip(names, args, strict=False)}
-        launched = {"num_warps": 4, "maxnreg": maxnreg}
-        compiled.append(compile_ahead(kernel, signature, constants, "sm_90", **launched))
-
-    kernel = backward._launch._kernel
     record_around(monkeypatch)
-    monkeypatch.setattr(backward, "_launch", launch)
+    launch = compiler(monkeypatch, backward)
     run(*args, **options)
-    return compiled[0]
+    [compiled] = launch.compiled
+    return compiled
 
 
 def record_around(monkeypatch):
@@ -84,7 +63,7 @@ def test_products_overlap_and_accumulators_stay_in_registers(D, window, determin
 
 
 def test_padded_heads_in_float16(monkeypatch):
-    assert compile_kernel(monkeypatch, 96, (-1, 0), dtype=torch.float16).fits
+    assert compile_kernel(monkeypatch, 96, CAUSAL, dtype=HALF).fits
 
 
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["out", "out-and-lse"])
@@ -92,6 +71,6 @@ def test_padded_heads_in_float16(monkeypatch):
 def test_kernels_around(D, with_dlse, monkeypatch):
     monkeypatch.setattr(backward, "_launch", lambda *args, **options: None)
     recorders = record_around(monkeypatch)
-    run(D, (-1, -1), with_dlse=with_dlse)
+    run(D, OPEN, with_dlse=with_dlse)
     for recorder in recorders:
         assert recorder.compile("sm_90").spills == 0

@@ -9,138 +9,47 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_core.testing import poison_new_allocations
 from attn_core.testing.hopper import ProtocolError
-from attn_flash import reference
 from attn_flash._hopper.problem import Sequences
+
+from . import sums_torch
+from .cases import CAUSAL, HALF, Case, assert_gradients, assert_same_bits, exact, forget
 
 pytest.importorskip("triton.experimental.gluon")
 
 pytestmark = pytest.mark.compile
 
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
-HALF = torch.float16
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-    window: tuple[int, int] = OPEN
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self):
-        left, right = self.window
-        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
-        sizes = "b{}-h{}-kv{}-m{}-n{}-d{}".format(*self[:6])
-        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
-
-    def tensors(self):
-        """q, k, v and the gradients of out and lse."""
-        queries, keys = (self.B, self.M, self.H, self.D), (self.B, self.N, self.H_KV, self.D)
-        shapes = {"q": queries, "k": keys, "v": keys, "dout": queries}
-        tensors = [
-            random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype)
-            for name, shape in shapes.items()
-        ]
-        return *tensors, random_tensor((self.B, self.H, self.M), seed=f"{self}-dlse")
-
-
-def padded(M, starts):
-    """How many rows M queries are padded to, and where queries are: (first row, first, last)."""
-    if starts is None:
-        return -(-M // 128) * 128, [(0, 0, M)]
-    starts = starts.tolist()
-    places = [
-        ((first // 128 + i) * 128, first, last) for i, (first, last) in enumerate(pairwise(starts))
-    ]
-    return (M // 128 + len(places)) * 128, places
-
-
-def prepare(dout, dlse, out, lse, block_m, block_d, deterministic, starts=None):
-    """What `backward_sums.prepare` computes."""
-    B, M, H, _ = out.shape
-    padded_m, places = padded(M, starts)
-    lse_log2 = torch.full((B, H, padded_m), math.inf)
-    delta = torch.zeros(B, H, padded_m)
-    all_lse = (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf)
-    all_delta = (dout.float() * out.float()).sum(-1).transpose(1, 2) - dlse
-    for row, first, last in places:
-        lse_log2[:, :, row : row + last - first] = all_lse[:, :, first:last]
-        delta[:, :, row : row + last - first] = all_delta[:, :, first:last]
-    blocks = B * H * padded_m // block_m
-    start = math.nan if deterministic else 0.0
-    dq_sum = torch.full((blocks * block_m * block_d // 256, 256), start)
-    counters = torch.zeros(1 + blocks, dtype=torch.int32)
-    return torch.stack([lse_log2, delta]).view(2, B * H, padded_m), dq_sum, counters
-
-
-def finish(dq_sum, counters, dq, scale, block_d, starts=None):
-    """What `backward_sums.finish` computes."""
-    B, M, H, D = dq.shape
-    if counters is not None:
-        turns = counters[1:]
-        rows = dq_sum.view(turns.numel(), -1)
-        rows[turns == 0] = 0.0
-    units = dq_sum.view(B, H, -1, block_d // 64, 8, 4, 8, 4, 2, 2)
-    tiles = units.permute(0, 1, 2, 5, 8, 6, 3, 4, 7, 9).reshape(B, H, -1, block_d)
-    for row, first, last in padded(M, starts)[1]:
-        dq[:, first:last] = (tiles[:, :, row : row + last - first, :D] * scale).transpose(1, 2)
-
-
-def new_gradient(x, starts):
-    """What `backward_sums.new_gradient` returns."""
-    grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if starts is not None:
-        grad[:, starts[-1] :] = 0.0
-    return grad
-
 
 @pytest.fixture
 def backward(hopper, monkeypatch):
     """The module of the kernel, on the emulator."""
-    monkeypatch.setattr(hopper.backward_sums, "prepare", prepare)
-    monkeypatch.setattr(hopper.backward_sums, "finish", finish)
-    monkeypatch.setattr(hopper.backward_sums, "new_gradient", new_gradient)
+    for name in ("prepare", "finish", "new_gradient"):
+        monkeypatch.setattr(hopper.backward_sums, name, getattr(sums_torch, name))
     monkeypatch.setattr(hopper.backward, "_ORDERED", 0)
     return hopper.backward
 
 
-def exact(case, tensors, dtype=torch.float64):
-    """Gradients, out and lse of the reference, computed in another dtype."""
-    *inputs, dout, dlse = (x.detach().to(dtype) for x in tensors)
-    leaves = [x.requires_grad_() for x in inputs]
-    out, lse = reference.attention(*leaves, case.D**-0.5, case.window)
-    grads = torch.autograd.grad([out, lse], leaves, [dout, dlse.to(lse.dtype)])
-    return grads, out.detach(), lse.detach()
-
-
-def gradients(backward, case, tensors, deterministic):
-    _, out, lse = exact(case, tensors)
-    q, k, v, dout, dlse = tensors
+def gradients(backward, case, deterministic):
+    tensors, (dout, dlse) = case.tensors(), case.gradients()
+    _, out, lse = exact(case, tensors, dout, dlse)
     with poison_new_allocations():
         return backward.attention_backward(
-            dout, dlse, q, k, v, out.to(case.dtype), lse.float(),
-            case.D**-0.5, case.window, deterministic,
+            dout, dlse, *tensors, out.to(case.dtype), lse.float(),
+            case.scale, case.window, deterministic,
         )  # fmt: skip
 
 
 def check(backward, case, deterministic=False):
-    tensors = case.tensors()
-    actual = gradients(backward, case, tensors, deterministic)
-    same, *_ = exact(case, tensors, case.dtype)
-    expected, *_ = exact(case, tensors)
-    for name, value, alike, right in zip(("dq", "dk", "dv"), actual, same, expected, strict=True):
-        assert_within_budget(value, alike, right, name=name)
+    actual = gradients(backward, case, deterministic)
+    inputs = case.tensors(), *case.gradients()
+    same, *_ = exact(case, *inputs, case.dtype)
+    expected, *_ = exact(case, *inputs)
+    assert_gradients(actual, same, expected)
 
 
 CASES = [
@@ -167,9 +76,8 @@ def test_gradients(case, deterministic, backward):
 def test_same_bits_every_time(D, backward):
     """Programs start in another order each time."""
     case = Case(1, 2, 1, 100, 390, D)
-    tensors = case.tensors()
-    first, again = (gradients(backward, case, tensors, deterministic=True) for _ in range(2))
-    assert all(map(torch.equal, again, first))
+    first, again = (gradients(backward, case, deterministic=True) for _ in range(2))
+    assert_same_bits(again, first)
 
 
 RAGGED = [
@@ -183,42 +91,38 @@ RAGGED = [
 @pytest.mark.parametrize("lengths_q, lengths_k, case", RAGGED, ids=str)
 def test_ragged_sequences(lengths_q, lengths_k, case, deterministic, backward):
     """Each is as it is alone; tokens after the last one get zeros."""
-    q, k, v, dout, dlse = case.tensors()
+    (q, k, v), (dout, dlse) = case.tensors(), case.gradients()
     out, lse = torch.zeros_like(q), torch.full((1, case.H, case.M), -math.inf)
     starts_q, starts_k = (
         torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k)
     )
-    places = list(zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True))
+    places = [
+        (slice(*place_q), slice(*place_k))
+        for place_q, place_k in zip(
+            pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True
+        )
+    ]
     alone = []
-    for (q0, q1), (k0, k1) in places:
-        parts = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], dout[:, q0:q1], dlse[:, :, q0:q1]
-        same, *_ = exact(case, parts, case.dtype)
-        expected, part_out, part_lse = exact(case, parts)
-        out[:, q0:q1], lse[:, :, q0:q1] = part_out.to(case.dtype), part_lse.float()
+    for at_q, at_k in places:
+        parts = (q[:, at_q], k[:, at_k], v[:, at_k]), dout[:, at_q], dlse[:, :, at_q]
+        same, *_ = exact(case, *parts, case.dtype)
+        expected, part_out, part_lse = exact(case, *parts)
+        out[:, at_q], lse[:, :, at_q] = part_out.to(case.dtype), part_lse.float()
         alone.append((same, expected))
     with poison_new_allocations():
-        actual = backward.attention_backward(
-            dout, dlse, q, k, v, out, lse, case.D**-0.5, case.window, deterministic,
+        dq, dk, dv = backward.attention_backward(
+            dout, dlse, q, k, v, out, lse, case.scale, case.window, deterministic,
             Sequences(starts_q, starts_k, None, max(lengths_k)),
         )  # fmt: skip
-    for x, starts in zip(actual, (starts_q, starts_k, starts_k), strict=True):
-        assert not x[:, starts[-1] :].any()
-    for ((q0, q1), (k0, k1)), (same, expected) in zip(places, alone, strict=True):
-        values = actual[0][:, q0:q1], actual[1][:, k0:k1], actual[2][:, k0:k1]
-        for name, value, alike, right in zip(
-            ("dq", "dk", "dv"), values, same, expected, strict=True
-        ):
-            if value.numel():
-                assert_within_budget(value, alike, right, name=name)
+    for grad, starts in ((dq, starts_q), (dk, starts_k), (dv, starts_k)):
+        assert not grad[:, starts[-1] :].any()
+    for (at_q, at_k), (same, expected) in zip(places, alone, strict=True):
+        assert_gradients((dq[:, at_q], dk[:, at_k], dv[:, at_k]), same, expected)
 
 
 # --- the emulator notices what a GPU may not ----------------------------------------------------
 
 SMALL = Case(1, 1, 1, 256, 256, 128)
-
-
-def forget(monkeypatch, owner, name):
-    monkeypatch.setattr(owner, name, lambda *args, **options: None)
 
 
 @pytest.mark.parametrize("name", ["meet_at", "arrive_at"])

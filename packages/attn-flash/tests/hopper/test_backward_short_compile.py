@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_core.testing.compilation import compile_ahead
+from .cases import HALF, compiler
 
 pytest.importorskip("triton.experimental.gluon")
 
 from attn_flash._hopper import backward_short
-from attn_flash._hopper.descriptors import rows_descriptor
 from attn_flash._hopper.schedules import _SHORT_BACKWARD as LONGEST
 
 pytestmark = pytest.mark.compile
@@ -18,37 +17,17 @@ pytestmark = pytest.mark.compile
 MAX_SPILLS = 16  # bytes
 
 
-def type_of(value):
-    if isinstance(value, backward_short.Rows):
-        tile = rows_descriptor(*value)
-        dtype = {torch.float16: "fp16", torch.bfloat16: "bf16"}[tile.base.dtype]
-        return f"tensordesc<{dtype}{tile.block_shape},{tile.layout!r}>"
-    if isinstance(value, torch.Tensor):
-        return "*fp32:16"
-    return "fp32" if isinstance(value, float) else "i32"
-
-
 @pytest.mark.parametrize(
     "M, dtype",
-    [(M, torch.bfloat16) for M in (50, 128, 197, LONGEST)] + [(LONGEST, torch.float16)],
+    [(M, torch.bfloat16) for M in (50, 128, 197, LONGEST)] + [(LONGEST, HALF)],
     ids=str,
 )
 def test_products_overlap_and_nothing_spills(M, dtype, monkeypatch):
-    compiled = []
-
-    def launch(num_programs, args, constants, maxnreg):
-        kernel = original._kernel
-        names = kernel.arg_names
-        signature = {name: type_of(x) for name, x in zip(names, args, strict=False)}
-        options = {"num_warps": 4, "maxnreg": maxnreg}
-        compiled.append(compile_ahead(kernel, signature, constants, "sm_90", **options))
-
-    original = backward_short._launch
-    monkeypatch.setattr(backward_short, "_launch", launch)
     monkeypatch.setattr(backward_short.host, "num_sms", lambda device: 132)
+    launch = compiler(monkeypatch, backward_short)
     x = torch.zeros(1, M, 2, 64, dtype=dtype)
     backward_short.attention_backward_short(x, x, x, x, x, torch.zeros(1, 2, M), 0.1)
-    (kernel,) = compiled
+    [kernel] = launch.compiled
     assert kernel.fits
     assert not kernel.serializes
     assert kernel.spills <= MAX_SPILLS

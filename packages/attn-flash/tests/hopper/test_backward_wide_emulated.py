@@ -7,90 +7,35 @@ place here, and test_backward_sums_interpret.py compares the two.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import pytest
-import torch
 
-from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_core.testing import poison_new_allocations
 from attn_core.testing.hopper import ProtocolError
-from attn_flash import reference
+
+from . import sums_torch
+from .cases import CAUSAL, HALF, Case, assert_gradients, exact, forget
 
 pytest.importorskip("triton.experimental.gluon")
 
 pytestmark = pytest.mark.compile
 
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
-HALF = torch.float16
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-    window: tuple[int, int] = OPEN
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self):
-        left, right = self.window
-        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
-        sizes = "b{}-h{}-kv{}-m{}-n{}-d{}".format(*self[:6])
-        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
-
-    def tensors(self):
-        """q, k, v and the gradients of out and lse."""
-        queries, keys = (self.B, self.M, self.H, self.D), (self.B, self.N, self.H_KV, self.D)
-        shapes = {"q": queries, "k": keys, "v": keys, "dout": queries}
-        tensors = [
-            random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype)
-            for name, shape in shapes.items()
-        ]
-        return *tensors, random_tensor((self.B, self.H, self.M), seed=f"{self}-dlse")
-
-
-def prepare_rows(dout, dlse, out, lse, block_d):
-    """What `backward_sums.prepare_rows` computes."""
-    B, M, H, _ = out.shape
-    padded_m = -(-M // 128) * 128
-    lse_log2 = torch.full((B, H, padded_m), math.inf)
-    delta = torch.zeros(B, H, padded_m)
-    lse_log2[:, :, :M] = (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf)
-    delta[:, :, :M] = (dout.float() * out.float()).sum(-1).transpose(1, 2) - dlse
-    return torch.stack([lse_log2, delta]).view(2, B * H, padded_m)
-
 
 @pytest.fixture
 def backward(hopper, monkeypatch):
     """The module of the kernels, on the emulator."""
-    monkeypatch.setattr(hopper.backward_sums, "prepare_rows", prepare_rows)
+    monkeypatch.setattr(hopper.backward_sums, "prepare_rows", sums_torch.prepare_rows)
     return hopper.backward_wide
 
 
-def exact(case, tensors, dtype=torch.float64):
-    """Gradients, out and lse of the reference, computed in another dtype."""
-    *inputs, dout, dlse = (x.detach().to(dtype) for x in tensors)
-    leaves = [x.requires_grad_() for x in inputs]
-    out, lse = reference.attention(*leaves, case.D**-0.5, case.window)
-    grads = torch.autograd.grad([out, lse], leaves, [dout, dlse.to(lse.dtype)])
-    return grads, out.detach(), lse.detach()
-
-
 def check(backward, case):
-    tensors = case.tensors()
-    expected, out, lse = exact(case, tensors)
-    same, *_ = exact(case, tensors, case.dtype)
-    q, k, v, dout, dlse = tensors
+    tensors, (dout, dlse) = case.tensors(), case.gradients()
+    expected, out, lse = exact(case, tensors, dout, dlse)
+    same, *_ = exact(case, tensors, dout, dlse, case.dtype)
     with poison_new_allocations():
         actual = backward.attention_backward_wide(
-            dout, dlse, q, k, v, out.to(case.dtype), lse.float(), case.D**-0.5, case.window
+            dout, dlse, *tensors, out.to(case.dtype), lse.float(), case.scale, case.window
         )
-    for name, value, alike, right in zip(("dq", "dk", "dv"), actual, same, expected, strict=True):
-        assert_within_budget(value, alike, right, name=name)
+    assert_gradients(actual, same, expected)
 
 
 CASES = [
@@ -113,10 +58,6 @@ def test_gradients(case, backward):
 # --- the emulator notices what a GPU may not ----------------------------------------------------
 
 SMALL = Case(1, 1, 1, 256, 256, 256)
-
-
-def forget(monkeypatch, owner, name):
-    monkeypatch.setattr(owner, name, lambda *args, **options: None)
 
 
 @pytest.mark.parametrize("name", ["meet_at_stage", "arrive_at_stage"])

@@ -6,71 +6,36 @@ and a missing arrival as an error.
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import NamedTuple
+import math
 
 import pytest
 import torch
 
-from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
+from attn_core.testing import poison_new_allocations
 from attn_core.testing.hopper import ProtocolError
 from attn_flash import reference
-from attn_flash.options import Options
+
+from .cases import CAUSAL, HALF, Case, Ragged, assert_outputs, forget
 
 pytest.importorskip("triton.experimental.gluon")
 
 pytestmark = pytest.mark.compile
 
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
-HALF = torch.float16
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-    window: tuple[int, int] = OPEN
-    dtype: torch.dtype = torch.bfloat16
-    scale: float = 0.125
-
-    def __str__(self):
-        left, right = self.window
-        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
-        sizes = "b{}-h{}-kv{}-m{}-n{}-d{}".format(*self[:6])
-        sign = "-negative" if self.scale < 0 else ""
-        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}{sign}"
-
-    def tensors(self):
-        """q, k and v."""
-        queries, keys = (self.B, self.M, self.H, self.D), (self.B, self.N, self.H_KV, self.D)
-        return [
-            random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype)
-            for name, shape in {"q": queries, "k": keys, "v": keys}.items()
-        ]
-
 
 def check(hopper, case, schedule=None):
     """Compute a case as `attention` does, or with a schedule of the kernel for any length."""
     q, k, v = case.tensors()
-    same, same_lse = reference.attention(q, k, v, case.scale, case.window)
-    exact, exact_lse = reference.attention(
-        *(x.double() for x in (q, k, v)), case.scale, case.window
-    )
+    options = case.options()
+    same = reference.attention_with(q.nan_to_num(), k.nan_to_num(), v.nan_to_num(), options)
+    exact = reference.attention_with(*(x.nan_to_num().double() for x in (q, k, v)), options)
     if schedule is None:
-        left, right = case.window
-        options = Options(scale=case.scale, window_left=left, window_right=right)
         with poison_new_allocations():
             out, lse = hopper.attention.attention(q, k, v, options)
     else:
-        out, lse = torch.full_like(q, float("nan")), torch.full(exact_lse.shape, float("nan"))
+        out, lse = torch.full_like(q, math.nan), torch.full(exact[1].shape, math.nan)
         hopper.forward.forward(q, k, v, out, lse, case.scale, case.window, schedule)
     assert hopper.counter.item() == 0
-    assert_within_budget(out, same, exact, name="out")
-    assert_within_budget(lse, same_lse, exact_lse, name="lse")
+    assert_outputs((out, lse), same, exact)
 
 
 CASES = [
@@ -80,7 +45,7 @@ CASES = [
     Case(2, 2, 1, 300, 140, 64, CAUSAL, HALF),
     Case(1, 2, 1, 270, 270, 64, (40, 0)),
     Case(1, 1, 1, 140, 300, 128, (30, 20)),
-    Case(1, 1, 1, 150, 150, 96, CAUSAL, scale=-0.1),
+    Case(1, 1, 1, 150, 150, 96, CAUSAL, factor=-1.0),
     Case(1, 2, 1, 100, 200, 192, CAUSAL),
     Case(1, 4, 2, 130, 100, 256, (90, -1)),
     Case(1, 2, 1, 140, 130, 256),
@@ -99,54 +64,6 @@ def test_every_way_to_share_tiles_out(consumers, is_dynamic, hopper):
     check(hopper, Case(1, 2, 1, 250, 200, 64, CAUSAL), schedule)
 
 
-class Ragged(NamedTuple):
-    lens_q: tuple[int, ...]
-    lens_k: tuple[int, ...]
-    used_k: tuple[int, ...] | None = None
-    H: int = 2
-    H_KV: int = 1
-    D: int = 64
-    window: tuple[int, int] = OPEN
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self):
-        left, right = self.window
-        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
-        lengths = "_".join(map(str, self.lens_q)), "_".join(map(str, self.lens_k))
-        used = "" if self.used_k is None else "-used" + "_".join(map(str, self.used_k))
-        sizes = "m{}-n{}".format(*lengths) + used + f"-h{self.H}-kv{self.H_KV}-d{self.D}"
-        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
-
-    def tensors(self):
-        """q, k and v, with tokens of no sequence, NaN, after the last one."""
-        sizes = {"q": (self.lens_q, self.H), "k": (self.lens_k, self.H_KV)}
-        sizes["v"] = sizes["k"]
-        tensors = []
-        for name, (lengths, heads) in sizes.items():
-            shape = (sum(lengths) + 5, heads, self.D)
-            x = random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype)
-            x[sum(lengths) :] = float("nan")
-            tensors.append(x)
-        return tensors
-
-    def options(self):
-        starts_q, starts_k = (
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            for lengths in (self.lens_q, self.lens_k)
-        )
-        used = None if self.used_k is None else torch.tensor(self.used_k, dtype=torch.int32)
-        return Options(
-            cu_seqlens_q=starts_q,
-            cu_seqlens_k=starts_k,
-            seqused_k=used,
-            max_seqlen_q=max(self.lens_q, default=0),
-            max_seqlen_k=max(self.lens_k, default=0),
-            scale=0.125,
-            window_left=self.window[0],
-            window_right=self.window[1],
-        )
-
-
 RAGGED = [
     Ragged((130, 0, 200, 1), (70, 20, 260, 0)),
     Ragged((150, 260), (130, 270), window=CAUSAL),
@@ -161,20 +78,12 @@ RAGGED = [
 
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_ragged_sequences(case, hopper):
-    q, k, v = case.tensors()
-    options = case.options()
-    same, same_lse = reference.attention_with(q, k, v, options)
-    exact, exact_lse = reference.attention_with(*(x.double() for x in (q, k, v)), options)
-    with poison_new_allocations():
-        out, lse = hopper.attention.attention(q, k, v, options)
-    assert hopper.counter.item() == 0
-    assert_within_budget(out, same, exact, name="out")
-    assert_within_budget(lse, same_lse, exact_lse, name="lse")
+    check(hopper, case)
 
 
 def test_programs_without_a_tile(hopper, monkeypatch):
     monkeypatch.setattr(hopper.problem, "num_sms", lambda device: 7)
-    test_ragged_sequences(Ragged((9, 0), (30, 0), H=1), hopper)
+    check(hopper, Ragged((9, 0), (30, 0), H=1))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +94,7 @@ def test_programs_without_a_tile(hopper, monkeypatch):
         Case(1, 4, 4, 64, 130, 64),
         Case(1, 4, 4, 65, 300, 64, dtype=HALF),
         Case(1, 7, 7, 30, 1, 40),
-        Case(1, 4, 2, 130, 90, 64, scale=-0.1),
+        Case(1, 4, 2, 130, 90, 64, factor=-1.0),
     ],
     ids=str,
 )
@@ -205,10 +114,6 @@ def test_pieces_cover_the_keys(hopper):
 
 LONG = Case(1, 2, 1, 256, 256, 128)
 SHORT = Case(1, 4, 1, 256, 256, 64)
-
-
-def forget(monkeypatch, owner, name):
-    monkeypatch.setattr(owner, name, lambda *args, **options: None)
 
 
 @pytest.mark.parametrize(

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import NamedTuple
-
 import pytest
 import torch
 
 from attn_core import backends
-from attn_core.testing import assert_within_budget, embedded, poison_new_allocations, random_tensor
+from attn_core.testing import embedded, poison_new_allocations, random_tensor
 from attn_flash import flash_attn_func, flash_attn_varlen_func, reference
-from attn_flash.options import Options
+
+from .cases import CAUSAL, HALF, OPEN, REPEATS, Case, Ragged, assert_outputs
 
 pytest.importorskip("triton.experimental.gluon")
 
 pytestmark = pytest.mark.gpu
-
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
-HALF = torch.float16
-REPEATS = 250
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-    window: tuple[int, int] = OPEN
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self):
-        left, right = self.window
-        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
-        sizes = "b{}-h{}-kv{}-m{}-n{}-d{}".format(*self[:6])
-        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
-
-    def tensors(self, device, *, scale=1.0):
-        """q, k and v."""
-        queries, keys = (self.B, self.M, self.H, self.D), (self.B, self.N, self.H_KV, self.D)
-        return [
-            random_tensor(
-                shape, seed=f"{self}-{name}", dtype=self.dtype, device=device, scale=scale
-            )
-            for name, shape in {"q": queries, "k": keys, "v": keys}.items()
-        ]
 
 
 def attend(case, q, k, v, **options):
@@ -58,15 +24,14 @@ def attend(case, q, k, v, **options):
 
 
 def check(case, q, k, v, softmax_scale=None):
-    scale = case.D**-0.5 if softmax_scale is None else softmax_scale
-    same, same_lse = reference.attention(q, k, v, scale, case.window)
-    exact, exact_lse = reference.attention(*(x.double() for x in (q, k, v)), scale, case.window)
+    scale = case.scale if softmax_scale is None else softmax_scale
+    same = reference.attention(q, k, v, scale, case.window)
+    exact = reference.attention(*(x.double() for x in (q, k, v)), scale, case.window)
     with poison_new_allocations():
         out, lse = attend(case, q, k, v, softmax_scale=softmax_scale)
     assert out.dtype == case.dtype
     assert lse.dtype == torch.float32
-    assert_within_budget(out, same, exact, name="out")
-    assert_within_budget(lse, same_lse, exact_lse, name="lse")
+    assert_outputs((out, lse), same, exact)
 
 
 LENGTHS = (1, 15, 16, 63, 64, 65, 127, 128, 129, 197, 257, 320, 321, 577, 1000)
@@ -169,58 +134,6 @@ def test_same_bits_every_time(case, device):
         assert torch.equal(lse_again, lse)
 
 
-class Ragged(NamedTuple):
-    name: str
-    lens_q: tuple[int, ...]
-    lens_k: tuple[int, ...]
-    used_k: tuple[int, ...] | None = None
-    H: int = 4
-    H_KV: int = 2
-    D: int = 64
-    window: tuple[int, int] = OPEN
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self):
-        left, right = self.window
-        window = {OPEN: "full", CAUSAL: "causal"}.get(self.window, f"window{left}_{right}")
-        sizes = f"{self.name}-h{self.H}-kv{self.H_KV}-d{self.D}"
-        return f"{sizes}-{window}-{str(self.dtype).removeprefix('torch.')}"
-
-    def tensors(self, device):
-        """q, k and v; what belongs to no sequence is NaN."""
-        tensors = []
-        for name in "qkv":
-            lengths, heads = (self.lens_q, self.H) if name == "q" else (self.lens_k, self.H_KV)
-            shape = (sum(lengths) + 70, heads, self.D)
-            x = random_tensor(shape, seed=f"{self}-{name}", dtype=self.dtype, device=device)
-            starts = list(accumulate(lengths, initial=0))
-            x[starts[-1] :] = float("nan")
-            if name != "q" and self.used_k is not None:
-                for b, used in enumerate(self.used_k):
-                    x[starts[b] + used : starts[b + 1]] = float("nan")
-            tensors.append(x)
-        return tensors
-
-    def options(self, device):
-        starts_q, starts_k = (
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-            for lengths in (self.lens_q, self.lens_k)
-        )
-        used = self.used_k
-        if used is not None:
-            used = torch.tensor(used, dtype=torch.int32, device=device)
-        return Options(
-            cu_seqlens_q=starts_q,
-            cu_seqlens_k=starts_k,
-            seqused_k=used,
-            max_seqlen_q=max(self.lens_q),
-            max_seqlen_k=max(self.lens_k),
-            scale=self.D**-0.5,
-            window_left=self.window[0],
-            window_right=self.window[1],
-        )
-
-
 def attend_ragged(case, q, k, v):
     options = case.options(q.device)
     out, lse, _ = flash_attn_varlen_func(
@@ -239,16 +152,17 @@ def attend_ragged(case, q, k, v):
     return out, lse
 
 
-FEW = ("few", (300, 0, 1, 64, 577), (257, 64, 129, 0, 1000))
-ALIKE = ("alike", (130, 700, 1000, 64), (130, 700, 1000, 64))
-MANY = ("many", (3, 70, 128, 1, 200) * 40, (30, 1, 129, 0, 64) * 40)
-USED = ("used", (100, 300, 20), (200, 300, 64), (130, 0, 64))
-LONG_ONES = ("long", (4500, 100, 129), (4500, 300, 60))
+FEW = ((300, 0, 1, 64, 577), (257, 64, 129, 0, 1000))
+ALIKE = ((130, 700, 1000, 64), (130, 700, 1000, 64))
+MANY = ((3, 70, 128, 1, 200) * 40, (30, 1, 129, 0, 64) * 40)
+USED = ((100, 300, 20), (200, 300, 64), (130, 0, 64))
+LONG_ONES = ((4500, 100, 129), (4500, 300, 60))
 RAGGED = [
     *(Ragged(*FEW, D=D, window=window)
       for D in (40, 64, 96, 128, 256) for window in (OPEN, CAUSAL, (100, 30))),
     *(Ragged(*ALIKE, D=D, window=CAUSAL, dtype=HALF) for D in (64, 128)),
-    *(Ragged(*MANY, D=D, window=window, H=6) for D in (64, 128) for window in (OPEN, CAUSAL)),
+    *(Ragged(*MANY, H=6, H_KV=2, D=D, window=window)
+      for D in (64, 128) for window in (OPEN, CAUSAL)),
     *(Ragged(*USED, D=D, window=window)
       for D in (64, 128, 256) for window in (OPEN, CAUSAL, (50, -1))),
     *(Ragged(*LONG_ONES, D=D, window=window) for D in (64, 128) for window in (OPEN, CAUSAL)),
@@ -260,12 +174,11 @@ def test_ragged_sequences(case, device):
     q, k, v = case.tensors(device)
     clean = [x.nan_to_num() for x in (q, k, v)]
     options = case.options(device)
-    same, same_lse = reference.attention_with(*clean, options)
-    exact, exact_lse = reference.attention_with(*(x.double() for x in clean), options)
+    same = reference.attention_with(*clean, options)
+    exact = reference.attention_with(*(x.double() for x in clean), options)
     with poison_new_allocations():
-        out, lse = attend_ragged(case, q, k, v)
-    assert_within_budget(out, same, exact, name="out")
-    assert_within_budget(lse, same_lse, exact_lse, name="lse")
+        actual = attend_ragged(case, q, k, v)
+    assert_outputs(actual, same, exact)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)], ids=str)
@@ -279,14 +192,14 @@ def test_ragged_sequences_of_any_strides(order, device):
 def test_ragged_sequences_are_those_of_a_batch(device):
     case = Case(6, 4, 2, 300, 300, 128, CAUSAL)
     tensors = case.tensors(device)
-    ragged = Ragged("batch", (300,) * 6, (300,) * 6, D=128, window=CAUSAL)
+    ragged = Ragged((300,) * 6, (300,) * 6, D=128, window=CAUSAL)
     out, lse = attend(case, *tensors)
     packed, packed_lse = attend_ragged(ragged, *(x.flatten(0, 1) for x in tensors))
     torch.testing.assert_close(packed, out.flatten(0, 1))
     torch.testing.assert_close(packed_lse, lse.transpose(0, 1).flatten(1))
 
 
-@pytest.mark.parametrize("case", [Ragged(*MANY, D=128, window=CAUSAL, H=6)], ids=str)
+@pytest.mark.parametrize("case", [Ragged(*MANY, H=6, H_KV=2, D=128, window=CAUSAL)], ids=str)
 def test_ragged_sequences_have_the_same_bits_every_time(case, device):
     tensors = case.tensors(device)
     out, lse = attend_ragged(case, *tensors)
