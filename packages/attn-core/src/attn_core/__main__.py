@@ -1,7 +1,4 @@
-"""``python -m attn_core``: what is installed, and which backend would run what, and why.
-
-``--json`` prints the same as JSON.
-"""
+"""Print what is installed, and which backend would run what, and why."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ def report() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report as tables, or as JSON."""
     parser = argparse.ArgumentParser(prog="python -m attn_core", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
     options = parser.parse_args(arguments)
     if options.json:
         print(json.dumps(report(), indent=2))

@@ -1,9 +1,8 @@
-"""Measure the tiles of the Triton kernels on this GPU: ``attn-triangle-tune``.
+"""Measure the tiles of the Triton kernels on this GPU.
 
-The same as ``python -m attn_triangle.tune``. The fastest tiles go to the user's disk
-(ATTN_CACHE_DIR) and win over the shipped ones in every later process. Problems that were measured
-before are skipped unless ``--force`` is given. A program that is started with ATTN_TUNE=force
-measures by itself, at its first call with each problem.
+The fastest go to the user's disk (ATTN_CACHE_DIR) and win over the shipped ones in every later
+process. Problems that were measured before are skipped unless --force is given. A program that is
+started with ATTN_TUNE=force measures by itself, at its first call with each problem.
 """
 
 from __future__ import annotations
@@ -126,16 +125,24 @@ def _powers_of_two(low: int, high: int) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="attn-triangle-tune", description=__doc__)
-    parser.add_argument("--min-n", type=_positive, default=16, help="fewest residues")
-    parser.add_argument("--max-n", type=_positive, default=1024, help="most residues")
+    parser.add_argument(
+        "--min-n", type=_positive, default=16, help="fewest residues (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-n", type=_positive, default=1024, help="most residues (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         type=_dtypes,
         default=[torch.bfloat16],
         help=f"of {', '.join(_DTYPES)}, comma-separated, or all (default: bfloat16)",
     )
-    parser.add_argument("--h", type=_integers, default=[4], help="heads, comma-separated")
-    parser.add_argument("--d", type=_integers, default=[32], help="head dims, comma-separated")
+    parser.add_argument(
+        "--h", type=_integers, default=[4], help="heads, comma-separated (default: 4)"
+    )
+    parser.add_argument(
+        "--d", type=_integers, default=[32], help="head dims, comma-separated (default: 32)"
+    )
     parser.add_argument(
         "--device", type=_device, default="cuda", help="GPU to measure on (default: cuda)"
     )

@@ -1,7 +1,7 @@
 """Print the Vulkan devices of this machine, or why there are none.
 
-With ``--self-test`` each device computes small problems that are compared with numpy, and with
-``--benchmark`` it is timed. The exit status is 0 where there is a device and every test passes.
+With --self-test each device computes small problems that are compared with numpy, and with
+--benchmark it is timed. The exit status is 0 where there is a device and every test passes.
 """
 
 from __future__ import annotations
