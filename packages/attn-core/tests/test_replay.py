@@ -505,6 +505,20 @@ class Doubled(torch.autograd.Function):
         return None, 2.0 * dout, -dout
 
 
+class Product(torch.autograd.Function):
+    """Says that x y z is what was computed."""
+
+    @staticmethod
+    def forward(ctx, compute, *args):
+        ctx.save_for_backward(*args)
+        return compute(*args)
+
+    @staticmethod
+    def backward(ctx, dout):
+        _, y, z = ctx.saved_tensors
+        return None, dout * y * z, None, None
+
+
 @pytest.fixture
 def doubled(kernel):
     """An operator of x and y: 2 x, and another result, both launched."""
@@ -568,6 +582,22 @@ class TestDifferentiated:
             dx, dy = torch.autograd.grad(function(x, y)[0], (x, y), filled(1.0))
             assert torch.equal(dx, filled(2.0))
             assert torch.equal(dy, filled(-1.0))
+
+    def test_one_tensor_without_a_gradient_serves_twice(self, kernel):
+        """As the lengths of queries and keys do."""
+        both = library.Operator(
+            "attn_core_tests::both",
+            "(Tensor x, Tensor y, Tensor z) -> Tensor",
+            lambda x, y, z: kernel.compute(x),
+            lambda x, y, z: x.new_empty(x.shape),
+            autograd=Product.apply,
+        )
+        function = repeatable(both.__call__)
+        for value in range(1, 6):
+            [x], y = leaves(1.0), filled(value)
+            [dx] = torch.autograd.grad(function(x, y, y), x, filled(1.0))
+            assert torch.equal(dx, filled(value**2))
+        assert kernel.computed == 2
 
     @pytest.mark.parametrize(
         "around",

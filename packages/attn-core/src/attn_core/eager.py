@@ -67,13 +67,9 @@ def are_plain(args: Sequence[Any]) -> bool:
 
 def needs_grad(args: Sequence[Any]) -> bool:
     """Whether autograd will ask for the gradient of a tensor among `args`."""
-    if torch.is_grad_enabled():
-        for arg in args:
-            if type(arg) in _NOT_TENSORS:
-                continue
-            if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+    )
 
 
 def signature(args: Sequence[Any]) -> Signature | None:
