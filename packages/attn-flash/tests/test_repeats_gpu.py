@@ -43,8 +43,8 @@ def with_gradients(function):
 
     def compute(q, k, v, dout, *rest):
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out, lse = function(q, k, v, *rest)
-        return out, lse, *torch.autograd.grad(out, (q, k, v), dout)
+        out = function(q, k, v, *rest)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
 
     return compute
 
@@ -53,16 +53,6 @@ def test_dense(backend, device):
     assert_repeats(
         lambda q, k, v: attend(q, k, v, causal=True, backend=backend),
         lambda i: draw(i, B, S, H, D, device=device),
-    )
-
-
-def test_gradients(backend, device):
-    assert_repeats(
-        with_gradients(
-            lambda q, k, v: attend(q, k, v, causal=True, deterministic=True, backend=backend)
-        ),
-        lambda i: draw(i, B, S, H, D, device=device, count=4),
-        passes=2,
     )
 
 
@@ -83,32 +73,6 @@ def test_kinds_take_turns(backend, device):
     )
 
 
-def test_tf32_that_is_switched(device, monkeypatch):
-    def function(q, k, v, allowed):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        return attend(q, k, v, backend="triton")
-
-    assert_repeats(
-        function, lambda i: (*draw(0, B, S, H, D, device=device, dtype=FLOAT), i % 2 == 0), kinds=2
-    )
-
-
-def test_ragged(backend, device):
-    def make(i):
-        lengths = [0, 40 + i, 0, 100 - i, 20]  # of one longest length, sums and number
-        starts = torch.tensor(lengths, device=device).cumsum(0).int()
-        return *draw(i, 160, H, D, device=device, count=4), starts
-
-    def function(q, k, v, starts):
-        out, lse, _ = flash_attn_varlen_func(
-            q, k, v, starts, starts, 100, 100, causal=True, return_attn_probs=True,
-            deterministic=True, backend=backend,
-        )  # fmt: skip
-        return out, lse
-
-    assert_repeats(with_gradients(function), make, passes=2)
-
-
 def test_memory_of_another_alignment(backend, device):
     """After aligned calls one whose tensors begin between two 16-byte lines."""
 
@@ -123,33 +87,6 @@ def test_memory_of_another_alignment(backend, device):
         args = (*map(shifted, (q, k)), v) if i == 4 else (q, k, v)
         actual = attend(*args, causal=True, backend=name)[0]
         torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-
-
-def test_dropout_follows_the_generator(device):
-    """Every call draws its own state, as many numbers as a call in full."""
-
-    def masks(q, k, v):
-        torch.manual_seed(7)
-        results = [attend(q, k, v, dropout_p=0.5, backend="triton")[0] for _ in range(2)]
-        assert not torch.equal(*results)
-        return *results, torch.cuda.get_rng_state(q.device)
-
-    assert_repeats(masks, lambda i: draw(i, B, S, H, D, device=device))
-
-
-def test_dropout_in_a_graph(device):
-    q, k, v = draw(0, B, S, H, D, device=device)
-    for _ in range(4):
-        attend(q, k, v, dropout_p=0.5, backend="triton")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, _ = attend(q, k, v, dropout_p=0.5, backend="triton")
-    results = []
-    for _ in range(2):
-        graph.replay()
-        results.append(out.clone())
-    assert torch.isfinite(torch.stack(results)).all()
-    assert not torch.equal(*results)
 
 
 def test_graph_of_a_repeated_call(backend, device):
@@ -259,6 +196,47 @@ def test_backend_that_is_registered_later(device, monkeypatch):
     assert flash_attn_func(q, k, v, causal=True).any()
 
 
+def test_gradients(backend, device):
+    assert_repeats(
+        with_gradients(
+            lambda *qkv: flash_attn_func(*qkv, causal=True, deterministic=True, backend=backend)
+        ),
+        lambda i: draw(i, B, S, H, D, device=device, count=4),
+        passes=2,
+    )
+
+
+def test_nothing_is_kept_alive(backend, device):
+    def allocated():
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+
+    def step(i):
+        q, k, v = (x.requires_grad_() for x in draw(i, B, S, H, D, device=device))
+        attend(q, k, v, causal=True, backend=backend)[0].sum().backward()
+
+    for i in range(4):
+        step(i)
+    before = allocated()
+    for i in range(4):
+        step(i)
+    assert allocated() == before
+
+
+def test_ragged(backend, device):
+    def make(i):
+        lengths = [0, 40 + i, 0, 100 - i, 20]  # of one longest length, sums and number
+        starts = torch.tensor(lengths, device=device).cumsum(0).int()
+        return *draw(i, 160, H, D, device=device, count=4), starts
+
+    def function(q, k, v, starts):
+        return flash_attn_varlen_func(
+            q, k, v, starts, starts, 100, 100, causal=True, deterministic=True, backend=backend
+        )
+
+    assert_repeats(with_gradients(function), make, passes=2)
+
+
 def test_cache_that_grows(device):
     """Lengths and tables are read anew; the cache is written in place."""
     pages, page = 12, 64
@@ -280,18 +258,38 @@ def test_cache_that_grows(device):
     assert_repeats(function, make)
 
 
-def test_nothing_is_kept_alive(backend, device):
-    def allocated():
-        torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device)
+def test_dropout_follows_the_generator(device):
+    """Every call draws its own state, as many numbers as a call in full."""
 
-    def step(i):
-        q, k, v = (x.requires_grad_() for x in draw(i, B, S, H, D, device=device))
-        attend(q, k, v, causal=True, backend=backend)[0].sum().backward()
+    def masks(q, k, v):
+        torch.manual_seed(7)
+        results = [attend(q, k, v, dropout_p=0.5, backend="triton")[0] for _ in range(2)]
+        assert not torch.equal(*results)
+        return *results, torch.cuda.get_rng_state(q.device)
 
-    for i in range(4):
-        step(i)
-    before = allocated()
-    for i in range(4):
-        step(i)
-    assert allocated() == before
+    assert_repeats(masks, lambda i: draw(i, B, S, H, D, device=device))
+
+
+def test_dropout_in_a_graph(device):
+    q, k, v = draw(0, B, S, H, D, device=device)
+    for _ in range(4):
+        attend(q, k, v, dropout_p=0.5, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = attend(q, k, v, dropout_p=0.5, backend="triton")
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append(out.clone())
+    assert torch.isfinite(torch.stack(results)).all()
+    assert not torch.equal(*results)
+
+
+def test_tf32_that_is_switched(device, monkeypatch):
+    def function(q, k, v, allowed):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        return attend(q, k, v, backend="triton")
+
+    assert_repeats(
+        function, lambda i: (*draw(0, B, S, H, D, device=device, dtype=FLOAT), i % 2 == 0), kinds=2
+    )
