@@ -1,7 +1,9 @@
 """The pytest plugin, run in sessions of its own."""
 
 import pytest
+import torch
 
+from attn_core import tuning
 from attn_core.testing import plugin
 
 pytest_plugins = ["pytester"]
@@ -119,3 +121,10 @@ def test_fp_fusion_is_stated(pytester, run, monkeypatch):
         "import os\ndef test_it(): assert os.environ['TRITON_DEFAULT_FP_FUSION'] == '1'"
     )
     run().assert_outcomes(passed=1)
+
+
+def test_every_device_is_the_target(use_target):
+    use_target("gfx942", modules=(plugin,), num_sms=3)
+    for module in (tuning, plugin):
+        info = module.device_info(torch.device("cpu"))
+        assert (info.type, info.arch, info.num_sms) == ("hip", "gfx942", 3)

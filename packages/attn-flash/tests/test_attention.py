@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,34 +18,11 @@ from attn_flash import (
 )
 from attn_flash.options import Options
 
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
+from .cases import CAUSAL, OPEN, Case, random_like, show_dtype, show_window
+
 # In float32 both errors are a few roundings, added up in another order: the largest is luck.
 _FACTOR_FLOAT32 = 4.0
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-
-    def __str__(self):
-        return f"b{self.B}-h{self.H}-kv{self.H_KV}-m{self.M}-n{self.N}-d{self.D}"
-
-    def inputs(self, dtype=torch.float32, device="cpu", scale=1.0):
-        shapes = {
-            "q": (self.B, self.M, self.H, self.D),
-            "k": (self.B, self.N, self.H_KV, self.D),
-            "v": (self.B, self.N, self.H_KV, self.D),
-        }
-        return tuple(
-            random_tensor(shape, seed=f"{self}-{name}", dtype=dtype, device=device, scale=scale)
-            for name, shape in shapes.items()
-        )
 
 
 CASES = [
@@ -68,20 +44,8 @@ SQUARE = Case(2, 4, 4, 17, 17, 8)
 WINDOWS = [OPEN, CAUSAL, (1, 0), (7, 3), (5, -1)]
 
 
-def show_dtype(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def show_window(window):
-    return {OPEN: "full", CAUSAL: "causal"}.get(window, f"window{window[0]},{window[1]}")
-
-
 def with_grad(*tensors):
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
-
-
-def random_like(tensor, seed):
-    return random_tensor(tensor.shape, seed=seed, dtype=tensor.dtype, device=tensor.device)
 
 
 def plain(q, k, v, scale, window, douts):

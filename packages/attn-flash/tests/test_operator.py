@@ -18,16 +18,12 @@ from attn_flash import (
 )
 from attn_flash.options import Options
 
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
+from .cases import CAUSAL, OPEN, show_window
+
 WINDOWS = [OPEN, CAUSAL, (2, 1)]
 ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (3, 2, 1, 0)]
 FORWARD = torch.ops.attn_flash.attention.default
 BACKWARD = torch.ops.attn_flash.attention_backward.default
-
-
-def show_window(window):
-    return {OPEN: "full", CAUSAL: "causal"}.get(window, f"window{window[0]},{window[1]}")
 
 
 def options(window, **others):

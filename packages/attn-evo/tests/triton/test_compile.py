@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from attn_core import tuning
-from attn_core.device import DeviceInfo
 from attn_core.testing.compilation import TARGETS, record_launches
 from attn_evo import EvoWeights
 
@@ -63,19 +62,8 @@ CASES["sm_86"] = [Case(torch.bfloat16, 128)]  # less shared memory than other GP
 
 
 @pytest.fixture
-def use_target(monkeypatch, tmp_path):
-    """A function that makes every device look like one of a target's architecture."""
-    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("ATTN_TUNE", raising=False)
-
-    def use(target):
-        info = DeviceInfo("hip" if target.startswith("gfx") else "cuda", target, target, 132)
-        for module in (tuning, problem):
-            monkeypatch.setattr(module, "device_info", lambda device: info)
-        tuning.forget()
-
-    yield use
-    tuning.forget()
+def use_target(use_target):
+    return functools.partial(use_target, modules=(problem,), num_sms=132)
 
 
 def attend(case):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from attn_core import tuning
-from attn_core.device import DeviceInfo
 from attn_core.testing.compilation import TARGETS, record_launches
 from attn_flash.kvcache_conformance import KVCacheCase, RotaryCase
 
@@ -38,19 +38,8 @@ MAX_SPILLS = {(64, 256): 256, (128, 256): 512, (128, 128): 64}
 
 
 @pytest.fixture
-def use_target(monkeypatch, tmp_path):
-    """A function that makes every device look like one of a target's architecture."""
-    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("ATTN_TUNE", raising=False)
-
-    def use(target):
-        info = DeviceInfo("hip" if target.startswith("gfx") else "cuda", target, target, 100)
-        for module in (tuning, decode_configs):
-            monkeypatch.setattr(module, "device_info", lambda device: info)
-        tuning.forget()
-
-    yield use
-    tuning.forget()
+def use_target(use_target):
+    return functools.partial(use_target, modules=(decode_configs,), num_sms=100)
 
 
 def on_meta(tensors):

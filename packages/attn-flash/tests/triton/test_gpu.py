@@ -6,8 +6,6 @@ takes about a second; cases share them where they can.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,11 +21,11 @@ from attn_flash import (
 )
 from attn_flash.options import Options
 
+from ..cases import CAUSAL, OPEN, Case, random_like, show_window
+
 pytestmark = pytest.mark.gpu
 
 BACKEND = "triton"
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
 NAMES = ("out", "lse", "dq", "dk", "dv")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 # In float32 both errors are a few roundings, added up in another order: the largest is luck.
@@ -35,31 +33,6 @@ FACTORS = {HALF: 2.0, BFLOAT: 2.0, FLOAT: 4.0}
 # Of the norm: the hardware cuts operands to 10 bits, 2**-10 each. Torch takes TF32 or not by the
 # shape of a product, so it cannot set the budget.
 TF32_ERROR = 4e-3
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-
-    def __str__(self):
-        return f"b{self.B}-h{self.H}-kv{self.H_KV}-m{self.M}-n{self.N}-d{self.D}"
-
-    def inputs(self, dtype, device, *, seed="", scale=1.0):
-        shapes = {
-            "q": (self.B, self.M, self.H, self.D),
-            "k": (self.B, self.N, self.H_KV, self.D),
-            "v": (self.B, self.N, self.H_KV, self.D),
-        }
-        return tuple(
-            random_tensor(
-                shape, seed=f"{self}-{name}{seed}", dtype=dtype, device=device, scale=scale
-            )
-            for name, shape in shapes.items()
-        )
 
 
 SMALL = Case(2, 4, 4, 65, 65, 64)
@@ -76,14 +49,6 @@ def allow_tf32():
 
     yield allow
     allow(before)
-
-
-def show_window(window):
-    return {OPEN: "full", CAUSAL: "causal"}.get(window, f"window{window[0]},{window[1]}")
-
-
-def random_like(tensor, seed):
-    return random_tensor(tensor.shape, seed=seed, dtype=tensor.dtype, device=tensor.device)
 
 
 def differentiate(compute, inputs, douts):

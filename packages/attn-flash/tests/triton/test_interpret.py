@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 
@@ -12,43 +10,20 @@ from attn_core.tuning import TileConfig
 from attn_flash import reference
 from attn_flash.options import Options
 
+from ..cases import CAUSAL, OPEN, Case, random_like, show_dtype, show_window
+
 pytest.importorskip("triton")
 
 from attn_flash._triton import backward, configs, forward
 
 pytestmark = pytest.mark.interpret
 
-OPEN = (-1, -1)
-CAUSAL = (-1, 0)
 WINDOWS = [OPEN, CAUSAL, (3, 0), (20, -1), (-1, 5), (7, 3), (33, 18)]
 DTYPES = [torch.float32, torch.float16]
 # In float32 both errors are a few roundings, added up in another order: the largest is luck.
 FACTORS = {torch.float32: 4.0, torch.float16: 2.0}
 NAMES = ("out", "lse", "dq", "dk", "dv")
 BLOCK = 16
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    H_KV: int
-    M: int
-    N: int
-    D: int
-
-    def __str__(self):
-        return f"b{self.B}-h{self.H}-kv{self.H_KV}-m{self.M}-n{self.N}-d{self.D}"
-
-    def inputs(self, dtype=torch.float32, scale=1.0):
-        shapes = {
-            "q": (self.B, self.M, self.H, self.D),
-            "k": (self.B, self.N, self.H_KV, self.D),
-            "v": (self.B, self.N, self.H_KV, self.D),
-        }
-        return tuple(
-            random_tensor(shape, seed=f"{self}-{name}", dtype=dtype, scale=scale)
-            for name, shape in shapes.items()
-        )
 
 
 SMALL = Case(1, 2, 1, 19, 37, 8)
@@ -65,20 +40,8 @@ def use_tiles(monkeypatch, config):
     monkeypatch.setattr(configs, "tiles", lambda table, q, size, window: config)
 
 
-def show_dtype(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def show_window(window):
-    return {OPEN: "full", CAUSAL: "causal"}.get(window, f"window{window[0]},{window[1]}")
-
-
 def show_tiles(config):
     return f"tiles{config.block_m}x{config.block_n}"
-
-
-def random_like(tensor, seed):
-    return random_tensor(tensor.shape, seed=seed, dtype=tensor.dtype)
 
 
 def attend(q, k, v, window, scale, dout, dlse):

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from attn_core import tuning
-from attn_core.device import DeviceInfo
 from attn_core.testing.compilation import TARGETS, record_launches
 
 pytest.importorskip("triton")
@@ -64,21 +62,6 @@ HOPPER = [
     Case(torch.bfloat16, 32, additive=True),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
-
-
-@pytest.fixture
-def use_target(monkeypatch, tmp_path):
-    """A function that makes every device look like one of a target's architecture."""
-    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("ATTN_TUNE", raising=False)
-
-    def use(target):
-        info = DeviceInfo("hip" if target.startswith("gfx") else "cuda", target, target)
-        monkeypatch.setattr(tuning, "device_info", lambda device: info)
-        tuning.forget()
-
-    yield use
-    tuning.forget()
 
 
 def launches(case, monkeypatch):

@@ -9,6 +9,7 @@ Markers
     without a GPU.
 Fixtures
     ``device``, the torch.device of ``--device``. Under pytest-xdist the workers share the GPUs out.
+    ``use_target``, a function that makes every device look like a GPU that need not be there.
 
 Random numbers are seeded before each test, from its name.
 """
@@ -19,12 +20,15 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from attn_core.device import device_info, list_devices
+from attn_core import tuning
+from attn_core.device import DeviceInfo, device_info, list_devices
 from attn_core.testing.inputs import seed_from
 
 _MARKERS = (
@@ -119,6 +123,26 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if found is None:
         pytest.skip(f"no {name} device")
     return found
+
+
+@pytest.fixture
+def use_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """A function that makes every device look like one of a target's architecture, untuned.
+
+    `modules` are those that look at the device beside `attn_core.tuning`.
+    """
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ATTN_TUNE", raising=False)
+
+    def use(target: str, *, modules: Iterable[ModuleType] = (), num_sms: int = 0) -> None:
+        kind = "hip" if target.startswith("gfx") else "cuda"
+        info = DeviceInfo(kind, target, target, num_sms)
+        for module in (tuning, *modules):
+            monkeypatch.setattr(module, "device_info", lambda device: info)
+        tuning.forget()
+
+    yield use
+    tuning.forget()
 
 
 def find_device(name: str) -> torch.device | None:
