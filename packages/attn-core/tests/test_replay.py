@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from attn_core import checks, eager, environment, library, recording, replay, tuning
 from attn_core.replay import Replayed, repeatable
@@ -623,6 +624,35 @@ class TestDifferentiated:
         for results in found:
             for result, expected in zip(results, found[0], strict=True):
                 assert torch.equal(result, expected)
+
+    def test_checkpoints(self, kernel, doubled):
+        """Recomputed within the backward pass, which stops it where all is saved."""
+        function = repeatable(doubled.__call__)
+        for value in range(1, 6):
+            x, y = leaves(value, 2.0)
+            out, _ = checkpoint(function, x, y, use_reentrant=False)
+            dx, dy = torch.autograd.grad(out.square(), (x, y), filled(1.0))
+            assert torch.equal(dx, filled(8.0 * value))
+            assert torch.equal(dy, filled(-4.0 * value))
+        assert kernel.computed == 3  # the second one, recomputed, was stopped
+
+    def test_autocast_stays_outside(self, doubled):
+        function = repeatable(doubled.__call__)
+        for _ in range(4):
+            x, y = leaves(1.0, 2.0)
+            with torch.autocast("cpu", torch.bfloat16):
+                out, _ = function(x, y)
+            assert out.dtype == torch.float32
+            assert torch.equal(torch.autograd.grad(out, y, filled(1.0))[0], filled(-1.0))
+
+    def test_hooks_see_what_is_saved(self, doubled):
+        function = repeatable(doubled.__call__)
+        for _ in range(4):
+            saved = []
+            x, y = leaves(1.0, 2.0)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, id):  # noqa: B023
+                function(x, y)
+            assert [t.data_ptr() for t in saved] == [x.data_ptr(), y.data_ptr()]
 
     def test_graph_is_freed(self, doubled):
         function = repeatable(doubled.__call__)
