@@ -314,6 +314,19 @@ def test_what_is_written_unseen_is_not_repeated(kernel, results):
     assert kernel.computed == 4
 
 
+def test_what_is_written_unseen_is_not_copied(kernel):
+    def function(x):
+        kernel.computed += 1
+        unseen = x.new_empty(x.shape)
+        unseen.numpy()[...] = x.numpy()
+        return x.new_empty(x.shape).copy_(unseen)
+
+    replayed = Replayed(function)
+    for value in range(4):
+        assert torch.equal(replayed(filled(float(value))), filled(float(value)))
+    assert kernel.computed == 4
+
+
 def test_memory_that_is_made_each_time(kernel):
     current = filled(3.0)
 

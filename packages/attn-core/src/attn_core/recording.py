@@ -162,7 +162,7 @@ class Recording(Observer):
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
         to, what = self._view(target), self._view(source)
-        if to is None or what is None:
+        if to is None or what is None or not self._is_known(what):
             self.refuse()
             return
         self._steps.append(_Copy(to, what))
@@ -206,8 +206,12 @@ class Recording(Observer):
         offset = place.offset // tensor.element_size()
         return _View(place.number, (tensor.shape, tensor.stride(), offset))
 
+    def _is_known(self, view: _View) -> bool:
+        """Whether memory is an argument's, or what has written it was seen."""
+        return view.number < self._num_arguments or view.number in self._written
+
     def _is_new(self, tensor: torch.Tensor, view: _View) -> bool:
-        """Whether memory was made on the way, and all that has written it was seen."""
+        """Whether memory was made on the way, and what has written it was seen."""
         is_written = view.number in self._written or tensor.numel() == 0
         return view.number >= self._num_arguments and is_written
 
