@@ -31,7 +31,7 @@ _ZEROS = frozenset({_aten.zeros.default, _aten.zeros_like.default, _aten.new_zer
 _FULL = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.new_full.default: 2}  # the value
 # Bytes made on the way: a replay holds them to its end, where the call itself frees what it can.
 # Kernels that need more take longer than any Python.
-_MAX_MADE = 2**26
+_MAX_MADE = 2**27
 _thread = threading.local()
 
 
