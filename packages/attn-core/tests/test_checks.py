@@ -125,3 +125,12 @@ def test_flags(value):
 def test_errors_are_caught_as_their_builtin_kin():
     assert issubclass(UnsupportedProblemError, ValueError)
     assert issubclass(BackendUnavailableError, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "device, wish, expected",
+    [("cpu", "0", True), ("cuda", "0", False), ("cuda", "1", True), ("meta", "1", False)],
+)
+def test_values_on_a_gpu_are_read_where_the_user_asks(device, wish, expected, monkeypatch):
+    monkeypatch.setenv("ATTN_CHECK_VALUES", wish)
+    assert checks.may_read_values(torch.device(device)) is expected

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from attn_core import environment
+
 if TYPE_CHECKING:
     import torch
 
@@ -85,6 +87,15 @@ def require_range(name: str, value: int, low: int, high: int) -> None:
     """Check ``low <= value <= high``."""
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+
+def may_read_values(device: torch.device) -> bool:
+    """Whether values may be checked: on a GPU that waits for it, so only where the user asks."""
+    import torch
+
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return False
+    return device.type == "cpu" or environment.checks_values()
 
 
 def require_writable(name: str, tensor: torch.Tensor) -> None:

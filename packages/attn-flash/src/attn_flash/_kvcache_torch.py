@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from attn_core.dtypes import accumulator_dtype
 from attn_flash import rotary_reference
 from attn_flash.kvcache_checks import Cache, capacity
 
@@ -55,7 +56,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with q (B, M, H, D) to the cache: out (B, M, H, D_v) and lse (B, H, M)."""
     batch, len_q, heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(q.dtype)
     out = q.new_zeros((batch, len_q, heads, v_cache.shape[3]))
     lse = torch.full((batch, heads, len_q), -torch.inf, dtype=dtype, device=q.device)
     if batch * len_q * heads == 0:
@@ -102,7 +103,7 @@ def _rotated(
 ) -> torch.Tensor:
     """Rotate x (B, S, H, D) to positions (B, S), in float32 at least."""
     assert sin is not None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(x.dtype)
     positions = positions.clamp(max=cos.shape[0] - 1)
     cos, sin = (table[positions].to(dtype)[:, :, None] for table in (cos, sin))
     return rotary_reference.rotate(x.to(dtype), cos, sin, interleaved).to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from attn_core.dtypes import accumulator_dtype
 from attn_flash.rotary_reference import rotate as rotate_by
 
 
@@ -21,7 +22,7 @@ def rotate(
     conjugate: bool,
 ) -> None:
     """Write to `out`, which may be x (B, S, H, D) or (T, H, D), the rotated x."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(x.dtype)
     positions = _positions(x, offsets, offset, cu_seqlens, nowhere=cos.shape[0])
     # One more row turns by nothing: for tokens that belong to no sequence.
     cos = torch.cat([cos, torch.ones_like(cos[:1])])[positions].to(dtype).unsqueeze(-2)

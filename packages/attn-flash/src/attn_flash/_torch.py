@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from attn_core.dropout import keep_mask
+from attn_core.dtypes import accumulator_dtype
 from attn_flash.options import Options
 from attn_flash.reference import distances, key_rows, sequences, visible
 
@@ -28,7 +29,9 @@ def attention(
     if not options.is_varlen:
         return _attention(q, k, v, options)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=_accumulator(q), device=q.device)
+    lse = torch.full(
+        (q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator_dtype(q.dtype), device=q.device
+    )
     for b, rows, keys, values, own in sequences(q, k, v, options):
         result = _attention(q[None, rows], keys, values, own, first_batch=b)
         out[rows], lse[:, rows] = result[0][0], result[1][0]
@@ -135,7 +138,7 @@ def _attention_backward(
     if dlse is None and _fits_cpu_kernel(q, k, v, options):
         # In float32: it adds up gradients in the dtype of its inputs, one block after another.
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_for_cpu_kernel(*(x.to(_accumulator(x)) for x in (dout, q, k, v, out))),
+            *_for_cpu_kernel(*(x.to(accumulator_dtype(x.dtype)) for x in (dout, q, k, v, out))),
             lse,
             0.0,
             options.window[1] == 0,
@@ -220,13 +223,9 @@ def _is_blas_matrix(x: torch.Tensor) -> bool:
     return x.stride(3) == 1 and x.stride(1) >= x.shape[3]
 
 
-def _accumulator(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """(B, M, H, D) as (B, M, H_KV, G, D), in the accumulator's dtype."""
-    grouped: torch.Tensor = x.to(_accumulator(x)).unflatten(2, (k.shape[2], -1))
+    grouped: torch.Tensor = x.to(accumulator_dtype(x.dtype)).unflatten(2, (k.shape[2], -1))
     return grouped
 
 
@@ -238,7 +237,7 @@ def _by_group(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def _keys(x: torch.Tensor) -> torch.Tensor:
     """(B, N, H_KV, D) as (B, H_KV, N, D), in the accumulator's dtype."""
-    return x.to(_accumulator(x)).transpose(1, 2)
+    return x.to(accumulator_dtype(x.dtype)).transpose(1, 2)
 
 
 def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:

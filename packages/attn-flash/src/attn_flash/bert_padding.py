@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_core.checks import (
+    may_read_values,
     require_device,
     require_dtype,
     require_rank,
@@ -17,7 +18,7 @@ from attn_core.checks import (
     require_tensor,
 )
 from attn_flash.checks import length
-from attn_flash.rotary_checks import may_read, require_values
+from attn_flash.rotary_checks import require_values
 
 __all__ = [
     "index_first_axis",
@@ -298,7 +299,7 @@ def _check_padded(hidden_states: torch.Tensor) -> None:
 def _check_mask(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> None:
     require_shape(name, mask, "(B, S)", hidden_states.shape[:2])
     require_device(name, mask, "hidden_states", hidden_states)
-    if may_read(mask.device) and not ((mask == 0) | (mask == 1)).all():
+    if may_read_values(mask.device) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{name} must hold booleans, or 0 and 1, got other numbers")
 
 
@@ -307,7 +308,7 @@ def _check_lengths(lengths: torch.Tensor, hidden_states: torch.Tensor) -> None:
     require_shape(name, lengths, "(B, S)", shape)
     require_device(name, lengths, "hidden_states", hidden_states)
     require_dtype(name, lengths, _LENGTHS)
-    if may_read(lengths.device):
+    if may_read_values(lengths.device):
         require_values(name, lengths, 0, shape[1])
         require_values(f"each row of {name}, added up,", lengths.sum(-1), 0, shape[1])
 
@@ -316,5 +317,5 @@ def _check_indices(indices: torch.Tensor, like: torch.Tensor, rows: int) -> None
     require_rank("indices", indices, "(T,)")
     require_device("indices", indices, "the rows", like)
     require_dtype("indices", indices, (torch.int64, torch.int32))
-    if may_read(indices.device):
+    if may_read_values(indices.device):
         require_values("indices", indices, 0, rows - 1)

@@ -10,7 +10,7 @@ import torch
 
 from attn_core import checks
 from attn_core.errors import UnsupportedProblemError
-from attn_flash.rotary_checks import check_tables, may_read, require_values
+from attn_flash.rotary_checks import check_tables, require_values
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 256
@@ -282,7 +282,7 @@ def _check_lengths(cache: Cache, problem: KVCacheProblem, cache_rows: int) -> No
     room = problem.capacity - problem.new
     if cache.seqlens is None:
         checks.require_range("cache_seqlens", cache.length, 0, room)
-    if not may_read(problem.device):
+    if not checks.may_read_values(problem.device):
         return
     is_paged = cache.block_table is not None
     rows = cache.block_table.shape[0] if cache.block_table is not None else cache_rows

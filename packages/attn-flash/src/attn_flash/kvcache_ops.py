@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
+from attn_core.dtypes import accumulator_dtype
 from attn_core.errors import UnsupportedProblemError
 from attn_core.library import Operator
 from attn_flash import kvcache_checks
@@ -95,18 +96,13 @@ def _attention_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, len_q, heads, _head_dim = q.shape
     out = q.new_empty((batch, len_q, heads, v_cache.shape[3]))
-    return out, q.new_empty((batch, heads, len_q), dtype=lse_dtype(q.dtype))
+    return out, q.new_empty((batch, heads, len_q), dtype=accumulator_dtype(q.dtype))
 
 
 def _refuse_gradient(*_: Any) -> Any:
     raise UnsupportedProblemError(
         "attention with a KV cache has no backward pass: call its operators under torch.no_grad()"
     )
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, except for float64 problems."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 append = Operator(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
+from attn_core.dtypes import accumulator_dtype
 from attn_core.library import Operator
 from attn_flash import options, reference
 from attn_flash.checks import describe
@@ -40,7 +41,7 @@ def _attention_fake(
     problem = describe(q, k, v, Options(*values), needs_grad=False)
     backends.require(ATTENTION, problem, backend)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(lse_shape(q), dtype=lse_dtype(q.dtype))
+    return out, q.new_empty(lse_shape(q), dtype=accumulator_dtype(q.dtype))
 
 
 def _attention_backward(
@@ -171,11 +172,6 @@ def _attention_probs_fake(
     opts = Options(*rest)
     batch = q.shape[0] if opts.cu_seqlens_q is None else opts.cu_seqlens_q.shape[0] - 1
     return q.new_empty((batch, q.shape[-2], *opts.lengths(q, k)))
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, except for float64 problems."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def lse_shape(q: torch.Tensor) -> tuple[int, ...]:

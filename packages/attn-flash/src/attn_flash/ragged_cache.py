@@ -10,14 +10,21 @@ from typing import Any
 
 import torch
 
-from attn_core.checks import flag, require_device, require_dtype, require_rank, require_shape
+from attn_core.checks import (
+    flag,
+    may_read_values,
+    require_device,
+    require_dtype,
+    require_rank,
+    require_shape,
+)
 from attn_flash import kvcache_checks
 from attn_flash.checks import length
 from attn_flash.chunks import chunk_mask
 from attn_flash.kvcache_checks import Cache
 from attn_flash.layers.rotary import apply_rotary_emb
 from attn_flash.ragged_queries import Tokens, check_starts, tokens_of
-from attn_flash.rotary_checks import check_tables, may_read, require_values
+from attn_flash.rotary_checks import check_tables, require_values
 
 
 def rotated(
@@ -84,7 +91,7 @@ def check_positions(
     require_shape("rotary_seqlens", first, "(B,)", (batch,))
     require_dtype("rotary_seqlens", first, (torch.int32, torch.int64))
     require_device("rotary_seqlens", first, "q", q)
-    if isinstance(cos, torch.Tensor) and cos.dim() == 2 and may_read(q.device):
+    if isinstance(cos, torch.Tensor) and cos.dim() == 2 and may_read_values(q.device):
         require_values("rotary_seqlens", first, 0, len(cos) - 1)
 
 

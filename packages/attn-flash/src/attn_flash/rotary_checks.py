@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_core import checks, environment
+from attn_core import checks
 from attn_flash.checks import length
 
 MAX_HEAD_DIM = 1024
@@ -129,13 +129,6 @@ def offsets(seqlen_offsets: Any) -> tuple[torch.Tensor | None, int]:
         ) from None
 
 
-def may_read(device: torch.device) -> bool:
-    """Whether values may be read: on a GPU that waits for it, so only where the user asks."""
-    if torch.compiler.is_compiling() or device.type == "meta":
-        return False
-    return device.type == "cpu" or environment.checks_values()
-
-
 def require_values(name: str, values: torch.Tensor | None, low: int, high: int) -> None:
     """Check every value of a tensor of integers, if there is one."""
     if values is None or values.numel() == 0:
@@ -181,7 +174,7 @@ def _check_positions(
             f"seqlen_offsets must be from 0 to {room} (rows of {cos_name} less the sequence's "
             f"length), got {offset}"
         )
-    if not may_read(x.device):
+    if not checks.may_read_values(x.device):
         return
     require_values("seqlen_offsets", seqlen_offsets, 0, room)
     if cu_seqlens is not None:

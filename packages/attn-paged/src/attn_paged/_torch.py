@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from attn_core.dtypes import accumulator_dtype
 from attn_paged.options import AppendOptions, AttentionOptions, largest
 from attn_paged.reference import rotate
 
@@ -41,7 +42,7 @@ def attention(
         return _each_alone(q, k_cache, v_cache, block_tables, context_lens, options)
     tokens, heads, _ = q.shape
     heads_kv, head_dim_v = v_cache.shape[2:]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(q.dtype)
     # One row more than q has takes what tiles compute past the end of their sequence.
     out = q.new_zeros((tokens + 1, heads, head_dim_v))
     lse = torch.full((tokens + 1, heads), -torch.inf, dtype=dtype, device=q.device)
@@ -143,7 +144,7 @@ def _each_alone(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence after the other, so that no one's sums depend on its neighbours."""
     out = q.new_zeros((*q.shape[:2], v_cache.shape[3]))
-    lse = q.new_full(q.shape[1::-1], -torch.inf, dtype=_lse_dtype(q.dtype))
+    lse = q.new_full(q.shape[1::-1], -torch.inf, dtype=accumulator_dtype(q.dtype))
     bounds = list(range(len(q) + 1))
     if options.cu_seqlens_q is not None:
         bounds = options.cu_seqlens_q.tolist()
@@ -165,10 +166,6 @@ def _each_alone(
             q[rows], k_cache, v_cache, block_tables[row], context_lens[row], alone
         )
     return out, lse
-
-
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _num_keys(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int) -> int:

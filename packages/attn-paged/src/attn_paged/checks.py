@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from attn_core import arguments, checks, environment
+from attn_core import arguments, checks
 from attn_core.errors import UnsupportedProblemError
 from attn_paged.options import QUANTISED_DTYPES, AppendOptions, AttentionOptions, Rotary
 
@@ -102,7 +102,7 @@ def attention_problem(
         k_scale=options.k_scale,
         v_scale=options.v_scale,
     )
-    if _may_read(q.device):
+    if checks.may_read_values(q.device):
         _check_lengths(q, k_cache, block_tables, context_lens, options)
     return describe_attention(q, k_cache, v_cache, block_tables, options)
 
@@ -176,7 +176,7 @@ def append_problem(
         k_scale=options.k_scale,
         v_scale=options.v_scale,
     )
-    if _may_read(k.device):
+    if checks.may_read_values(k.device):
         _check_slots(slot_mapping, k_cache, options.rotary)
     return describe_append(k, v, k_cache)
 
@@ -355,13 +355,6 @@ def _check_alibi_slopes(
         )
     checks.require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
     checks.require_device("alibi_slopes", alibi_slopes, "q", q)
-
-
-def _may_read(device: torch.device) -> bool:
-    """Whether values may be read: on a GPU that waits for it, so only where the user asks."""
-    if torch.compiler.is_compiling() or device.type == "meta":
-        return False
-    return device.type == "cpu" or environment.checks_values()
 
 
 def _check_lengths(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from attn_core.dtypes import accumulator_dtype
 from attn_paged.options import AppendOptions, AttentionOptions, largest
 
 
@@ -153,7 +154,7 @@ def rotate(
 ) -> torch.Tensor:
     """Turn the first pairs of x (.., D), as many as cos and sin (.., R / 2) have angles."""
     half = cos.shape[-1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(x.dtype)
     cos, sin = cos.to(dtype), sin.to(dtype)
     turned, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
     pairs = turned.unflatten(-1, (half, 2) if interleaved else (2, half))

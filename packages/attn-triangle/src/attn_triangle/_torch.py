@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_triangle.layout import accumulator_dtype, new_heads_last, new_lse, new_unwanted
+from attn_core.dtypes import accumulator_dtype
+from attn_triangle.layout import new_heads_last, new_lse, new_unwanted
 
 # Of one block of scores, though a single row may take more: what a CPU's cache holds, or what keeps
 # a GPU busy.

@@ -1,4 +1,4 @@
-"""What operators, their fakes and every backend agree on about results: memory layout and dtype.
+"""How results lie in memory: what operators, their fakes and every backend agree on.
 
 Results shaped (B, H, R, M, D) are stored as (B, R, M, H, D): moving the heads last and flattening
 them, which is what the output projection reads, is then a view. The layout depends on shapes alone,
@@ -8,6 +8,8 @@ so that a compiler knows it without the strides of the inputs.
 from __future__ import annotations
 
 import torch
+
+from attn_core.dtypes import accumulator_dtype
 
 
 def new_heads_last(like: torch.Tensor) -> torch.Tensor:
@@ -39,8 +41,3 @@ def is_aligned(x: torch.Tensor) -> bool:
         and x.storage_offset() % step == 0
         and all(strides[i] % step == 0 < strides[i] for i in range(x.dim() - 1) if sizes[i] != 1)
     )
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, except for float64 problems."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
