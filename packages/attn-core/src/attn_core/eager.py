@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_core.tiling import allows_tf32
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-_PLAIN_NUMBERS = frozenset({bool, int, float})
+_NUMBERS = frozenset({bool, int, float})
 # Arguments of any other type, tensor subclasses first of all, go through the dispatcher.
-_NOT_TENSORS = _PLAIN_NUMBERS | {torch.dtype, str, type(None)}
-_PLAIN_TYPES = _NOT_TENSORS | _TENSORS
+_PLAIN = _TENSORS | _NUMBERS | {torch.dtype, str, type(None)}
 _SEQUENCES = frozenset({list, tuple})
 _ALIGNMENT = 16  # bytes: kernels are compiled, and chosen, for addresses that are less aligned
 
@@ -47,22 +46,18 @@ class Observer(TorchDispatchMode):
 def is_plain_eager(args: Sequence[Any]) -> bool:
     """Whether nothing watches the call: no compiler, mode, transform or tensor subclass.
 
-    Nor is a tensor negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and
-    the dispatcher negates its memory.
+    Its arguments are tensors as such, None, names, dtypes, numbers and lists of numbers. No tensor
+    is negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and the dispatcher
+    negates its memory.
     """
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
         and (torch._C._len_torch_dispatch_stack() == 0 or _is_only_observed())
         and torch._C._functorch.peek_interpreter_stack() is None
-        and are_plain(args)
+        and (_PLAIN.issuperset(map(type, args)) or all(map(_is_plain, args)))
         and not any(arg.is_neg() for arg in args if type(arg) in _TENSORS)
     )
-
-
-def are_plain(args: Sequence[Any]) -> bool:
-    """Whether arguments are tensors as such, None, names, dtypes, numbers and lists of numbers."""
-    return _PLAIN_TYPES.issuperset(map(type, args)) or all(map(_is_plain, args))
 
 
 def needs_grad(args: Sequence[Any]) -> bool:
@@ -109,9 +104,7 @@ def _is_only_observed() -> bool:
 
 def _is_plain(arg: Any) -> bool:
     kind = type(arg)
-    return kind in _PLAIN_TYPES or (
-        kind in _SEQUENCES and _PLAIN_NUMBERS.issuperset(map(type, arg))
-    )
+    return kind in _PLAIN or (kind in _SEQUENCES and _NUMBERS.issuperset(map(type, arg)))
 
 
 def _by_value(numbers: Sequence[Any]) -> Hashable:
