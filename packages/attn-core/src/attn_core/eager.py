@@ -47,8 +47,8 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
     """Whether nothing watches the call: no compiler, mode, transform or tensor subclass.
 
     Its arguments are tensors as such, None, names, dtypes, numbers and lists of numbers. No tensor
-    is negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and the dispatcher
-    negates its memory.
+    is negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and the
+    dispatcher negates its memory.
     """
     return (
         not torch.compiler.is_compiling()
