@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -26,6 +27,7 @@ from benchmarks.providers.base import (
 from benchmarks.results import Result, Row
 
 _REASON_LENGTH = 300
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 OUT_OF_TIME = "the time budget is used up"
 
 Rows = Mapping[tuple[str, str], Row]  # by pass and provider
@@ -244,5 +246,6 @@ def _status(error: Exception) -> str:
 
 
 def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())[:_REASON_LENGTH]
+    """Say what went wrong, of files their names alone: folders are this machine's."""
+    text = _FOLDERS.sub("", " ".join(str(error).split()))[:_REASON_LENGTH]
     return f"{type(error).__name__}: {text}" if _status(error) == results.FAILED else text

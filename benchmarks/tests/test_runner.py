@@ -111,6 +111,15 @@ def test_a_peer_that_does_not_import_has_failed(tmp_path, monkeypatch):
     assert "no_such_dependency" in rows["stale", "forward"].reason
 
 
+def test_reasons_name_no_folders():
+    def lost(case, inputs):
+        raise ImportError("no 'f' in 'peer' (/home/me/site-packages/peer/__init__.py), nor in a/b")
+
+    _, rows, _ = measure(provider("lost", lost))
+    expected = "ImportError: no 'f' in 'peer' (__init__.py), nor in a/b"
+    assert rows["lost", "forward"].reason == expected
+
+
 def test_an_unknown_backend_of_ours_is_missing():
     prepare = next(p.prepare for p in flash.SUBJECT.providers if p.name == "hopper")
     _, rows, _ = measure(provider("hopper", lambda *_: prepare(*_).forward()))
