@@ -12,7 +12,15 @@ from attn_core.testing.compilation import TARGETS, record_launches
 
 pytest.importorskip("triton")
 
-from attn_flash._triton import backward, backward_bias, configs, forward, ragged
+from attn_flash._triton import (
+    backward,
+    backward_bias,
+    backward_dk_dv,
+    backward_dq,
+    configs,
+    forward,
+    ragged,
+)
 from attn_flash.options import Options
 
 pytestmark = pytest.mark.compile
@@ -21,8 +29,8 @@ OPEN = (-1, -1)
 CAUSAL = (-1, 0)
 LAUNCHERS = {
     "forward": forward._launch,
-    "dq": backward._launch_dq,
-    "dk_dv": backward._launch_dk_dv,
+    "dq": backward_dq._launch,
+    "dk_dv": backward_dk_dv._launch,
     "bias": backward_bias._launch,
     "rest": ragged._launch,
 }

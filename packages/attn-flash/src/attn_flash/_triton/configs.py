@@ -92,7 +92,7 @@ BACKWARD_DQ = Table(
     },
     default=TileConfig(64, 32, 4, 2),
     candidates=FORWARD.candidates,
-    sources=("attn_flash._triton.backward",),
+    sources=("attn_flash._triton.backward_dq",),
 )
 BACKWARD_DK_DV = Table(
     "attn_flash.backward_dk_dv",
@@ -116,7 +116,7 @@ BACKWARD_DK_DV = Table(
         for block_m in (32, 64, 128)
         for stages in (1, 2, 3)
     ],
-    sources=("attn_flash._triton.backward",),
+    sources=("attn_flash._triton.backward_dk_dv",),
 )
 # ALiBi computes with positions, for which smaller tiles leave the registers.
 BACKWARD_DK_DV_TERMS = Table(
