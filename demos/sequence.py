@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attn_evo import EvoAttention, EvoState
-from vit import MEAN, SIDE, STD, Digits, digits
+from vit import MEAN, SIDE, STD, Digits, accuracy, digits
 
 REQUIRED_ACCURACY = 0.93
 STREAMED = 20  # digits that are shown to the trained model token by token
@@ -100,12 +100,6 @@ def train(data: Digits, epochs: int, seed: int = 0) -> Classifier:
             f"held-out accuracy {accuracy(model, data):.1%}, {seconds:.1f} s"
         )
     return model
-
-
-@torch.no_grad()
-def accuracy(model: Classifier, data: Digits) -> float:
-    """Share of the held-out digits the model names rightly."""
-    return (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,11 +13,6 @@ import vit
 
 
 @pytest.fixture(scope="module")
-def data():
-    return vit.digits(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
 def run(data):
     training = vit.Training(data, vit.attend_flash, epochs=1)
     training.epoch()
