@@ -1,9 +1,9 @@
 """Operators as torch sees them: a thin helper over torch.library.
 
 An `Operator` is defined in the dispatcher, so torch.compile, torch.export and opcheck see it. In
-plain eager mode a call goes straight to the implementation: the dispatcher would add tens of
-microseconds of Python and change nothing. A call like an earlier one is repeated, see `replay`.
-Autocast stays outside: an operator computes in the dtypes it is given.
+plain eager mode a call goes straight to the implementation, or repeats an earlier one, see
+`replay`: the dispatcher would cost more and change nothing. Autocast stays outside: an operator
+computes in the dtypes it is given.
 """
 
 from __future__ import annotations
