@@ -13,7 +13,7 @@ LENGTHS = (5, 1, 37, 18, 9, 24)
 NEW_TOKENS = (12, 20, 6, 15, 1, 9)
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral-window"])
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "gpt2"])
 def model(request):
     torch.manual_seed(0)
     sizes = {
@@ -27,7 +27,10 @@ def model(request):
         "initializer_range": 0.5,  # logits far apart: rounding decides nothing
         "tie_word_embeddings": False,
     }
-    if request.param == "llama":
+    if request.param == "gpt2":  # as many key heads as query heads
+        del sizes["num_key_value_heads"]
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    elif request.param == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     else:
         config = transformers.MistralConfig(**sizes, sliding_window=8)

@@ -271,14 +271,12 @@ def cache_for(model: Any, num_blocks: int, block_size: int = 16, **options: Any)
         Of the model's layers, key heads, head dimension, dtype and device.
     """
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    heads = config.num_attention_heads
     return PagedKVCache(
         num_blocks,
         block_size,
-        config.num_key_value_heads,
-        head_dim,
+        getattr(config, "num_key_value_heads", None) or heads,  # GPT-2 and others say nothing
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
         **{
             "num_layers": config.num_hidden_layers,
             "dtype": model.dtype,
