@@ -63,36 +63,33 @@ class Launcher:
             Every argument whose value Triton compiles for: all integers among `args` but those
             that the kernel names in do_not_specialize.
         args : sequence
-            Run-time arguments in the order of the kernel; the first is a tensor or the descriptor
-            of one.
+            Run-time arguments in the order of the kernel: tensors, the first one always, numbers
+            and None.
         constexprs : mapping
             Constants in the order of the kernel.
         config : TileConfig
             Gives num_warps and num_stages; its blocks are among `constexprs`.
         """
-        first: torch.Tensor = getattr(args[0], "base", args[0])
+        device = args[0].device
         constants = tuple(constexprs.values())
-        objects = [place for place, arg in enumerate(args) if type(arg) not in _NUMBERS]
-        places = [place for place in objects if isinstance(args[place], torch.Tensor)]
+        places = [place for place, arg in enumerate(args) if type(arg) not in _NUMBERS]
         tensors = [args[place] for place in places]
         pointers = [tensor.data_ptr() for tensor in tensors]
         dtypes = tuple([tensor.dtype for tensor in tensors])
-        key = (first.device, first.dtype, dtypes, strides, constants, config)
+        key = (device, dtypes, strides, constants, config)
         # Triton compiles another kernel for addresses that are less aligned.
         are_aligned = not any(pointer % _POINTER_ALIGNMENT for pointer in pointers)
         compiled = self._compiled.get(key) if are_aligned else None
         tape = recording.current()
-        with _on_device(first.device):
+        with _on_device(device):
             if compiled is not None:
-                start = _Start(compiled, num_programs, first.device, [*args, *constants], places)
+                start = _Start(compiled, num_programs, device, [*args, *constants], places)
                 start(pointers)
-                if tape is not None and places == objects:
+                if tape is not None:
                     tape.launched(tensors, start)
-                    return
-            if tape is not None:  # a descriptor keeps an address, a compilation no start
-                tape.refuse()
-            if compiled is not None:
                 return
+            if tape is not None:  # what Triton launches leaves no start
+                tape.refuse()
             if self._check is not None:
                 self._check(strides)
             compiled = self._kernel[(num_programs,)](
