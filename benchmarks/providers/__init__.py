@@ -8,6 +8,7 @@ from benchmarks.providers.base import Subject
 
 PACKAGES = {
     "attn-flash": "flash",
+    "attn-flash-terms": "flash_terms",
     "attn-flash-kvcache": "kvcache",
     "attn-paged": "paged",
     "attn-triangle": "triangle",

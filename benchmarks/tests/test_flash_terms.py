@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import checking
+from benchmarks.problems import load
+from benchmarks.providers import flash_terms
+from benchmarks.providers.base import Call
+
+CASES = load("attn-flash-terms", "test")
+
+
+def check(case, prepare):
+    inputs = flash_terms.make_inputs(case, torch.device("cpu"))
+    expected = flash_terms.reference(case, inputs, gradients=True)
+    call: Call = prepare(case, inputs)
+    out, _ = checking.check_forward(call, expected[0], grad=True)
+    checking.check_backward(call, out, expected[1:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["term"])
+def test_terms_mean_what_attn_flash_computes(case):
+    (ours,) = [provider for provider in flash_terms.SUBJECT.providers if provider.name == "torch"]
+    check(case, ours.prepare)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case["term"] != "dropout"], ids=lambda case: case["term"]
+)
+def test_flex_attention_is_asked_for_the_same(case):
+    inputs = flash_terms.make_inputs(case, torch.device("cpu"))
+    (expected,) = flash_terms.reference(case, inputs, gradients=False)
+    out = scored(case, inputs)
+    assert checking.judge(out, expected) < 1e-3
+
+
+def scored(case, inputs):
+    """Attention whose scores the function made for flex attention modifies."""
+    q, k, v = (x.transpose(1, 2) for x in inputs[:3])
+    scores = q @ k.mT * case["D"] ** -0.5
+    modify = flash_terms._score_mod(case, inputs.term)
+    if modify is not None:
+        b, h, i, j = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+        scores = modify(scores, b, h, i, j)
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["term"])
+def test_torch_takes_masks_and_biases_alone(case):
+    inputs = flash_terms.make_inputs(case, torch.device("cpu"))
+    if case["term"] in ("softcap", "alibi", "dropout"):
+        with pytest.raises(ValueError, match=case["term"]):
+            flash_terms._efficient(case, inputs)
+    else:
+        flash_terms._efficient(case, inputs)
