@@ -560,9 +560,13 @@ def leaves(*values):
 class TestDifferentiated:
     """Public functions of one operator, while gradients are recorded."""
 
-    @pytest.mark.parametrize("results", [1, 2])
+    @pytest.mark.parametrize("results", [1, 2, 3])
     def test_third_call_only_launches(self, kernel, doubled, results):
-        function = repeatable(lambda x, y: doubled(x, y)[0] if results == 1 else doubled(x, y))
+        def compute(x, y):
+            out, other = doubled(x, y)
+            return out if results == 1 else (out, other, x.new_empty(0))[:results]
+
+        function = repeatable(compute)
         for value in range(1, 6):
             x, y = leaves(value, 7.0)
             out = function(x, y) if results == 1 else function(x, y)[0]
@@ -621,8 +625,9 @@ class TestDifferentiated:
             lambda op, x, y: op(op(x, y)[0], y)[0],
             lambda op, x, y: op(x, y)[0] * 3.0,
             lambda op, x, y: op(x, y)[0].detach(),
+            lambda op, x, y: (op(x, y)[0], y)[1],
         ],
-        ids=["view", "view of result", "twice", "multiplied", "detached"],
+        ids=["view", "view of result", "twice", "multiplied", "detached", "argument"],
     )
     def test_more_than_the_operator_runs_in_full(self, doubled, around):
         function = repeatable(lambda x, y: around(doubled, x, y))
@@ -632,7 +637,9 @@ class TestDifferentiated:
             out = function(x, y)
             grads = ()
             if out.requires_grad:
-                grads = torch.autograd.grad(out, (x, y), torch.ones_like(out))
+                grads = torch.autograd.grad(
+                    out, (x, y), torch.ones_like(out), materialize_grads=True
+                )
             found.append((out, *grads))
         for results in found:
             for result, expected in zip(results, found[0], strict=True):

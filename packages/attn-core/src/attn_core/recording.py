@@ -140,14 +140,24 @@ class Recording(Observer):
             return self._plain_replay(results)
         rule, args, made = self._operator
         forward = self._plain_replay(made)
-        places = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-        numbers = _numbers([args[place] for place in places], self._tensors[: self._num_arguments])
-        outputs = _numbers(_unpacked(results), _unpacked(made))
-        if forward is None or numbers is None or outputs is None:
+        arguments = self._tensors[: self._num_arguments]
+        numbers = {
+            place: _number(arg, arguments)
+            for place, arg in enumerate(args)
+            if isinstance(arg, torch.Tensor)
+        }
+        outputs = [self._output(result, _unpacked(made)) for result in _unpacked(results)]
+        if forward is None or None in (*numbers.values(), *outputs):
             return None
         others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        tensors = dict(zip(places, numbers, strict=True))
-        return DifferentiableReplay(forward, rule, others, tensors, outputs, _packer(results))
+        return DifferentiableReplay(forward, rule, others, numbers, outputs, _packer(results))
+
+    def _output(self, result: Any, made: Sequence[torch.Tensor]) -> int | None:
+        """Find a result among those of the operator or, after them, an empty one that was made."""
+        for number, other in enumerate((*made, *self._tensors[self._num_arguments :])):
+            if other is result and (number < len(made) or other.numel() == 0):
+                return number
+        return None
 
     def _plain_replay(self, results: Any) -> Replay | None:
         if not self._is_repeatable:
@@ -282,17 +292,18 @@ class DifferentiableReplay(NamedTuple):
     forward: Replay
     rule: Callable[..., Any]
     others: list[Any]  # the operator's arguments, with gaps for tensors
-    numbers: dict[int, int]  # of the tensors that belong there
-    outputs: list[int]  # which of its results the call returns
+    numbers: dict[int, Any]  # of the tensors that belong there
+    outputs: list[Any]  # numbers of its results and, after them, of what was made
     pack: Callable[[list[torch.Tensor]], Any]
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
         """Repeat it on other tensors, to which it adds those that it makes."""
-        args = self.others.copy()
+        args, num_arguments = self.others.copy(), len(tensors)
         for place, number in self.numbers.items():
             args[place] = tensors[number]
         results = _unpacked(self.rule(lambda *_: self.forward.run(tensors, pointers), *args))
-        return self.pack([results[number] for number in self.outputs])
+        found = [*results, *tensors[num_arguments:]]
+        return self.pack([found[number] for number in self.outputs])
 
 
 def _allocation(x: torch.Tensor, value: float | None = None) -> _Make:
@@ -305,15 +316,11 @@ def _allocation(x: torch.Tensor, value: float | None = None) -> _Make:
     return allocate if value is None else lambda: allocate().fill_(value)
 
 
-def _numbers(wanted: Sequence[Any], tensors: Sequence[Any]) -> list[int] | None:
-    """Find tensors among others, as objects; None where autograd would tell apart what is found."""
-    found = []
-    for tensor in wanted:
-        numbers = [number for number, other in enumerate(tensors) if other is tensor]
-        if not numbers or (len(numbers) > 1 and tensor.requires_grad):
-            return None
-        found.append(numbers[0])
-    return found
+def _number(tensor: torch.Tensor, tensors: Sequence[torch.Tensor]) -> int | None:
+    """Find a tensor among others, as an object; None where autograd tells apart what is found."""
+    numbers = [number for number, other in enumerate(tensors) if other is tensor]
+    is_clear = len(numbers) == 1 or (numbers and not tensor.requires_grad)
+    return numbers[0] if is_clear else None
 
 
 def _unpacked(results: Any) -> Sequence[Any]:
