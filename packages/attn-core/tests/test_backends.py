@@ -82,6 +82,14 @@ def test_backend_without_backward_is_for_inference(registry):
         backends.resolve(registry.op, registry.Problem(needs_grad=True), "forward-only")
 
 
+def test_those_that_run_a_typical_problem_are_named(registry):
+    backends.register_example(registry.op, registry.Problem)
+    registry.add("torch", 0)
+    registry.add("triton", 10, reason="it is tired")
+    registry.add("spare", 5)
+    assert backends.runnable(registry.op) == ["spare", "torch"]
+
+
 def test_explain_gives_one_verdict_a_backend(registry):
     registry.add("torch", 0)
     registry.add("triton", 10, reason="it is tired")

@@ -131,6 +131,24 @@ def available(op: str) -> list[str]:
     return [backend.name for backend in _candidates(op)]
 
 
+def runnable(op: str) -> list[str]:
+    """Name the backends that run an operator's typical problem on this machine.
+
+    Parameters
+    ----------
+    op : str
+        Operator name.
+
+    Returns
+    -------
+    list of str
+        The preferred backend first; those of the GPU where there is one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    verdicts = explain(op, operators()[op](device))
+    return [verdict.backend for verdict in verdicts if verdict.reason is None]
+
+
 def explain(op: str, problem: Problem, requested: str = AUTO) -> list[Verdict]:
     """Say for every backend of `op` whether it can run `problem` and which one would.
 

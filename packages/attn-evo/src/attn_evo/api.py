@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from attn_core import backends
 from attn_core.checks import flag
+from attn_core.replay import repeatable
 from attn_evo import checks, ops
 from attn_evo.environment import requested_backend
 from attn_evo.state import EvoState
@@ -200,10 +203,7 @@ def get_available_backends() -> list[str]:
     >>> "torch" in get_available_backends()
     True
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = backends.operators()[ops.ATTENTION](device)
-    verdicts = backends.explain(ops.ATTENTION, problem)
-    return [verdict.backend for verdict in verdicts if verdict.reason is None]
+    return backends.runnable(ops.ATTENTION)
 
 
 def attend(
@@ -222,14 +222,40 @@ def attend(
     `checks.AttentionProblem`, the rest as in `evo_attention`.
     """
     checks.require_values(v)
-    causal = flag("causal", causal)
-    weights = checks.weights_for(v, weights)
-    v, mask = checks.masked_values(v, attention_mask)
     checks.require_state(state, v)
-    accum_dtype = checks.accum_dtype_for(v, accum_dtype, state)
+    weights = checks.weights_for(v, weights)
     sums, length = (None, None) if state is None else state
-    problem = checks.attention_problem(v, weights, mask, sums, causal, accum_dtype, tiles)
-    name = backends.resolve(ops.ATTENTION, problem, requested_backend(backend))
-    return ops.attention(  # type: ignore[no-any-return]
-        v, *weights, mask, sums, length, causal, accum_dtype, list(tiles), name
+    return _attend(  # type: ignore[no-any-return]
+        v,
+        causal,
+        attention_mask,
+        sums,
+        length,
+        accum_dtype,
+        tiles,
+        requested_backend(backend),
+        *weights,
     )
+
+
+@repeatable
+def _attend(
+    v: torch.Tensor,
+    causal: bool,
+    attention_mask: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    length: torch.Tensor | None,
+    accum_dtype: torch.dtype | None,
+    tiles: tuple[int, ...],
+    backend: str,
+    *tensors: torch.Tensor,
+) -> Any:
+    """`attend` with state and weights one by one, as arguments that may be those of a call before."""
+    causal = flag("causal", causal)
+    weights = EvoWeights(*tensors)
+    checks.require_weights(weights, v)
+    v, mask = checks.masked_values(v, attention_mask)
+    accum_dtype = checks.accum_dtype_for(v, accum_dtype, sums)
+    problem = checks.attention_problem(v, weights, mask, sums, causal, accum_dtype, tiles)
+    name = backends.resolve(ops.ATTENTION, problem, backend)
+    return ops.attention(v, *weights, mask, sums, length, causal, accum_dtype, list(tiles), name)

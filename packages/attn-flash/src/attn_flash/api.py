@@ -712,10 +712,7 @@ def get_available_backends() -> list[str]:
     >>> "torch" in get_available_backends()
     True
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = backends.operators()[ops.ATTENTION](device)
-    verdicts = backends.explain(ops.ATTENTION, problem)
-    return [verdict.backend for verdict in verdicts if verdict.reason is None]
+    return backends.runnable(ops.ATTENTION)
 
 
 def _options(
