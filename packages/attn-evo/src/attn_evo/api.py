@@ -250,7 +250,7 @@ def _attend(
     backend: str,
     *tensors: torch.Tensor,
 ) -> Any:
-    """`attend` with state and weights one by one, as arguments that may be those of a call before."""
+    """`attend`, whose state and weights are plain arguments here: such calls can be repeated."""
     causal = flag("causal", causal)
     weights = EvoWeights(*tensors)
     checks.require_weights(weights, v)

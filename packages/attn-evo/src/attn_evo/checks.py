@@ -99,12 +99,17 @@ def require_values(v: torch.Tensor) -> None:
 
 
 def weights_for(v: torch.Tensor, weights: EvoWeights | None) -> EvoWeights:
-    """Return the checked weights, the parameter-free ones where none are given."""
-    dim = v.shape[-1]
+    """Return the weights, the parameter-free ones where none are given."""
     if weights is None:
-        return EvoWeights.identity(dim, dtype=v.dtype, device=v.device)
+        return EvoWeights.identity(v.shape[-1], dtype=v.dtype, device=v.device)
     if not isinstance(weights, EvoWeights):
         raise ValueError(f"weights must be EvoWeights or None, got {type(weights).__name__}")
+    return weights
+
+
+def require_weights(weights: EvoWeights, v: torch.Tensor) -> None:
+    """Check that the weights fit v and each other."""
+    dim = v.shape[-1]
     first = weights.w_q
     checks.require_rank("weights.w_q", first, "(D, D)")
     checks.require_dtype("weights.w_q", first, DTYPES)
@@ -115,7 +120,6 @@ def weights_for(v: torch.Tensor, weights: EvoWeights | None) -> EvoWeights:
             checks.require_shape(f"weights.{name}", weight, "(D, D)", (dim, dim))
         else:
             checks.require_shape(f"weights.{name}", weight, "(D,)", (dim,))
-    return weights
 
 
 def masked_values(
@@ -155,20 +159,18 @@ def require_state(state: EvoState | None, v: torch.Tensor) -> None:
 
 
 def accum_dtype_for(
-    v: torch.Tensor, accum_dtype: torch.dtype | None, state: EvoState | None
+    v: torch.Tensor, accum_dtype: torch.dtype | None, sums: torch.Tensor | None
 ) -> torch.dtype:
     """Return the dtype of the sums: float32 unless v, the state or the caller have float64."""
     is_dtype = isinstance(accum_dtype, torch.dtype)
     if accum_dtype is not None and not (is_dtype and accum_dtype in ACCUM_DTYPES):
         raise ValueError(f"accum_dtype must be None, float32 or float64, got {accum_dtype}")
-    least = torch.promote_types(v.dtype, torch.float32)
-    chosen = accum_dtype or (least if state is None else state.sums.dtype)
+    least = torch.float64 if v.dtype == torch.float64 else torch.float32
+    chosen = accum_dtype or (least if sums is None else sums.dtype)
     if least == torch.float64 and chosen != least:
         raise ValueError(f"accum_dtype must be float64 for v in float64, got {chosen}")
-    if state is not None and chosen != state.sums.dtype:
-        raise ValueError(
-            f"accum_dtype must be that of state.sums, {state.sums.dtype}, got {chosen}"
-        )
+    if sums is not None and chosen != sums.dtype:
+        raise ValueError(f"accum_dtype must be that of state.sums, {sums.dtype}, got {chosen}")
     return chosen
 
 

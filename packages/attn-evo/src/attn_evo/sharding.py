@@ -84,7 +84,9 @@ def evo_attention_sharded(
             f"mesh must be of the device type of v, {v.device.type}, got {mesh.device_type}"
         )
     group = mesh.get_group(mesh_dim)
-    weights = EvoWeights(*(_shared(weight, group) for weight in checks.weights_for(v, weights)))
+    weights = checks.weights_for(v, weights)
+    checks.require_weights(weights, v)
+    weights = EvoWeights(*(_shared(weight, group) for weight in weights))
     v, mask = checks.masked_values(v, attention_mask)
     accum_dtype = checks.accum_dtype_for(v, accum_dtype, None)
     kept = v if mask is None else v.masked_fill(~mask[:, None, :, None], 0)
