@@ -102,7 +102,7 @@ def test_a_common_prompt_is_computed_once(model, prompts, expected):
     batching = ContinuousBatching(model, cache_for(model, 64, 4))
     results = []
     for _ in range(2):
-        batching.add(prompts[2], NEW_TOKENS[2])
+        batching.add(torch.tensor(prompts[2]), NEW_TOKENS[2])
         results += [tokens for _, tokens in batching.run()]
     sequence = batching.cache.allocate(prompts[2])
     assert batching.cache.written(sequence) == 36
@@ -113,6 +113,8 @@ def test_bad_requests_are_named(model):
     batching = ContinuousBatching(model, cache_for(model, 4, 4))
     with pytest.raises(ValueError, match="prompt must have a token"):
         batching.add([], 3)
+    with pytest.raises(ValueError, match="eos must be a list of token ids, got 7"):
+        batching.add([1, 2], 3, eos=7)
     with pytest.raises(ValueError, match="at most the cache's 16 tokens, got 17"):
         batching.add([1, 2], 15)
     with pytest.raises(ValueError, match="cache must have the model's 2 layers, got 1"):

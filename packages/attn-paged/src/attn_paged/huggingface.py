@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,12 +112,14 @@ class ContinuousBatching:
         """Whether no request is left."""
         return not self._waiting and not self._running
 
-    def add(self, prompt: Sequence[int], max_new_tokens: int, eos: Sequence[int] = ()) -> int:
+    def add(
+        self, prompt: Sequence[int] | torch.Tensor, max_new_tokens: int, eos: Collection[int] = ()
+    ) -> int:
         """Take a request, which joins as soon as there is room.
 
         Parameters
         ----------
-        prompt : sequence of int
+        prompt : sequence of int, or Tensor of integers
             Token ids, at least one.
         max_new_tokens : int
             How many to generate at most.
@@ -134,8 +136,10 @@ class ContinuousBatching:
         ValueError
             The prompt is empty, or the cache is too small for this request alone.
         """
-        if not prompt:
+        if len(prompt) == 0:
             raise ValueError("prompt must have a token, got none")
+        if not isinstance(eos, Collection):
+            raise ValueError(f"eos must be a list of token ids, got {eos!r}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         tokens = [int(token) for token in prompt]
