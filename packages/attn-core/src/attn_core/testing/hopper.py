@@ -162,8 +162,8 @@ class _Memory:
         return _Memory(self.array.transpose(order), self.dtype)
 
     def _reinterpret(self, dtype: str, shape: Sequence[int], _layout: Any) -> _Memory:
-        if len(shape) == 3 and self.array.ndim == 2:  # a swizzled tile as panels of 64 columns
-            panels, rows, width = shape
+        if len(shape) == 3 and self.array.ndim == 2 and shape[2] < self.array.shape[1]:
+            panels, rows, width = shape  # a swizzled tile as panels of 64 columns
             array = self.array.reshape(rows, panels, width).transpose(1, 0, 2)
         else:
             array = self.array.reshape(shape)
@@ -398,8 +398,10 @@ def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = F
             return other
         return int(pointer.flat[int(pointer.offset)])
     is_read = np.broadcast_to(True if mask is None else _array(mask), pointer.offset.shape)
-    values = np.full(pointer.offset.shape, other, np.float32)
-    values[is_read] = pointer.flat[torch.from_numpy(pointer.offset[is_read])].float().numpy()
+    found = pointer.flat[torch.from_numpy(pointer.offset[is_read])]
+    found = found.float() if found.is_floating_point() else found
+    values = np.full(pointer.offset.shape, other, found.numpy().dtype)
+    values[is_read] = found.numpy()
     return _Tensor(values)
 
 
@@ -501,6 +503,8 @@ def _run_at_once(jobs: Sequence[Callable[[], None]]) -> None:
 def _allocate(dtype: str, shape: Sequence[int], layout: Any) -> _Memory | _Barriers:
     if layout == "mbarrier":
         return _Barriers(shape[0])
+    if dtype.startswith("i"):
+        return _Memory(np.full(shape, -(1 << 40)), dtype)
     return _Memory(np.full(shape, np.nan, np.float32), dtype)
 
 
@@ -518,9 +522,17 @@ def _extreme(function: Any) -> Any:
     return compute
 
 
-def _maximum(x: _Tensor, axis: int) -> Any:
-    result = x.array.max(axis)
-    return _Tensor(result) if result.ndim else int(result)
+def _reduction(function: Any) -> Any:
+    def compute(x: _Tensor, axis: int) -> Any:
+        result = function(x.array, axis)
+        return _Tensor(result) if result.ndim else result.item()
+
+    return compute
+
+
+def _sum(array: Any, axis: int) -> Any:
+    is_integer = np.issubdtype(array.dtype, np.integer)
+    return array.sum(axis, dtype=None if is_integer else np.float32)
 
 
 def _log2(x: _Tensor) -> _Tensor:
@@ -558,8 +570,8 @@ def _language() -> types.ModuleType:
         convert_layout=lambda x, layout, assert_trivial=False: x,
         reshape=lambda x, shape: _Tensor(x.array.reshape(shape)),
         permute=lambda x, order: _Tensor(x.array.transpose(order)),
-        sum=lambda x, axis: _Tensor(x.array.sum(axis, dtype=np.float32)),
-        max=_maximum,
+        sum=_reduction(_sum),
+        max=_reduction(np.max),
         log2=_log2,
         fma=lambda a, b, c: a * b + c,
         cast=lambda x, dtype: x,
