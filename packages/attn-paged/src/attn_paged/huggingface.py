@@ -19,6 +19,15 @@ import torch
 from attn_paged._pool import OutOfBlocksError
 from attn_paged.cache import PagedBatch, PagedKVCache
 
+__all__ = [
+    "IMPLEMENTATION",
+    "ContinuousBatching",
+    "cache_for",
+    "greedy",
+    "paged_attention_forward",
+    "register",
+]
+
 IMPLEMENTATION = "attn_paged"
 """Name under which transformers knows the attention of this package."""
 
