@@ -6,7 +6,6 @@ from attn_flash import _backends, _companions
 from attn_flash._version import __version__
 from attn_flash.api import (
     dropout_mask,
-    flash_attention,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -14,8 +13,8 @@ from attn_flash.api import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     get_available_backends,
-    sdpa_triton_fa,
 )
+from attn_flash.heads_first import flash_attention, sdpa_triton_fa
 from attn_flash.integrations.sdpa import explain, install, sdpa_patched, uninstall
 from attn_flash.kvcache import flash_attn_with_kvcache
 from attn_flash.module import FlashAttention

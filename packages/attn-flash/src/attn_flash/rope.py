@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
-from attn_flash.api import flash_attention
+from attn_flash.heads_first import flash_attention
 from attn_flash.layers.rotary import rotate_heads_first
 
 
