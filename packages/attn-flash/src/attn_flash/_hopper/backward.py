@@ -11,7 +11,7 @@ the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their
 
 * `_load` copies K and V, and then each step's Q, dO, lse and delta, two steps ahead;
 * two of `_accumulate`, a warpgroup for 64 keys each, keep dK and dV in registers, and each compute
-  one half of the step's dQ;
+  one half of a step's dQ. They take turns: one's exponentials run under the other's products;
 * `_add_dq` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the keys.
 
 Shah et al., "FlashAttention-3", 2024; Dao, "FlashAttention-2", 2023, algorithm 2.
@@ -54,9 +54,10 @@ _KEYS = gl.constexpr(64)  # of one consumer
 _STAGES = gl.constexpr(2)
 
 # Named barriers and the threads that meet there; barriers below 8 are the compiler's.
-_DS_STORED = gl.constexpr(8)
+_KEYS_READ = gl.constexpr(8)
 _DQ_EMPTY = gl.constexpr(9)  # 10 for the second consumer
 _DQ_FULL = gl.constexpr(11)  # 12 for the second consumer
+_TURN = gl.constexpr(13)  # 14 for the second consumer
 _CONSUMERS = gl.constexpr(256)
 _CONSUMER_AND_ADDER = gl.constexpr(160)
 
@@ -269,8 +270,11 @@ def _load(tensors, shared, problem, tile):
 
 
 @gluon.jit
-def _mask(scores, key, row, problem, sequence):
-    """Hide what the window hides of scores [keys, queries] that start at (key, row)."""
+def _mask(scores, problem, count, ahead):
+    """Hide what the window hides of scores [keys, queries], and keys from `count` on.
+
+    The first key is at the position of the query `ahead` rows after the first.
+    """
     KEYS: gl.constexpr = scores.shape[0]
     ROWS: gl.constexpr = scores.shape[1]
     LAYOUT: gl.constexpr = scores.type.layout
@@ -279,34 +283,36 @@ def _mask(scores, key, row, problem, sequence):
     # Bits 1 and 2 of a column come from the lane. On the other side of the comparison they leave an
     # immediate on this one; otherwise every column's number takes a register through the loop.
     fixed = rows & (ROWS - 7)
-    ahead = keys - (rows & 6) + (key - row - (sequence.N - sequence.M))
-    if problem.HAS_RIGHT:
-        scores = gl.where(fixed >= ahead - problem.right, scores, float("-inf"))
+    ahead = keys - (rows & 6) + ahead
     if problem.HAS_LEFT:
         scores = gl.where(fixed <= ahead + problem.left, scores, float("-inf"))
-    return gl.where(keys < sequence.N - key, scores, float("-inf"))
+    if problem.HAS_RIGHT:
+        # A sum, as of a choice the compiler makes two selections for every number.
+        first = ahead - problem.right + gl.where(keys < count, 0, 1 << 30)
+        return gl.where(fixed >= first, scores, float("-inf"))
+    else:  # noqa: RET505 - decided while compiling
+        return gl.where(keys < count, scores, float("-inf"))
 
 
 @gluon.jit
-def _crosses_edge(key, row, ROWS: gl.constexpr, problem, sequence):
-    """Whether the window hides any of _KEYS keys from `key` for ROWS queries from `row`."""
-    position = row + sequence.N - sequence.M
-    crosses = key + _KEYS > sequence.N
+def _crosses_edge(problem, count, ahead, ROWS: gl.constexpr):
+    """Whether `_mask` hides any of _KEYS keys from any of ROWS queries."""
+    crosses = count < _KEYS
     if problem.HAS_RIGHT:
-        crosses = crosses | (key + _KEYS - 1 > position + problem.right)
+        crosses = crosses | (ahead + _KEYS - 1 > problem.right)
     if problem.HAS_LEFT:
-        crosses = crosses | (key < position + ROWS - 1 - problem.left)
+        crosses = crosses | (ahead + problem.left < ROWS - 1)
     return crosses
 
 
 @gluon.jit
-def _start_dq(shared, buffer, W: gl.constexpr, LAYOUT: gl.constexpr):
+def _start_dq(shared, step, W: gl.constexpr):
     """Start this consumer's half of dS K: its columns of 64 queries, or its 64 of 128 queries."""
     BLOCK_M: gl.constexpr = shared.ds.shape[2]
     BLOCK_D: gl.constexpr = shared.k.shape[2]
-    dq = gl.zeros([64, 64], gl.float32, LAYOUT)
+    dq = gl.zeros([64, 64], gl.float32, accumulator_layout(64))
     for w in gl.static_range(2):
-        ds = shared.ds.index(buffer * 2 + w)
+        ds = shared.ds.index(step % _STAGES * 2 + w)
         if BLOCK_M == 64:
             k = columns(shared.k.index(w), W, _KEYS, BLOCK_D)
         else:
@@ -314,6 +320,15 @@ def _start_dq(shared, buffer, W: gl.constexpr, LAYOUT: gl.constexpr):
             k = shared.k.index(w)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
     return dq
+
+
+@gluon.jit
+def _hand_over(shared, dq, W: gl.constexpr):
+    """Let the adder add this consumer's half of dQ."""
+    meet_at(_DQ_EMPTY + W, _CONSUMER_AND_ADDER)
+    shared.dq.index(W).store(sums.to_unit(dq))
+    fence_async_shared()
+    arrive_at(_DQ_FULL + W, _CONSUMER_AND_ADDER)
 
 
 @gluon.jit
@@ -327,16 +342,22 @@ def _store_keys(problem, tile, desc, key, buffer):
 
 @gluon.jit
 def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
-    """Compute dK and dV of consumer W's keys, and its half of each step's dQ."""
+    """Compute dK and dV of consumer W's keys, and its half of each step's dQ.
+
+    A turn is the products of P and dS. When the second consumer's comes, both have stored the dS of
+    the step; when the first one's comes, that of the step before, whose dQ it computes.
+    """
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     BLOCK_D: gl.constexpr = shared.q.shape[2]
     DTYPE: gl.constexpr = tensors.q.dtype
-    DV_BEFORE_DS: gl.constexpr = BLOCK_D == 128  # where registers are left to overlap the two
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
     DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    IS_BEHIND: gl.constexpr = W == 0  # with dQ
     key = tile.n * BLOCK_N + W * _KEYS
+    count = tile.sequence.N - key
+    row = tile.sequence.M - count  # of the query at the first key's position
     k = shared.k.index(W)
     v = shared.v.index(W)
     zeros = gl.zeros([_KEYS, BLOCK_M], gl.float32, S_LAYOUT)
@@ -347,6 +368,8 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     mbarrier.wait(shared.k_full, 0)
     if steps > 0:
         mbarrier.wait(shared.v_full, 0)
+        if W == 1:
+            arrive_at(_TURN, _CONSUMERS)  # the first turn is the first consumer's
     for step in range(steps):
         i = step % _STAGES
         phase = (step // _STAGES) & 1
@@ -358,38 +381,39 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
         s = warpgroup_mma_wait(1, deps=(s,))
-        if _crosses_edge(key, m * BLOCK_M, BLOCK_M, problem, tile.sequence):
+        ahead = row - m * BLOCK_M
+        if _crosses_edge(problem, count, ahead, BLOCK_M):
             keep_branch()
-            s = _mask(s, key, m * BLOCK_M, problem, tile.sequence)
+            s = _mask(s, problem, count, ahead)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
         p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
         delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        if DV_BEFORE_DS:
-            dv = warpgroup_mma(p_operand, do, dv, is_async=True)
         ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
         ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
         shared.ds.index(i * 2 + W).store(ds)
-        if not DV_BEFORE_DS:
-            dv = warpgroup_mma(p_operand, do, dv, is_async=True)
         fence_async_shared()
-        meet_at(_DS_STORED, _CONSUMERS)
-        dq = _start_dq(shared, i, W, accumulator_layout(64))
+        meet_at(_TURN + W, _CONSUMERS)
+        dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, W)
         dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-        meet_at(_DQ_EMPTY + W, _CONSUMER_AND_ADDER)
-        shared.dq.index(W).store(sums.to_unit(dq))
-        fence_async_shared()
-        arrive_at(_DQ_FULL + W, _CONSUMER_AND_ADDER)
+        arrive_at(_TURN + 1 - W, _CONSUMERS)
+        if not IS_BEHIND or step > 0:
+            _hand_over(shared, dq, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(shared.empty.index(i), count=1)
         m += 1
         if m == tile.last:
             m = tile.first
+    if IS_BEHIND and steps > 0:
+        meet_at(_TURN, _CONSUMERS)
+        dq = _start_dq(shared, steps - 1, W)
+        _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
     v.store(dv.to(DTYPE))
     fence_async_shared()
     _store_keys(problem, tile, tensors.dv, key, v)
-    meet_at(_DS_STORED, _CONSUMERS)  # the other consumer has read these keys for its last dQ
+    meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
     k.store((dk * problem.scale).to(DTYPE))
     fence_async_shared()
     _store_keys(problem, tile, tensors.dk, key, k)
@@ -439,24 +463,21 @@ def _add_dq(tensors, shared, problem, tile, turns_ptr):
         if problem.DETERMINISTIC:
             while added != turn:
                 added = gl.load(turn_ptr, volatile=True)
-        for w in gl.static_range(2):
+        is_last = step + 1 == steps
+        for w in gl.static_range(1, -1, -1):  # the first consumer's half comes later
             meet_at(_DQ_FULL + w, _CONSUMER_AND_ADDER)
             if problem.DETERMINISTIC and turn == 0:
                 coord = [(unit + w) * 16, 0]
                 tma.async_copy_shared_to_global(tensors.dq_sum, coord, shared.dq.index(w))
             else:
                 reduce_add(tensors.dq_sum, [(unit + w) * 16, 0], shared.dq.index(w))
+            tma.store_wait(0)
+            if not is_last:
+                arrive_at(_DQ_EMPTY + w, _CONSUMER_AND_ADDER)
         m += 1
         if m == tile.last:
             m = tile.first
             row += 1
-        is_last = step + 1 == steps
-        tma.store_wait(1)
-        if not is_last:
-            arrive_at(_DQ_EMPTY, _CONSUMER_AND_ADDER)
-        tma.store_wait(0)
-        if not is_last:
-            arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
         if problem.DETERMINISTIC:
             next_ptr = turns_ptr + row * problem.blocks_m + block + m
             # Looked up while the sum is being written.
