@@ -617,17 +617,44 @@ class TestDifferentiated:
             assert torch.equal(dx, filled(value**2))
         assert kernel.computed == 2
 
+    def test_random_numbers_are_drawn_each_time(self, kernel):
+        """The operator's argument is made within the call, as a state of dropout is."""
+        scaled = library.Operator(
+            "attn_core_tests::scaled_at_random",
+            "(Tensor x, Tensor y, Tensor z) -> Tensor",
+            lambda x, y, z: kernel.compute(y),
+            lambda x, y, z: x.new_empty(x.shape),
+            autograd=Product.apply,
+        )
+
+        def function(x, z):
+            return scaled(x, recording.each_time(lambda: torch.randn(4, 4)), z)
+
+        repeated = repeatable(function)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            y, state = torch.randn(4, 4), torch.get_rng_state()
+            torch.manual_seed(seed)
+            [x], z = leaves(1.0), filled(3.0)
+            out = repeated(x, z)
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.equal(out, 2.0 * y)
+            [dx] = torch.autograd.grad(out, x, filled(1.0))
+            assert torch.equal(dx, 3.0 * y)
+        assert kernel.computed == 2
+
     @pytest.mark.parametrize(
         "around",
         [
             lambda op, x, y: op(x.view(16), y.view(16))[0],
+            lambda op, x, y: op(x, y.new_empty(4, 4).copy_(y))[0],
             lambda op, x, y: op(x, y)[0].t(),
             lambda op, x, y: op(op(x, y)[0], y)[0],
             lambda op, x, y: op(x, y)[0] * 3.0,
             lambda op, x, y: op(x, y)[0].detach(),
             lambda op, x, y: (op(x, y)[0], y)[1],
         ],
-        ids=["view", "view of result", "twice", "multiplied", "detached", "argument"],
+        ids=["view", "copy", "view of result", "twice", "multiplied", "detached", "argument"],
     )
     def test_more_than_the_operator_runs_in_full(self, doubled, around):
         function = repeatable(lambda x, y: around(doubled, x, y))

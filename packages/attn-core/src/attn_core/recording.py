@@ -46,14 +46,14 @@ def each_time(make: Callable[[], torch.Tensor]) -> torch.Tensor:
     Parameters
     ----------
     make : callable
-        Returns memory that kernels work in, such as that of the current stream.
+        Returns memory that kernels work in, such as random numbers or that of the current stream.
 
     Returns
     -------
     Tensor
         What `make` returns.
     """
-    tape = current()
+    tape = None if torch.compiler.is_compiling() else current()
     return make() if tape is None else tape.each_time(make)
 
 
@@ -140,9 +140,8 @@ class Recording(Observer):
             return self._plain_replay(results)
         rule, args, made = self._operator
         forward = self._plain_replay(made)
-        arguments = self._tensors[: self._num_arguments]
         numbers = {
-            place: _number(arg, arguments)
+            place: self._argument(arg)
             for place, arg in enumerate(args)
             if isinstance(arg, torch.Tensor)
         }
@@ -151,6 +150,12 @@ class Recording(Observer):
             return None
         others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
         return DifferentiableReplay(forward, rule, others, numbers, outputs, _packer(results))
+
+    def _argument(self, tensor: torch.Tensor) -> int | None:
+        """Find an operator's argument among those of the call and what was made, in no graph."""
+        number = _number(tensor, self._tensors)
+        is_made = number is not None and number >= self._num_arguments
+        return None if is_made and tensor.requires_grad else number
 
     def _output(self, result: Any, made: Sequence[torch.Tensor]) -> int | None:
         """Find a result among those of the operator or, after them, an empty one that was made."""
@@ -277,10 +282,18 @@ class Replay(NamedTuple):
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
         """Repeat it on other tensors, to which it adds those that it makes."""
+        self.allocate(tensors, pointers)
+        return self.compute(tensors, pointers)
+
+    def allocate(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
+        """Add the memory that is made on the way."""
         for make in self.makers:
             tensor = make()
             tensors.append(tensor)
             pointers.append(tensor.data_ptr())
+
+    def compute(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Any:
+        """Launch and copy what fills it, and return the results."""
         for step in self.steps:
             step.run(tensors, pointers)
         return self.pack([view.of(tensors) for view in self.outputs])
@@ -299,10 +312,11 @@ class DifferentiableReplay(NamedTuple):
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
         """Repeat it on other tensors, to which it adds those that it makes."""
         args, num_arguments = self.others.copy(), len(tensors)
+        self.forward.allocate(tensors, pointers)
         for place, number in self.numbers.items():
             args[place] = tensors[number]
-        results = _unpacked(self.rule(lambda *_: self.forward.run(tensors, pointers), *args))
-        found = [*results, *tensors[num_arguments:]]
+        results = self.rule(lambda *_: self.forward.compute(tensors, pointers), *args)
+        found = [*_unpacked(results), *tensors[num_arguments:]]
         return self.pack([found[number] for number in self.outputs])
 
 

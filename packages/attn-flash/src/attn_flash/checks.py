@@ -11,6 +11,7 @@ import torch
 from attn_core import checks
 from attn_core.eager import needs_grad
 from attn_core.errors import UnsupportedProblemError
+from attn_core.recording import each_time
 from attn_flash.options import Options
 
 MAX_HEAD_DIM = 256
@@ -107,7 +108,7 @@ def rng_state(
     if value is None:
         if dropout_p == 0.0:
             return None
-        return torch.randint(2**62, (2,), dtype=torch.int64, device=device)
+        return each_time(lambda: torch.randint(2**62, (2,), dtype=torch.int64, device=device))
     checks.require_shape("rng_state", value, "(2,)", (2,))
     checks.require_dtype("rng_state", value, (torch.int64,))
     if value.device != device:

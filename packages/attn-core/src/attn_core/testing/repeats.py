@@ -58,13 +58,13 @@ def assert_repeats(
 def counted_replays() -> Iterator[list[None]]:
     """Within it, every call that is repeated adds to the list."""
     replays: list[None] = []
-    run = Replay.run
+    compute = Replay.compute
 
     def counted(*args: Any) -> Any:
         replays.append(None)
-        return run(*args)
+        return compute(*args)
 
-    with mock.patch.object(Replay, "run", counted):
+    with mock.patch.object(Replay, "compute", counted):
         yield replays
 
 
