@@ -14,9 +14,10 @@ from attn_core.dtypes import accumulator_dtype
 
 def new_heads_last(like: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor shaped as `like`, (B, H, R, M, D), and stored as (B, R, M, H, D)."""
-    batch, heads, rows, length, head_dim = like.shape
-    stored = like.new_empty((batch, rows, length, heads, head_dim))
-    return stored.permute(0, 3, 1, 2, 4)
+    _, heads, rows, length, head_dim = like.shape
+    token = heads * head_dim
+    strides = (rows * length * token, head_dim, length * token, token, 1)
+    return like.new_empty_strided(like.shape, strides)
 
 
 def new_lse(q: torch.Tensor) -> torch.Tensor:

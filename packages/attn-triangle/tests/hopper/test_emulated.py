@@ -218,6 +218,8 @@ CASES = [
     Case(H=2, R=5, N=300, mask="padded"),
     Case(R=1, M=70, N=40, D=64, mask="random", deterministic=False),
     Case(R=2, M=1, N=129, D=24, mask="none", deterministic=False),
+    Case(R=25, N=70, mask="random"),  # parts of rows, the last of which is short
+    Case(D=64, mask="random"),
 ]
 
 

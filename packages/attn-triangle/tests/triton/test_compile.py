@@ -11,17 +11,17 @@ from attn_core.testing.compilation import TARGETS, record_launches
 
 pytest.importorskip("triton")
 
-from attn_triangle._triton import backward, configs, forward, keys
+from attn_triangle._triton import backward, configs, dbias, dk_dv, dq, forward, keys
 
 pytestmark = pytest.mark.compile
 
 LAUNCHERS = {
     "visible_keys": keys._launch,
     "forward": forward._launch,
-    "dq": backward._launch_dq,
-    "dk_dv": backward._launch_dk_dv,
-    "dbias": backward._launch_dbias,
-    "sum": backward._launch_sum,
+    "dq": dq._launch,
+    "dk_dv": dk_dv._launch,
+    "dbias": dbias._launch,
+    "sum": dbias._launch_sum,
 }
 SMALL = ("visible_keys", "sum")  # the same whatever the case
 TABLES = {

@@ -13,7 +13,7 @@ from attn_triangle import reference
 
 pytest.importorskip("triton")
 
-from attn_triangle._triton import backward, configs, forward, problem
+from attn_triangle._triton import backward, configs, dbias, forward, problem
 
 pytestmark = pytest.mark.interpret
 
@@ -250,9 +250,9 @@ def test_scale(scale):
 
 @pytest.mark.parametrize("num_sms", [1, 100])
 def test_rows_are_split_among_programs(num_sms, monkeypatch):
-    info = backward.device_info("cpu")
+    info = dbias.device_info("cpu")
     monkeypatch.setattr(
-        backward, "device_info", lambda device: info.__class__("cuda", "gpu", "", num_sms)
+        dbias, "device_info", lambda device: info.__class__("cuda", "gpu", "", num_sms)
     )
     check(Case(R=5, M=17, N=18))
 

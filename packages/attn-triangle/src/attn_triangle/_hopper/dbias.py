@@ -21,6 +21,7 @@ from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
+    closed,
     exp2,
     load_bias,
     load_lse,
@@ -29,7 +30,7 @@ from attn_triangle._hopper.tiles import (
     load_wide,
     new_ring,
 )
-from attn_triangle._triton.backward import sum_of_splits
+from attn_triangle._triton.dbias import sum_of_splits
 
 _TILES_PER_SM = 4  # about: enough that the last ones to run do not matter
 _FEWEST_ROWS = 8  # of a part: less work would be less than adding it up
@@ -136,7 +137,8 @@ def _sum(
         for row in range(first, last):
             i = count % STAGES
             own = i * TILES + WARPGROUP
-            # Those of the next row, before anything waits; behind the last row stands another one.
+            # Those of the next row, before anything waits, and used by nothing in this turn. Behind
+            # the last row stands another one.
             lse_ptrs += M
             delta_ptrs += columns
             exists = offs_m < gl.minimum(M, (last - 1 - row) * columns)
@@ -148,7 +150,7 @@ def _sum(
             s = warpgroup_mma(q_buf.index(i), k, zero, use_acc=False, is_async=True)
             dp = warpgroup_mma(do_buf.index(i), v, zero, use_acc=False, is_async=True)
             bias = load_wide(bias_buf.index(WARPGROUP), S_LAYOUT)
-            offset = bias * LOG2_E - gl.expand_dims(lse, 1)
+            offset = bias * LOG2_E - gl.expand_dims(closed(lse), 1)
             if HAS_MASK:
                 offset += mask_buf.index(own).load(S_LAYOUT)
             s = warpgroup_mma_wait(1, deps=(s,))

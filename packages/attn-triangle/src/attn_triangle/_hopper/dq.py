@@ -18,13 +18,13 @@ from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
+    closed,
     exp2,
     key_blocks,
-    load_keys,
     load_lse,
-    load_rows,
+    load_queries_and_keys,
     load_wide,
-    new_ring,
+    new_query_buffers,
     num_steps,
     store_rows,
     tile_of,
@@ -39,32 +39,14 @@ def _load(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    """The loading warp: queries and dO of a tile, then its blocks of keys, values and bias."""
+    """The loading warp."""
     descs, bufs, rings, sizes, N, range_ptr, strides = args
-    q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc = descs
-    q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
-    q_full, q_empty, full, empty = rings
-    range_strides, bias_strides, mask_steps = strides
-    q_bytes: gl.constexpr = 2 * ROWS * TILES * q_desc.block_type.nbytes
     count = 0
     for step in range(num_steps(sizes)):
         b, h, row0, last, tile = tile_of(step, sizes, ROWS)
-        start_m = tile * (TILES * WG_ROWS)
-        slot = step & 1
-        bar = q_full.index(slot)
-        mbarrier.wait(q_empty.index(slot), ((step >> 1) & 1) ^ 1)
-        mbarrier.expect(bar, q_bytes)
-        for x in gl.static_range(ROWS):
-            row = gl.minimum(row0 + x, last)
-            for w in gl.static_range(TILES):
-                own = (slot * ROWS + x) * TILES + w
-                load_rows(q_desc, b, h, row, start_m + w * WG_ROWS, bar, q_buf.index(own))
-                load_rows(do_desc, b, h, row, start_m + w * WG_ROWS, bar, do_buf.index(own))
-        lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
-        count = load_keys(
-            (k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf),
-            (full, empty), (bias_strides, mask_steps), count, b, h, row0, last, start_m, lo, hi,
-            HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
+        count = load_queries_and_keys(
+            args, step, count, b, h, row0, last, tile, 0,
+            HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES,
         )  # fmt: skip
 
 
@@ -101,7 +83,7 @@ def _differentiate(
         slot = step & 1
         offs_m = start_m + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
         bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R + row
-        lse = gl.expand_dims(load_lse(lse_ptr + bh_row * M + offs_m, offs_m < M), 1)
+        lse = gl.expand_dims(closed(load_lse(lse_ptr + bh_row * M + offs_m, offs_m < M)), 1)
         delta = gl.load(delta_ptr + bh_row * columns + offs_m, mask=offs_m < M, other=0.0)
         delta = gl.expand_dims(delta, 1)
         mbarrier.wait(q_full.index(slot), (step >> 1) & 1)
@@ -152,31 +134,11 @@ def _attention_backward_dq_kernel(
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    dtype: gl.constexpr = q_desc.dtype
-    WARPGROUPS: gl.constexpr = TILES * ROWS
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
-    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
-    own: gl.constexpr = [2 * WARPGROUPS, WG_ROWS, BLOCK_D]
-    streamed: gl.constexpr = [STAGES * ROWS, BLOCK_N, BLOCK_D]
-    q_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    do_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    k_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    v_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    bias_buf = gl.allocate_shared_memory(
-        bias_desc.dtype, [STAGES * TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT
-    )
-    mask_buf = k_buf
-    if HAS_MASK:
-        mask_buf = gl.allocate_shared_memory(
-            gl.float32, [STAGES * ROWS, 1, BLOCK_N], mask_desc.layout
-        )
-    q_full, q_empty = new_ring(2, WARPGROUPS)
-    full, empty = new_ring(STAGES, WARPGROUPS)
-    gl.thread_barrier()
+    bufs, rings = new_query_buffers(
+        q_desc, bias_desc, mask_desc,
+        HAS_MASK, TILES, ROWS, BLOCK_N, BLOCK_D, STAGES, READERS=TILES * ROWS,
+    )  # fmt: skip
     descs = (q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc)
-    bufs = (q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf)
-    rings = (q_full, q_empty, full, empty)
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
     loading = (descs, bufs, rings, sizes, N, range_ptr, strides)

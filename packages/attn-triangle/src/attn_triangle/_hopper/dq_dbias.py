@@ -1,9 +1,15 @@
-"""Gradients of queries and of the bias in one kernel for Hopper GPUs, where the order may differ.
+"""Gradients of queries and of the bias in one kernel for Hopper GPUs.
 
 A warpgroup owns 64 queries of four rows i. It adds up dS over them in its registers and the sum to
-memory by atomic additions: a quarter of the traffic of dS. That leaves room for narrow tiles of
-scores only, and for heads of up to 32 channels.
+memory: a quarter of the traffic of dS. That leaves room for narrow tiles of scores only, and for
+heads of up to 32 channels.
+
+Where the order of additions may not change, the rows are cut into parts that have a sum each, and a
+CTA stays with its queries through a part. It goes through the keys forth and back: what it added to
+last is still in the L2 cache. Where the order may change, all add to one sum.
 """
+
+import functools
 
 import torch
 from triton.experimental import gluon
@@ -20,19 +26,65 @@ from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
-from attn_triangle._hopper.dq import _load
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
+    block_of,
+    closed,
     exp2,
     key_blocks,
     load_lse,
+    load_queries_and_keys,
     load_wide,
-    new_ring,
-    num_steps,
+    new_query_buffers,
     store_rows,
-    tile_of,
 )
+
+_ROUNDS = 3  # of all processors, at most about: more parts would balance little and take memory
+
+
+@gluon.jit
+def _tile_of(step, sizes, ROWS: gl.constexpr):
+    """Tile `step` of this CTA: batch, head, first and last row i, number of the tile, and part.
+
+    A part has `groups` groups of rows, in turn. Those of the last one may lie past the last row.
+    """
+    H, R, num_tiles, num_parts, groups, total = sizes
+    turn = step // groups
+    t = gl.program_id(0) + turn * gl.num_programs(0)
+    plane = t // num_tiles
+    bh = plane // num_parts
+    part = plane - bh * num_parts
+    row0 = (part * groups + step - turn * groups) * ROWS
+    last = gl.minimum(row0 + ROWS - 1, R - 1)
+    b = bh // H
+    return b, bh - b * H, row0, last, t - plane * num_tiles, part
+
+
+@gluon.jit
+def _num_steps(sizes):
+    """How many tiles this CTA computes."""
+    H, R, num_tiles, num_parts, groups, total = sizes
+    return gl.cdiv(total - gl.program_id(0), gl.num_programs(0)) * groups
+
+
+# fmt: off
+@gluon.jit
+def _load(
+    args,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    """The loading warp."""
+    descs, bufs, rings, sizes, N, range_ptr, strides = args
+    count = 0
+    for step in range(_num_steps(sizes)):
+        b, h, row0, last, tile, part = _tile_of(step, sizes, ROWS)
+        count = load_queries_and_keys(
+            args, step, count, b, h, row0, last, tile, step & 1,
+            HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -65,9 +117,9 @@ def _differentiate(
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
     lse_ptr, M, delta_ptr, columns = query_rows
-    dbias_ptr, dbias_b, dbias_h, dbias_blocks = dbias
+    dbias_ptr, dbias_p, dbias_bh, dbias_blocks = dbias
     dbias_columns = dbias_blocks * 128  # so that addresses are seen to be aligned
-    H, R, num_tiles, num_groups, total = sizes
+    H, R, num_tiles, num_parts, groups, total = sizes
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -75,8 +127,8 @@ def _differentiate(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     count = 0
-    for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+    for step in range(_num_steps(sizes)):
+        b, h, row0, last, tile, part = _tile_of(step, sizes, ROWS)
         start_m = (tile * TILES + TILE) * WG_ROWS
         slot = step & 1
         own = slot * (ROWS * TILES) + TILE
@@ -90,15 +142,16 @@ def _differentiate(
             exists = offs_m < gl.minimum(M, (last + 1 - row0 - x) * columns)
             lse_x = load_lse(lse_ptr + (first + x) * M + offs_m, exists)
             delta_x = gl.load(delta_ptr + (first + x) * columns + offs_m, mask=exists, other=0.0)
-            lse += (gl.expand_dims(lse_x, 1),)
+            lse += (gl.expand_dims(closed(lse_x), 1),)
             delta += (gl.expand_dims(delta_x, 1),)
             dq += (gl.zeros([WG_ROWS, BLOCK_D], gl.float32, O_LAYOUT),)
         mbarrier.wait(q_full.index(slot), (step >> 1) & 1)
-        plane = gl.to_tensor(b * dbias_b + h * dbias_h).to(gl.int64) * dbias_columns
+        plane = gl.to_tensor(part * dbias_p + (b * H + h) * dbias_bh).to(gl.int64) * dbias_columns
         offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
         offs = gl.expand_dims(offs_m * dbias_columns, 1) + gl.expand_dims(offs_n, 0)
         lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
-        for block in range(lo, hi):
+        for turn in range(lo, hi):
+            block = block_of(turn, lo, hi, step & 1)
             i = count % STAGES
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
             s, dp = _start(
@@ -132,7 +185,7 @@ def _differentiate(
                 if x + 1 < ROWS:
                     s = warpgroup_mma_wait(2, deps=(s,))
             ptrs = dbias_ptr + (plane + block * BLOCK_N) + offs
-            gl.atomic_add(ptrs, sum_ds, sem="relaxed")
+            gl.atomic_add(ptrs, sum_ds, sem="relaxed")  # nothing waits for it, unlike a load
             done = warpgroup_mma_wait(0, deps=(dq[ROWS - 1],))
             dq = _replaced(dq, ROWS - 1, done)
             mbarrier.arrive(empty.index(i), count=1)
@@ -156,40 +209,21 @@ def _attention_backward_dq_dbias_kernel(
     lse_ptr,  # [B, H, R, M], contiguous
     delta_ptr, columns,  # [B, H, R, columns], contiguous
     dq_desc,
-    dbias_ptr, dbias_b, dbias_h, dbias_blocks,  # in rows of dbias_blocks * 128 columns
-    M, N, R, H, num_tiles, num_groups, total,
+    dbias_ptr, dbias_p, dbias_bh, dbias_blocks,  # in rows of dbias_blocks * 128 columns
+    M, N, R, H, num_tiles, num_parts, groups, total,
     scale, scale_log2,
     HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    dtype: gl.constexpr = q_desc.dtype
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
-    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
-    own: gl.constexpr = [2 * ROWS * TILES, WG_ROWS, BLOCK_D]
-    streamed: gl.constexpr = [STAGES * ROWS, BLOCK_N, BLOCK_D]
-    q_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    do_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    k_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    v_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    bias_buf = gl.allocate_shared_memory(
-        bias_desc.dtype, [STAGES * TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT
-    )
-    mask_buf = k_buf
-    if HAS_MASK:
-        mask_buf = gl.allocate_shared_memory(
-            gl.float32, [STAGES * ROWS, 1, BLOCK_N], mask_desc.layout
-        )
-    q_full, q_empty = new_ring(2, TILES)
-    full, empty = new_ring(STAGES, TILES)
-    gl.thread_barrier()
+    bufs, rings = new_query_buffers(
+        q_desc, bias_desc, mask_desc,
+        HAS_MASK, TILES, ROWS, BLOCK_N, BLOCK_D, STAGES, READERS=TILES,
+    )  # fmt: skip
     descs = (q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc)
-    bufs = (q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf)
-    rings = (q_full, q_empty, full, empty)
-    sizes = (H, R, num_tiles, num_groups, total)
+    sizes = (H, R, num_tiles, num_parts, groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
-    dbias = (dbias_ptr, dbias_b, dbias_h, dbias_blocks)
+    dbias = (dbias_ptr, dbias_p, dbias_bh, dbias_blocks)
     loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
     computing = (loading, (lse_ptr, M, delta_ptr, columns), dbias, scale, scale_log2)
     gl.warp_specialize(
@@ -207,15 +241,39 @@ _REGISTERS = 168  # a thread, to share out: 240 for each computing warpgroup
 _launch = GluonLauncher(_attention_backward_dq_dbias_kernel)
 
 
-def new_dbias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
-    """Uninitialised memory for the gradient of a bias (., ., M, N), in float32 and whole tiles."""
-    shape = (*bias.shape[:2], problem.whole(M, 128), problem.whole(N, 128))
-    return bias.new_empty(shape, dtype=torch.float32)
+@functools.lru_cache(maxsize=4096)
+def _parts(groups: int, tiles: int, num_sms: int) -> tuple[int, int]:
+    """How many parts all groups of rows make, and groups of a part: those done soonest."""
+    most = max(1, min(groups, _ROUNDS * num_sms // tiles))
+
+    def steps(parts: int) -> int:
+        return tiling.ceil_div(tiles * parts, num_sms) * tiling.ceil_div(groups, parts)
+
+    groups_of_part = tiling.ceil_div(groups, min(range(1, most + 1), key=steps))
+    return tiling.ceil_div(groups, groups_of_part), groups_of_part
+
+
+def _schedule(q: torch.Tensor, deterministic: bool) -> tuple[int, int, int]:
+    """Tiles of queries of a row, parts of the rows, and groups of rows of a part."""
+    B, H, R, M, D = q.shape
+    plan = configs.BACKWARD_DQ_DBIAS[tiling.padded_head_dim(D)]
+    num_tiles, groups = tiling.ceil_div(M, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
+    if not deterministic:
+        return num_tiles, groups, 1
+    return num_tiles, *_parts(groups, num_tiles * B * H, device_info(q.device).num_sms)
+
+
+def new_sums(q: torch.Tensor, N: int, deterministic: bool) -> torch.Tensor:
+    """Uninitialised memory for sums of dS over rows, (sums, B, H, M, N) in whole tiles, float32."""
+    B, H, _, M, _ = q.shape
+    num_sums = _schedule(q, deterministic)[1] if deterministic else 1
+    shape = (num_sums, B, H, problem.whole(M, 128), problem.whole(N, 128))
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 def dq_dbias(
     dq: torch.Tensor,
-    dbias: torch.Tensor,
+    sums: torch.Tensor,
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -225,8 +283,9 @@ def dq_dbias(
     lse: torch.Tensor,
     delta: torch.Tensor,
     scale: float,
+    deterministic: bool,
 ) -> None:
-    """Fill dq and add the gradient of the bias to dbias, one of `new_dbias`, in any order.
+    """Fill dq and add dS to sums, one of `new_sums` filled with zeros.
 
     `bias` is one of `problem.readable_bias`, `delta` of `rows.query_rows`.
     """
@@ -235,25 +294,25 @@ def dq_dbias(
     block_d = tiling.padded_head_dim(D)
     plan = configs.BACKWARD_DQ_DBIAS[block_d]
     block_n = plan.block
-    num_tiles, num_groups = tiling.ceil_div(M, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
-    total = num_tiles * num_groups * B * H
-    _, heads, rows_of_plane, columns_of_plane = dbias.shape
-    step_b, step_h = problem.broadcast_steps(bias)
+    num_tiles, num_parts, groups = _schedule(q, deterministic)
+    total = num_tiles * num_parts * B * H
+    *_, rows_of_plane, columns_of_plane = sums.shape
     _launch(
         min(total, device_info(q.device).num_sms),
         args=(
             problem.tiles(q, 64, block_d),
             problem.tiles(k, block_n, block_d),
             problem.tiles(v, block_n, block_d),
-            problem.bias_tiles(bias, 64, block_n), step_b, step_h,
+            problem.bias_tiles(bias, 64, block_n), *problem.broadcast_steps(bias),
             problem.row_pieces(keys.rows, block_n), *keys.steps,
             keys.range, *keys.range_strides,
             problem.tiles(dout, 64, block_d),
             lse,
             delta, delta.shape[1],
             problem.tiles(dq, 64, block_d),
-            dbias, step_b * heads * rows_of_plane, step_h * rows_of_plane, columns_of_plane // 128,
-            M, N, R, H, num_tiles, num_groups, total,
+            sums, B * H * rows_of_plane if deterministic else 0, rows_of_plane,
+            columns_of_plane // 128,
+            M, N, R, H, num_tiles, num_parts, groups, total,
             scale, scale * _LOG2_E.value,
         ),
         constants={

@@ -75,7 +75,7 @@ def _load(
         count = load_keys(
             (k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf),
             (full, empty), (bias_strides, mask_steps), count, b, h, row0, last, start_m, lo, hi,
-            HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
+            0, HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
         )  # fmt: skip
 
 
@@ -97,16 +97,17 @@ def _store(
     is_exact = ((l_i > 1.0 / limit) & (l_i < limit)) | (sees_none & (l_i == 0.0))
     columns = gl.cdiv(M, WG_ROWS) * WG_ROWS
     is_wrong = gl.where(is_exact | (offs_m >= M), 0, 1).to(gl.int8)
-    gl.store(redo_ptr + bh_row * columns + offs_m, is_wrong, mask=offs_m < columns)
 
     lse = gl.where(sees_none, -float("inf"), (m_i + gl.log2(l_i)) * 0.6931471805599453)
-    gl.store(lse_ptr + bh_row * M + offs_m, lse, mask=offs_m < M)
     factor = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
     if IS_ZERO:
         factor = gl.where(sees_none, 0.0, factor)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
     tma.store_wait(0)  # until the tile before has left the buffer
     store_rows(acc * gl.expand_dims(factor, 1), out_buf, out_desc, b, h, row, start_m)
+    # Last: the fence before a copy waits for all stores.
+    gl.store(lse_ptr + bh_row * M + offs_m, lse, mask=offs_m < M)
+    gl.store(redo_ptr + bh_row * columns + offs_m, is_wrong, mask=offs_m < columns)
 
 
 @gluon.jit

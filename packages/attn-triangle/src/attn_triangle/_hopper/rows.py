@@ -123,8 +123,7 @@ def query_rows(
     B, H, R, M, D = out.shape
     block_m = _CONFIG.block_m
     num_tiles = tiling.ceil_div(M, block_m)
-    # Apart, so that one of them can be let go.
-    lse_log2, delta = (lse.new_empty((B * H * R, num_tiles * block_m)) for _ in range(2))
+    lse_log2, delta = lse.new_empty((2, B * H * R, num_tiles * block_m)).unbind(0)
     strides = (out.stride(), dout.stride())
     _launch(
         num_tiles * B * H * R,

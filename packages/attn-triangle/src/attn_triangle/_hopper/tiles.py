@@ -53,8 +53,13 @@ def load_wide(buf, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def load_lse(ptrs, mask):
-    """Read the lse of queries in units of log2; without keys one that leaves no weight."""
-    lse = gl.load(ptrs, mask=mask, other=-float("inf"))
+    """Read the lse of queries; -inf where there is none."""
+    return gl.load(ptrs, mask=mask, other=-float("inf"))
+
+
+@gluon.jit
+def closed(lse):
+    """An lse in units of log2; that of a query without keys leaves no weight."""
     return gl.where(lse == -float("inf"), CLOSED, lse * LOG2_E)
 
 
@@ -130,8 +135,9 @@ def visible_keys(range_ptr, strides, b, row0, last, ROWS: gl.constexpr):
     """From which key to which the rows of a group see any."""
     stride_b, stride_r = strides
     range_ptr += b * stride_b
-    start = gl.load(range_ptr + row0 * stride_r)
-    end = gl.load(range_ptr + row0 * stride_r + 1)
+    first = gl.minimum(row0, last)
+    start = gl.load(range_ptr + first * stride_r)
+    end = gl.load(range_ptr + first * stride_r + 1)
     for x in gl.static_range(1, ROWS):
         ptr = range_ptr + gl.minimum(row0 + x, last) * stride_r
         start = gl.minimum(start, gl.load(ptr))
@@ -156,17 +162,24 @@ def key_blocks(
     return lo, hi
 
 
+@gluon.jit
+def block_of(turn, lo, hi, is_back):
+    """Which block of lo to hi has its turn, be it from the first to the last or back (1)."""
+    return turn + is_back * (lo + hi - 1 - 2 * turn)
+
+
 # fmt: off
 @gluon.jit
 def load_keys(
-    descs, bufs, ring, steps, count, b, h, row0, last, start_m, lo, hi,
+    descs, bufs, ring, steps, count, b, h, row0, last, start_m, lo, hi, is_back,
     HAS_MASK: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     # fmt: on
     """Load blocks of the keys and values of all rows, with the bias and mask of their queries.
 
-    `count` blocks were loaded before. Returns how many there are now.
+    With `is_back` the last block comes first. `count` blocks were loaded before. Returns how many
+    there are now.
     """
     k_desc, v_desc, bias_desc, mask_desc = descs
     k_buf, v_buf, bias_buf, mask_buf = bufs
@@ -176,10 +189,10 @@ def load_keys(
     mask_bytes: gl.constexpr = mask_desc.block_type.nbytes if HAS_MASK else 0
     row_bytes: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes + mask_bytes
     block_bytes: gl.constexpr = ROWS * row_bytes + TILES * bias_desc.block_type.nbytes
-    for block in range(lo, hi):
+    for turn in range(lo, hi):
         i = count % STAGES
         bar = full.index(i)
-        start_n = block * BLOCK_N
+        start_n = block_of(turn, lo, hi, is_back) * BLOCK_N
         mbarrier.wait(empty.index(i), ((count // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, block_bytes)
         for x in gl.static_range(ROWS):
@@ -206,3 +219,73 @@ def new_ring(stages: gl.constexpr, readers: gl.constexpr):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=readers)
     return full, empty
+
+
+# fmt: off
+@gluon.jit
+def new_query_buffers(
+    q_desc, bias_desc, mask_desc,
+    HAS_MASK: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr,
+):
+    # fmt: on
+    """Memory for two tiles of queries and dO and for blocks of what streams by, with barriers."""
+    dtype: gl.constexpr = q_desc.dtype
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
+    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
+    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
+    own: gl.constexpr = [2 * TILES * ROWS, WG_ROWS, BLOCK_D]
+    streamed: gl.constexpr = [STAGES * ROWS, BLOCK_N, BLOCK_D]
+    q_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
+    do_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
+    k_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
+    v_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
+    bias_buf = gl.allocate_shared_memory(
+        bias_desc.dtype, [STAGES * TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT
+    )
+    mask_buf = k_buf
+    if HAS_MASK:
+        mask_buf = gl.allocate_shared_memory(
+            gl.float32, [STAGES * ROWS, 1, BLOCK_N], mask_desc.layout
+        )
+    q_full, q_empty = new_ring(2, READERS)
+    full, empty = new_ring(STAGES, READERS)
+    gl.thread_barrier()
+    return (q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf), (q_full, q_empty, full, empty)
+
+
+# fmt: off
+@gluon.jit
+def load_queries_and_keys(
+    args, step, count, b, h, row0, last, tile, is_back,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    """Load queries and dO of a tile, then its blocks of keys, values, bias and mask.
+
+    `count` blocks were loaded before. Returns how many there are now.
+    """
+    descs, bufs, rings, sizes, N, range_ptr, strides = args
+    q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc = descs
+    q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
+    q_full, q_empty, full, empty = rings
+    range_strides, bias_strides, mask_steps = strides
+    q_bytes: gl.constexpr = 2 * ROWS * TILES * q_desc.block_type.nbytes
+    start_m = tile * (TILES * WG_ROWS)
+    slot = step & 1
+    bar = q_full.index(slot)
+    mbarrier.wait(q_empty.index(slot), ((step >> 1) & 1) ^ 1)
+    mbarrier.expect(bar, q_bytes)
+    for x in gl.static_range(ROWS):
+        row = gl.minimum(row0 + x, last)
+        for w in gl.static_range(TILES):
+            own = (slot * ROWS + x) * TILES + w
+            load_rows(q_desc, b, h, row, start_m + w * WG_ROWS, bar, q_buf.index(own))
+            load_rows(do_desc, b, h, row, start_m + w * WG_ROWS, bar, do_buf.index(own))
+    lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
+    return load_keys(
+        (k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf),
+        (full, empty), (bias_strides, mask_steps), count, b, h, row0, last, start_m, lo, hi,
+        is_back, HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
+    )  # fmt: skip

@@ -60,7 +60,7 @@ BACKWARD_DQ = Table(
     },
     default=TileConfig(64, 64, 4, 2),
     candidates=_CANDIDATES,
-    sources=("attn_triangle._triton.backward", "attn_triangle._triton.tiles"),
+    sources=("attn_triangle._triton.dq", "attn_triangle._triton.tiles"),
 )
 BACKWARD_DK_DV = Table(
     "attn_triangle.backward_dk_dv",
@@ -71,7 +71,7 @@ BACKWARD_DK_DV = Table(
     },
     default=TileConfig(64, 64, 4, 2),
     candidates=_CANDIDATES,
-    sources=("attn_triangle._triton.backward", "attn_triangle._triton.tiles"),
+    sources=("attn_triangle._triton.dk_dv", "attn_triangle._triton.tiles"),
 )
 BACKWARD_DBIAS = Table(
     "attn_triangle.backward_dbias",
@@ -81,7 +81,7 @@ BACKWARD_DBIAS = Table(
     },
     default=TileConfig(64, 64, 4, 2),
     candidates=_CANDIDATES,
-    sources=("attn_triangle._triton.backward", "attn_triangle._triton.tiles"),
+    sources=("attn_triangle._triton.dbias", "attn_triangle._triton.tiles"),
 )
 TABLES = (FORWARD, BACKWARD_DQ, BACKWARD_DK_DV, BACKWARD_DBIAS)
 
