@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     if not cases:
         print(f"no case of {options.package} on {device.type} matches {options.filter!r}")
         return 1
-    if share := os.environ.get(warm.WORKER):
-        warm.work(share, subject, cases, device, options.provider)
+    if folder := os.environ.get(warm.WORKER):
+        warm.work(folder, subject, cases, device, options.provider)
         return 0
     progress = Progress(len(cases))
     progress.start()

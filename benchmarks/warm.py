@@ -1,4 +1,4 @@
-"""Compile ahead: several processes run every provider once, so that a run finds warm disk caches.
+"""Compile ahead: several processes compile what the providers need, so that a run finds it on disk.
 
 Compilers of this kind keep what they made on disk, and one process at a time uses one core of many.
 Nothing is measured meanwhile.
@@ -10,17 +10,18 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.problems import Case
-from benchmarks.providers.base import Subject, wants_grad
+from benchmarks.providers.base import Provider, Subject
 
-WORKER = "ATTN_BENCH_WARM"  # "k/n" in the environment of the k-th of n workers
-_MOST_WORKERS = 12
+WORKER = "ATTN_BENCH_WARM"  # in the environment of a worker: the folder of claims
+_MOST_WORKERS = 14
 _POLL_SECONDS = 0.2
 
 
@@ -33,43 +34,63 @@ def run(arguments: Sequence[str], count: int, seconds: float) -> None:
     """Start workers with the arguments of this run, and end those that are not done in time."""
     if count < 2:
         return
-    started = [_start(arguments, index, count) for index in range(count)]
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(worker.poll() is None for worker in started):
-        time.sleep(_POLL_SECONDS)
-    for worker in started:
-        if worker.poll() is None:
-            worker.kill()
-        worker.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        started = [_start(arguments, folder) for _ in range(count)]
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(worker.poll() is None for worker in started):
+            time.sleep(_POLL_SECONDS)
+        for worker in started:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
 
 
 def work(
-    share: str, subject: Subject, cases: Sequence[Case], device: torch.device, names: Sequence[str]
+    folder: str, subject: Subject, cases: Sequence[Case], device: torch.device, names: Sequence[str]
 ) -> None:
-    """Run each provider of a share of the cases once; the run itself will see their errors."""
-    index, count = map(int, share.split("/"))
-    pairs = [
-        (provider, case)
-        for provider in subject.providers
-        for case in cases
-        if provider in subject.chosen(case, device, names)
-    ]
-    for provider, case in pairs[index::count]:
+    """Do the tasks that no other worker has claimed; the run itself will see their errors."""
+    found = tasks(subject, cases, device, names).values()
+    for index, (provider, case, compile_part) in enumerate(found):
+        if not _claim(Path(folder, str(index))):
+            continue
         with contextlib.suppress(Exception):
             provider.require()
-            call = provider.prepare(case, subject.make_inputs(case, device))
-            with torch.set_grad_enabled(wants_grad(case)), call.context():
-                out = call.forward()
-            if "backward" in case.passes:
-                torch.autograd.grad(out, call.inputs, call.grad_out)
+            compile_part(subject.make_inputs(case, device))
         torch.cuda.empty_cache()
 
 
-def _start(arguments: Sequence[str], index: int, count: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {WORKER: f"{index}/{count}", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+def tasks(
+    subject: Subject, cases: Sequence[Case], device: torch.device, names: Sequence[str]
+) -> dict[Hashable, tuple[Provider, Case, Callable[[object], object]]]:
+    """Return what there is to compile, by name, with the first case that needs it."""
+    found: dict[Hashable, tuple[Provider, Case, Callable[[object], object]]] = {}
+    for provider in subject.providers:
+        for case in cases:
+            if provider in subject.chosen(case, device, names):
+                for name, compile_part in provider.tasks(case).items():
+                    found.setdefault(name, (provider, case, compile_part))
+    return found
+
+
+def _claim(path: Path) -> bool:
+    """Whether this process is the first to come."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _start(arguments: Sequence[str], folder: str) -> subprocess.Popen[bytes]:
+    own = {
+        WORKER: folder,
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # What a peer tunes while others compile is not to be kept.
+        "XDG_CONFIG_HOME": folder,
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks", *arguments],
-        env=environment,
+        env=os.environ | own,
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ TIMED = ("forward", "backward")
 GRAPH = "graph"  # both passes, replayed from one CUDA graph
 HOST = ("host", "host_grad")
 PASSES = (*TIMED, GRAPH, *HOST)
+Tasks = Mapping[Hashable, Callable[[Any], object]]
 
 
 @dataclass
@@ -69,6 +71,10 @@ class Provider:
         Measured only when asked for by name.
     graph : bool
         Whether it can be captured in a CUDA graph.
+    compiles : callable, optional
+        ``compiles(case)`` returns what can be compiled ahead for a case, part by part: each is a
+        function of the inputs, under a name that cases share where one compilation serves them.
+        Without it, one run of the case compiles all there is.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Provider:
     passes: tuple[str, ...] = PASSES
     optional: bool = False
     graph: bool = True
+    compiles: Callable[[Case], Tasks] | None = None
 
     def require(self) -> None:
         """Import what the provider needs; BackendUnavailableError if it is not installed."""
@@ -91,6 +98,19 @@ class Provider:
             if error.name is None or not self.module.startswith(error.name):
                 raise
             raise BackendUnavailableError(f"{self.module} is not installed") from error
+
+    def tasks(self, case: Case) -> Tasks:
+        """Return what compiles all kernels of a case."""
+        if self.compiles is None:
+            return {(self.name, case.id): functools.partial(self._run, case)}
+        return self.compiles(case)
+
+    def _run(self, case: Case, inputs: Any) -> None:
+        call = self.prepare(case, inputs)
+        with torch.set_grad_enabled(wants_grad(case)), call.context():
+            out = call.forward()
+        if "backward" in case.passes:
+            torch.autograd.grad(out, call.inputs, call.grad_out)
 
     def version(self) -> str | None:
         """Return the installed version, None where there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from benchmarks.providers.base import (
     Expected,
     Provider,
     Subject,
+    Tasks,
     error_limit,
     leaf,
     wants_grad,
@@ -135,6 +136,39 @@ def _ours(backend: str, deterministic: bool, case: Case, inputs: Inputs) -> Call
     return Call(lambda: triangle_attention(*leaves, mask, **options), leaves, inputs.dout)
 
 
+# What is compiled apart: the forward pass, or the gradients of the backward pass.
+_PARTS = {
+    "hopper": ("forward", "dq dbias", "dk_dv"),
+    "triton": ("forward", "dq dk_dv dbias"),
+}
+
+
+def _our_kernels(backend: str, case: Case) -> Tasks:
+    # Backend triton reads the bias of a short crop as it lies.
+    kind = (case["D"], bool(case["masked"]), backend == "triton" and case["N"] < 192)
+    return {
+        (backend, part, *kind): functools.partial(_compile_ours, backend, part, case)
+        for part in _PARTS[backend]
+    }
+
+
+def _compile_ours(backend: str, part: str, case: Case, inputs: Inputs) -> None:
+    from attn_triangle import ops
+
+    q, k, v, bias, mask, dout = inputs
+    given = (q, k, v, bias, mask if case["masked"] else None)
+    static = (case["D"] ** -0.5, "mean")
+    if part == "forward":
+        ops.attention(*given, *static, True, backend)
+        return
+    out, lse = dout, torch.zeros(q.shape[:-1], device=q.device)
+    ops.attention_backward(dout, None, *given, out, lse, *static, part, True, backend)
+
+
+def _nothing_compiled(case: Case) -> Tasks:
+    return {}
+
+
 def _sdpa(case: Case, inputs: Inputs) -> Call:
     """Torch with the bias written out for every row, as without a fused kernel."""
     leaves = _leaves(case, inputs)
@@ -158,11 +192,62 @@ def _sdpa_context(device: torch.device) -> Callable[[], contextlib.AbstractConte
     return functools.partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)
 
 
+# Milliseconds for each configuration that trifast tries before the first call: a fifth of the
+# usual, by the same clock.
+_TUNING = {"warmup": 5, "rep": 20}
+_TUNING_PARTS = 4
+
+
 def _trifast(case: Case, inputs: Inputs) -> Call:
     from trifast import triangle_attention
 
+    for tuner in _trifast_tuners():
+        tuner.do_bench = _run_briefly
     leaves = _leaves(case, inputs)
     return Call(lambda: triangle_attention(*leaves, inputs.mask), leaves, inputs.dout)
+
+
+def _trifast_tuners() -> list[Any]:
+    from trifast import triton as kernels
+
+    return [kernels._fwd, kernels._bwd_q, kernels._bwd_kv, kernels._bwd_b]
+
+
+def _trifast_kernels(case: Case) -> Tasks:
+    bucket = (case["N"] - 1).bit_length()  # its kernels are compiled for a power of two
+    return {
+        ("trifast", bucket, case["D"], part): functools.partial(_compile_trifast, part, case)
+        for part in range(_TUNING_PARTS)
+    }
+
+
+def _compile_trifast(part: int, case: Case, inputs: Inputs) -> None:
+    """Compile some of the configurations that it will try, without a choice among them."""
+    from trifast import triangle_attention
+
+    tuners = _trifast_tuners()
+    all_configs = [tuner.configs for tuner in tuners]
+    for tuner in tuners:
+        tuner.cache.clear()
+        tuner.do_bench = _run_once
+        tuner.configs = tuner.configs[part::_TUNING_PARTS]
+    try:
+        leaves = _leaves(case, inputs)
+        torch.autograd.grad(triangle_attention(*leaves, inputs.mask), leaves, inputs.dout)
+    finally:
+        for tuner, configs in zip(tuners, all_configs, strict=True):
+            tuner.configs = configs
+
+
+def _run_briefly(function: Callable[[], object], quantiles: Sequence[float]) -> Any:
+    from triton.testing import do_bench
+
+    return do_bench(function, **_TUNING, quantiles=quantiles)
+
+
+def _run_once(function: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    function()
+    return [0.0 for _ in quantiles]
 
 
 def _cuequivariance(case: Case, inputs: Inputs) -> Call:
@@ -190,31 +275,44 @@ def _require_cuequivariance_kernel(case: Case) -> None:
         )
 
 
+def _own_provider(backend: str, name: str, deterministic: bool) -> Provider:
+    return Provider(
+        name,
+        functools.partial(_ours, backend, deterministic),
+        "ours",
+        "attn_triangle",
+        compiles=functools.partial(_our_kernels, backend),
+    )
+
+
 SUBJECT = Subject(
     package="attn-triangle",
     providers=(
-        Provider("hopper", functools.partial(_ours, "hopper", False), "ours", "attn_triangle"),
-        Provider(
-            "hopper-det",
-            functools.partial(_ours, "hopper", True),
-            "ours",
-            "attn_triangle",
-        ),
-        Provider("triton", functools.partial(_ours, "triton", True), "ours", "attn_triangle"),
+        _own_provider("hopper", "hopper", deterministic=False),
+        _own_provider("hopper", "hopper-det", deterministic=True),
+        _own_provider("triton", "triton", deterministic=True),
         Provider(
             "torch",
             functools.partial(_ours, "torch", True),
             "ours",
             "attn_triangle",
             devices=("cpu", "cuda"),
+            compiles=_nothing_compiled,
         ),
-        Provider("sdpa", _sdpa, devices=("cpu", "cuda")),
-        Provider("trifast", _trifast, module="trifast", distribution="trifast"),
+        Provider("sdpa", _sdpa, devices=("cpu", "cuda"), compiles=_nothing_compiled),
+        Provider(
+            "trifast",
+            _trifast,
+            module="trifast",
+            distribution="trifast",
+            compiles=_trifast_kernels,
+        ),
         Provider(
             "cuequivariance",
             _cuequivariance,
             module="cuequivariance_torch",
             distribution="cuequivariance-torch",
+            compiles=_nothing_compiled,
         ),
     ),
     make_inputs=make_inputs,

@@ -60,9 +60,37 @@ def cuequivariance(q, k, v, bias, mask):
 def test_triangle_peers_are_called_rightly(monkeypatch, case, module, function, prepare):
     monkeypatch.setenv("CUEQ_TRIATTN_FALLBACK_THRESHOLD", "100")
     if module:
-        fake = types.SimpleNamespace(triangle_attention=function)
+        tuners = {name: types.SimpleNamespace() for name in ("_fwd", "_bwd_kv", "_bwd_q", "_bwd_b")}
+        fake = types.SimpleNamespace(
+            triangle_attention=function, triton=types.SimpleNamespace(**tuners)
+        )
         monkeypatch.setitem(sys.modules, module, fake)
     check(case, triangle.SUBJECT, prepare)
+
+
+def test_trifast_is_compiled_part_by_part(monkeypatch):
+    case = problems.load("attn-triangle", "cpu")[0]
+    inputs = triangle.make_inputs(case, torch.device("cpu"))
+    kernels = {
+        name: types.SimpleNamespace(configs=list(range(10)), cache={})
+        for name in ("_fwd", "_bwd_kv", "_bwd_q", "_bwd_b")
+    }
+    tuner = kernels["_fwd"]
+    tried = []
+
+    def function(*args):
+        assert not tuner.cache
+        tuner.do_bench(lambda: tried.extend(tuner.configs), quantiles=(0.5,))
+        return trifast(*args)
+
+    fake = types.SimpleNamespace(
+        triangle_attention=function, triton=types.SimpleNamespace(**kernels)
+    )
+    monkeypatch.setitem(sys.modules, "trifast", fake)
+    for compile_part in triangle._trifast_kernels(case).values():
+        tuner.cache["of another part"] = 0
+        compile_part(inputs)
+    assert sorted(tried) == tuner.configs == list(range(10))
 
 
 def test_cuequivariance_is_not_measured_where_it_runs_torch():
