@@ -327,6 +327,19 @@ def test_what_is_written_unseen_is_not_copied(kernel):
     assert kernel.computed == 4
 
 
+def test_what_changes_arguments_unseen_is_not_repeated(kernel):
+    def function(x):
+        kernel.computed += 1
+        x.new_empty(x.shape).copy_(x)
+        x.numpy()[...] *= 2.0
+
+    replayed = Replayed(function)
+    x = filled(1.0)
+    for _ in range(4):
+        replayed(x)
+    assert torch.equal(x, filled(16.0))
+
+
 def test_memory_that_is_made_each_time(kernel):
     current = filled(3.0)
 

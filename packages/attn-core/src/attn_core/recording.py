@@ -171,6 +171,9 @@ class Recording(Observer):
         outputs = [view for view in map(self._view, wanted) if view is not None]
         if not self._is_repeatable or not self._steps or len(outputs) < len(wanted):
             return None
+        changes_arguments = any(number < self._num_arguments for number in self._written)
+        if not wanted and not changes_arguments:  # what the call is for went unseen
+            return None
         if not all(map(self._is_new, wanted, outputs)):
             return None
         return Replay(self._makers, self._steps, outputs, _packer(results))
