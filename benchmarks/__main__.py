@@ -66,7 +66,8 @@ def _measure(
     budget = float("inf") if options.budget is None else options.budget
     if device.type == "cuda" and subject.warm:
         progress.say(f"compiling ahead in {options.warm} processes")
-        warm.run(arguments, options.warm, budget * _WARMING_SHARE)
+        late = warm.run(arguments, options.warm, budget * _WARMING_SHARE)
+        progress.say(f"compiled ahead, but for {late} processes that were not done in time")
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     result = results.new_result(subject, device, settings)
     path = results.path_for(result, options.out)

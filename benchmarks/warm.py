@@ -30,19 +30,24 @@ def workers() -> int:
     return min(_MOST_WORKERS, (os.cpu_count() or 1) - 2)
 
 
-def run(arguments: Sequence[str], count: int, seconds: float) -> None:
-    """Start workers with the arguments of this run, and end those that are not done in time."""
+def run(arguments: Sequence[str], count: int, seconds: float) -> int:
+    """Start workers with the arguments of this run, and end those that are not done in time.
+
+    Returns how many those were.
+    """
     if count < 2:
-        return
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         started = [_start(arguments, folder) for _ in range(count)]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and any(worker.poll() is None for worker in started):
             time.sleep(_POLL_SECONDS)
+        late = [worker for worker in started if worker.poll() is None]
+        for worker in late:
+            worker.kill()
         for worker in started:
-            if worker.poll() is None:
-                worker.kill()
             worker.wait()
+    return len(late)
 
 
 def work(

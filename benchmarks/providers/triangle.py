@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_core import UnsupportedProblemError
+from benchmarks import timing
 from benchmarks.problems import Case
 from benchmarks.providers.base import (
     Call,
@@ -192,9 +194,9 @@ def _sdpa_context(device: torch.device) -> Callable[[], contextlib.AbstractConte
     return functools.partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)
 
 
-# Milliseconds for each configuration that trifast tries before the first call: a fifth of the
-# usual, by the same clock.
-_TUNING = {"warmup": 5, "rep": 20}
+# For each configuration that trifast tries at the first call: a sixth of what it would take.
+_TUNING_MILLISECONDS = 20
+_TUNING_REPEATS = 20
 _TUNING_PARTS = 4
 
 
@@ -239,10 +241,13 @@ def _compile_trifast(part: int, case: Case, inputs: Inputs) -> None:
             tuner.configs = configs
 
 
-def _run_briefly(function: Callable[[], object], quantiles: Sequence[float]) -> Any:
-    from triton.testing import do_bench
-
-    return do_bench(function, **_TUNING, quantiles=quantiles)
+def _run_briefly(function: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    clock = timing.CudaClock(torch.device("cuda"))
+    function()
+    [once] = clock.samples(function, 1)
+    repeats = max(1, min(_TUNING_REPEATS, int(_TUNING_MILLISECONDS / once)))
+    median = statistics.median(clock.samples(function, repeats))
+    return [median for _ in quantiles]
 
 
 def _run_once(function: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
