@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import NamedTuple
 
 import pytest
@@ -21,10 +22,14 @@ pytestmark = pytest.mark.compile
 FORWARD = ("sums", "stat", "output")
 CAUSAL = ("stat", "backward_stat")
 FULL = ("backward_total",)
-BACKWARD = ("ratio", "norm", "gate", "products", "stat", "total", "context", "weights")
 LAUNCHERS = {
     **{name: getattr(forward, f"_launch_{name}") for name in FORWARD},
-    **{f"backward_{name}": getattr(backward, f"_launch_{name}") for name in BACKWARD},
+    **{
+        f"backward_{name}": getattr(
+            importlib.import_module(f"attn_evo._triton.backward_{name}"), f"_launch_{name}"
+        )
+        for name in configs.BACKWARD_PASSES
+    },
 }
 
 
@@ -119,6 +124,27 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
     launchers = stat_launcher, output._launch_output[dim]
     recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
     launch(Case(dtype, dim), "output")
+    for recorder in recorders:
+        compiled = recorder.compile("sm_90")
+        assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+        assert compiled.spills == 0
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dim", support.HEAD_DIMS)
+def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
+    from attn_evo._hopper import backward_gate, backward_norm, backward_stat, stat
+    from attn_evo._triton import backward_products, backward_total
+
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    measured = [backward_norm._launch_norm, backward_gate._launch_gate]
+    measured += [backward_stat._launch_stat] if causal else [backward_total._launch_rows]
+    measured += [backward_products._launch_final] if dim > support.HELD_DIM else []
+    for launcher in (*LAUNCHERS.values(), stat._launch_stat):
+        record_launches(launcher, monkeypatch)
+    recorders = [record_launches(launcher, monkeypatch) for launcher in measured]
+    launch(Case(torch.bfloat16, dim, causal), "backward")
     for recorder in recorders:
         compiled = recorder.compile("sm_90")
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"

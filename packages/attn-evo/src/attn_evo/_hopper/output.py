@@ -18,18 +18,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
-    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from attn_core.launch import Launcher
-from attn_core.tuning import TileConfig
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
     BIAS_ROWS,
+    EPSILON,
     FLAT,
     NORM_BIAS,
+    NORM_EPSILON,
     NORM_WEIGHT,
     STAGES,
     W_F,
@@ -37,69 +37,31 @@ from attn_evo._hopper.tiles import (
     W_L,
     W_Q,
     accumulators,
+    add_magnitudes,
     begin_with,
     copied,
     half_triangle,
+    has_values,
     left_operand,
     reciprocal,
     rounded,
     start_copy,
     start_linear,
+    store_gated_values,
     sum_rows,
     twice_gated,
 )
-from attn_evo._triton import problem
+from attn_evo._triton import configs, problem
 
 _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
-
-_EPSILON = gl.constexpr(1e-8)
-_NORM_EPSILON = gl.constexpr(1e-5)
-
-
-@gluon.jit
-def _add_magnitudes(x, y):
-    """|x| + |y|, in the one instruction that the compiler would make three of."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; add.f32 $0, x, y; }", "=f,f,f", [x, y],
-        dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _either(a, b):
-    return a | b
-
-
-@gluon.jit
-def _has_values(v):
-    """Whether a row of 16-bit numbers is not all zero; looks at two of them at once."""
-    bits = gl.inline_asm_elementwise(
-        "and.b32 $0, $2, 0x7fff7fff; mov.b32 $1, 0;", "=r,=r,r", [v],
-        dtype=gl.int32, is_pure=True, pack=2,
-    )  # fmt: skip
-    return gl.reduce(bits, 1, _either) != 0
-
-
-@gluon.jit
-def _gated_values(v, logit, high_tile, low_tile, dtype: gl.constexpr, D: gl.constexpr):
-    """Store 2 sigmoid(2 logit) v as two tiles that add up to it."""
-    v = v.load(accumulators(D)).to(gl.float32)
-    gated = twice_gated(v, logit, dtype == gl.bfloat16)
-    if dtype == gl.bfloat16:  # cut off, which is cheaper than rounding
-        high = (gated.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
-    else:
-        high = gated.to(dtype).to(gl.float32)
-    high_tile.store(high.to(dtype))
-    low_tile.store((gated - high).to(dtype))
-    fence_async_shared()
 
 
 @gluon.jit
 def _normalised(x, v, vectors_ptr, D: gl.constexpr):
     """LayerNorm of each row of x; the norm's bias where the row of v is 0."""
     x -= gl.expand_dims(gl.sum(x, 1) * (1.0 / D), 1)
-    scale = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / D) + _NORM_EPSILON)
-    scale = gl.where(_has_values(v.load(accumulators(D))), scale, 0.0)
+    scale = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / D) + NORM_EPSILON)
+    scale = gl.where(has_values(v.load(accumulators(D))), scale, 0.0)
     offs_d = gl.arange(0, D, gl.SliceLayout(0, accumulators(D)))
     weight = gl.load(vectors_ptr + NORM_WEIGHT * D + offs_d)
     bias = gl.load(vectors_ptr + NORM_BIAS * D + offs_d)
@@ -185,7 +147,7 @@ def _attention_output_kernel(
         mean = left_operand((context * inverse_count).to(dtype), low, D)
         logit = start_linear(mean, weights.index(W_G), biases.index(W_G), BLOCK_M, D)
         logit = warpgroup_mma_wait(0, deps=(logit,))
-        _gated_values(v, logit, high, low, dtype, D)
+        store_gated_values(v, logit, high, low, dtype, D)
 
         stat = begin_with(stat_row, BLOCK_M, D)
         stat = warpgroup_mma(half, high, stat, is_async=True)
@@ -194,7 +156,7 @@ def _attention_output_kernel(
         # One after the other, since four tiles of results do not fit into the registers.
         local = start_linear(v, weights.index(W_L), biases.index(W_L), BLOCK_M, D)
         local = warpgroup_mma_wait(0, deps=(local,))
-        denominator = _add_magnitudes(stat, local) + _EPSILON
+        denominator = add_magnitudes(stat, local) + EPSILON
         query = start_linear(v, weights.index(W_Q), biases.index(W_Q), BLOCK_M, D)
         half_ratio = reciprocal(denominator)
         half_ratio *= warpgroup_mma_wait(0, deps=(query,))
@@ -233,5 +195,5 @@ def attention_output(
         strides=v.stride(),
         args=args,
         constexprs={"D": D, "BLOCK_M": BLOCK_M},
-        config=TileConfig(BLOCK_M, call.config.block_n, num_warps=D // 16, num_stages=1),
+        config=configs.hopper_kernel(v, call.config),
     )

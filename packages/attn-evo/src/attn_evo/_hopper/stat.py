@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.launch import Launcher
-from attn_core.tuning import TileConfig
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
     BIAS_ROWS,
@@ -32,7 +31,7 @@ from attn_evo._hopper.tiles import (
     sum_rows,
     twice_gated,
 )
-from attn_evo._triton import problem
+from attn_evo._triton import configs, problem
 
 _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
 
@@ -168,5 +167,5 @@ def attention_stat(call: problem.Call, scratch: problem.Scratch, sums_after: tor
             scratch.tile_sums, scratch.chunk_sums, scratch.contexts, sums_after, *call.sizes,
         ),
         constexprs={"D": D, "BLOCK_M": BLOCK_M},
-        config=TileConfig(BLOCK_M, call.config.block_n, num_warps=D // 16, num_stages=1),
+        config=configs.hopper_kernel(v, call.config),
     )  # fmt: skip

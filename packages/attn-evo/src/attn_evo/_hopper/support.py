@@ -10,6 +10,7 @@ TRITON_VERSIONS = ((3, 6),)
 """Those whose Gluon the kernels compile with: it is experimental and changes between releases."""
 HEAD_DIMS = (64, 128)
 BLOCK_M = 64  # tokens of a tile
+HELD_DIM = 64  # of the widest heads whose kernels hold gradients of weights in their registers
 _UNIT = 16  # bytes that one copy into shared memory moves
 
 
@@ -24,6 +25,12 @@ def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
         and device_info(v.device).arch == "sm_90"
         and triton_version() in TRITON_VERSIONS
     )
+
+
+def takes_backward(v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
+    """Whether the kernels take the gradients of values, causal or not."""
+    is_taken = v.dtype == torch.bfloat16 and takes(v, has_mask, has_state)
+    return is_taken and _is_copied_in_units(dout)
 
 
 def _is_copied_in_units(v: torch.Tensor) -> bool:

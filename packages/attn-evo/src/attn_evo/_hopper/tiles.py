@@ -18,6 +18,11 @@ W_G = gl.constexpr(3)
 NORM_WEIGHT = gl.constexpr(4)
 NORM_BIAS = gl.constexpr(5)
 
+DSTAT = gl.constexpr(2)
+DCONTEXT = gl.constexpr(3)
+
+EPSILON = gl.constexpr(1e-8)
+NORM_EPSILON = gl.constexpr(1e-5)
 BIAS_ROWS = gl.constexpr(16)
 STAGES = gl.constexpr(2)  # tiles of v in shared memory
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -137,3 +142,160 @@ def rounded(x, dtype: gl.constexpr):
     if dtype == gl.float16:
         x = gl.minimum(gl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF)
     return x.to(dtype)
+
+
+@gluon.jit
+def add_magnitudes(x, y):
+    """|x| + |y|, in the one instruction that the compiler would make three of."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; add.f32 $0, x, y; }", "=f,f,f", [x, y],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def has_values(v):
+    """Whether a row of 16-bit numbers is not all zero; looks at two of them at once."""
+    bits = gl.inline_asm_elementwise(
+        "and.b32 $0, $2, 0x7fff7fff; mov.b32 $1, 0;", "=r,=r,r", [v],
+        dtype=gl.int32, is_pure=True, pack=2,
+    )  # fmt: skip
+    return gl.reduce(bits, 1, _either) != 0
+
+
+@gluon.jit
+def store_gated_values(v, logit, high_tile, low_tile, dtype: gl.constexpr, D: gl.constexpr):
+    """Store 2 sigmoid(2 logit) v as two tiles that add up to it."""
+    v = v.load(accumulators(D)).to(gl.float32)
+    gated = twice_gated(v, logit, dtype == gl.bfloat16)
+    if dtype == gl.bfloat16:  # cut off, which is cheaper than rounding
+        high = (gated.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    else:
+        high = gated.to(dtype).to(gl.float32)
+    high_tile.store(high.to(dtype))
+    low_tile.store((gated - high).to(dtype))
+    fence_async_shared()
+
+
+@gluon.constexpr_function
+def column_accumulators(D):
+    """Layout of 16 columns of D sums each, as `add_column_sums` continues them."""
+    return gl.NVMMADistributedLayout([3, 0], [D // 16, 1], [16, 16, 16])
+
+
+@gluon.constexpr_function
+def row_group(D):
+    """Layout of 16 rows, of which each thread has 16 bytes."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [D // 16, 1], [1, 0])
+
+
+@gluon.jit
+def sigmoid_of_double(x, IS_BFLOAT16: gl.constexpr):
+    """sigmoid(2 x)."""
+    if IS_BFLOAT16:
+        y = _tanh(x) * 0.5 + 0.5
+    else:
+        y = reciprocal(1.0 + gl.exp2(x * _MINUS_2_LOG2_E))
+    return y
+
+
+@gluon.jit
+def magnitude(x):
+    """|x|."""
+    return gl.inline_asm_elementwise(
+        "abs.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def with_sign(x, y):
+    """x, negated where the sign of y is set, in the one instruction that a choice is not."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, 0x80000000, 0x78;", "=r,r,r", [x, y],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def begin_linear(x, weights, biases, which, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Start x W^T + b, where the biases are vectors [4, D]: shorter than the rows they come as."""
+    y = begin_with(biases.index(which), BLOCK_M, D)
+    return warpgroup_mma(x, weights.index(which).permute((1, 0)), y, is_async=True)
+
+
+@gluon.jit
+def store_triangle(tile, AFTER: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Store the matrix that sums up a tile's rows from each one on, or to each one, halved."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [D // 16, 1], [1, 0])
+    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))[:, None]
+    offs_k = gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
+    if AFTER:
+        triangle = gl.where(offs_m <= offs_k, 1.0, 0.0)
+    else:
+        triangle = gl.where(offs_m >= offs_k, 0.5, 0.0)
+    tile.store(triangle.to(tile.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def store_columns_of_ones(tiles, COUNT: gl.constexpr, D: gl.constexpr):
+    """Store matrices [16, 16] of which each has ones in another column."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [D // 16, 1], [1, 0])
+    column = gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))[None, :]
+    row = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))[:, None]
+    for which in gl.static_range(COUNT):
+        ones = gl.where((column == which) & (row >= 0), 1.0, 0.0)
+        tiles.index(which).store(ones.to(tiles.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def add_column_sums(acc, tile, ones, which, BLOCK_M: gl.constexpr):
+    """Start to add the sum of a tile's rows to one column of acc [D, 16], on tensor cores."""
+    for k in gl.static_range(BLOCK_M // 16):
+        part = tile.slice(16 * k, 16).permute((1, 0))
+        acc = warpgroup_mma(part, ones.index(which), acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def column_sums(acc, WHICH: gl.constexpr, D: gl.constexpr):
+    """[D]: what `add_column_sums` has added up."""
+    column = gl.arange(0, 16, gl.SliceLayout(0, column_accumulators(D)))[None, :]
+    return gl.sum(gl.where(column == WHICH, acc, 0.0), 1)
+
+
+@gluon.jit
+def store_rows(ptr, tile, num_rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Copy the first `num_rows` rows of a tile to memory, where they are contiguous."""
+    LAYOUT: gl.constexpr = row_group(D)
+    offs_m = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))[:, None]
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    for group in gl.static_range(BLOCK_M // 16):
+        mask = (offs_m < num_rows - 16 * group) & (offs_d < D)
+        part = tile.slice(16 * group, 16).load(LAYOUT)
+        gl.store(ptr + 16 * group * D + (offs_m * D + offs_d), part, mask=mask)
+
+
+@gluon.jit
+def opaque_zero(positive):
+    """0, which the compiler does not know.
+
+    Addresses that hang on it are worked out where they are used. Those of all products of a loop
+    would otherwise be kept over it, in registers that it needs for tiles.
+    """
+    return gl.minimum(positive, 0)
+
+
+@gluon.jit
+def store_partial(partial_matrices_ptr, dw, WHICH: gl.constexpr, D: gl.constexpr):
+    """Store a program's share of a weight's gradient in [programs, 4, D, D]."""
+    rows = gl.arange(0, D, gl.SliceLayout(1, accumulators(D)))[:, None]
+    columns = gl.arange(0, D, gl.SliceLayout(0, accumulators(D)))[None, :]
+    ptr = partial_matrices_ptr + (gl.program_id(0).to(gl.int64) * 4 + WHICH) * D * D
+    gl.store(ptr + rows * D + columns, dw)

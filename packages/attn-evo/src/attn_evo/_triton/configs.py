@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from attn_core.device import triton_version
 from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
 from attn_evo import environment
@@ -62,6 +63,9 @@ FORWARD = Table(
     candidates=_CANDIDATES,
     sources=("attn_evo._triton.forward", "attn_evo._triton.tiles"),
 )
+BACKWARD_PASSES = (
+    "ratio", "norm", "gate", "products", "stat", "total", "context", "weights",
+)  # fmt: skip
 BACKWARD = Table(
     "attn_evo.backward",
     rows={
@@ -81,10 +85,16 @@ BACKWARD = Table(
     },
     default=TileConfig(64, 2048, 4, 3),
     candidates=_CANDIDATES,
-    sources=("attn_evo._triton.backward", "attn_evo._triton.tiles"),
+    sources=(
+        *(f"attn_evo._triton.backward_{name}" for name in BACKWARD_PASSES),
+        "attn_evo._triton.tiles",
+    ),
 )
 # Of the launches before those that Hopper has kernels of its own for.
 HOPPER_FORWARD = TileConfig(64, 2752, 4, 2)
+# Of float32 values that are multiplied in parts.
+FORWARD_IN_PARTS = TileConfig(32, 2048, 4, 1)
+HOPPER_BACKWARD = {64: TileConfig(64, 2048, 4, 3), 128: TileConfig(64, 2048, 8, 3)}
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.
 SUMS = TileConfig(1, 1, 4, 1)
 # Of launches of the backward pass whose tiles are smaller, whose pipeline is longer or at most so
@@ -97,6 +107,7 @@ HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
     ("gated", 128, 2): {"num_warps": 4, "num_stages": 3},
     ("ratio", 128, 2): {"num_stages": 3},
     ("gate", 128, 2): {"num_stages": 3},
+    ("products", 128, 2): {"block_m": 32},
     ("stat", 128, 2): {"num_stages": 3},
     ("context", 128, 2): {"block_m": 64, "num_warps": 4, "num_stages": 2},
     ("products", 64, 4): {"block_m": 32, "num_stages": 2},
@@ -113,7 +124,10 @@ def forward_tiles(
 
     A hint of 0 leaves the choice here. `launch` runs the pass, for a trial.
     """
-    config = _pick(FORWARD, v, causal, None if hints else launch)
+    if multiplies_parts(v):
+        config = FORWARD_IN_PARTS
+    else:
+        config = _pick(FORWARD, v, causal, None if hints else launch)
     if not hints:
         return config
     block_m, num_warps, num_stages = hints
@@ -122,6 +136,20 @@ def forward_tiles(
         config.block_n,
         num_warps or config.num_warps,
         num_stages or config.num_stages,
+    )
+
+
+def multiplies_parts(v: torch.Tensor) -> bool:
+    """Whether the forward pass multiplies float32 values in three parts of bfloat16.
+
+    Six products of bfloat16 take tensor cores as long as three of TF32, and their weights less
+    shared memory: all four stay there.
+    """
+    return (
+        v.dtype == torch.float32
+        and v.shape[-1] == 64
+        and problem.device_info(v.device).arch == "sm_90"
+        and triton_version() >= (3, 6)
     )
 
 
@@ -143,6 +171,11 @@ def backward_kernel(name: str, v: torch.Tensor, config: TileConfig) -> TileConfi
         num_stages=BACKWARD_STAGES.get(name, min(most_stages, config.num_stages)),
     )
     return _on_hopper(name, v, config)
+
+
+def hopper_kernel(v: torch.Tensor, config: TileConfig) -> TileConfig:
+    """Tiles of a kernel written for Hopper: a warpgroup for 64 columns."""
+    return config._replace(num_warps=v.shape[-1] // 16, num_stages=1)
 
 
 def _on_hopper(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:

@@ -69,10 +69,11 @@ def _pack_linear(
     WHICH: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
+    BLOCK_ROWS: tl.constexpr = min(BLOCK_D, 64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    for start in range(0, BLOCK_D, 16):
-        offs_row = start + tl.arange(0, 16)
+    for start in range(0, BLOCK_D, BLOCK_ROWS):
+        offs_row = start + tl.arange(0, BLOCK_ROWS)
         w_ptrs = w_ptr + tile_offsets(offs_row, stride_wo, offs_d, stride_wi)
         w = load_tile(w_ptrs, offs_row < HEAD_DIM, mask_d, True, True).to(tl.float32) * SCALE
         out_ptrs = matrices_ptr + WHICH * BLOCK_D * BLOCK_D
@@ -147,25 +148,29 @@ def _attention_sums_kernel(
     # fmt: on
     pid_bh = tl.program_id(0) // num_chunks
     pid_c = tl.program_id(0) % num_chunks
-    if pid_bh == num_heads:  # the last program packs the weights
+    which = tl.program_id(0) - num_heads * num_chunks  # the last four programs pack the weights
+    if which == W_Q:
         _pack_linear(
             w_q_ptr, stride_qo, stride_qi, b_q_ptr, stride_bq, matrices_ptr,
             biases_ptr, vectors_ptr, W_Q, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
+        _pack_vector(norm_weight_ptr, stride_nw, vectors_ptr, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D)
+        _pack_vector(norm_bias_ptr, stride_nb, vectors_ptr, NORM_BIAS, 1.0, HEAD_DIM, BLOCK_D)
+    elif which == W_L:
         _pack_linear(
             w_l_ptr, stride_lo, stride_li, b_l_ptr, stride_bl, matrices_ptr,
             biases_ptr, vectors_ptr, W_L, 1.0, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        _pack_linear(
-            w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg, matrices_ptr,
-            biases_ptr, vectors_ptr, W_G, 0.5, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
+    elif which == W_F:
         _pack_linear(
             w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf, matrices_ptr,
             biases_ptr, vectors_ptr, W_F, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        _pack_vector(norm_weight_ptr, stride_nw, vectors_ptr, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D)
-        _pack_vector(norm_bias_ptr, stride_nb, vectors_ptr, NORM_BIAS, 1.0, HEAD_DIM, BLOCK_D)
+    elif which == W_G:
+        _pack_linear(
+            w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg, matrices_ptr,
+            biases_ptr, vectors_ptr, W_G, 0.5, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
     else:
         b = (pid_bh // H).to(tl.int64)
         h = (pid_bh % H).to(tl.int64)
@@ -239,6 +244,22 @@ def _attention_stat_kernel(
 
 
 # fmt: off
+@triton.jit
+def _reloaded(
+    v, ptr, stride_l, stride_d, mask_ptr, stride_ml, start, L, RELOADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """v, loaded once more where the registers do not hold it from one use to the next."""
+    if RELOADS:
+        v = load_tokens(
+            ptr, stride_l, stride_d, mask_ptr, stride_ml, start, L,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D, True,
+        )  # fmt: skip
+    return v
+
+
+# fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_output_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
@@ -267,6 +288,7 @@ def _attention_output_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     BIASES_STAY: tl.constexpr = WEIGHTS_STAY and BLOCK_D <= MOST_STAYING_BIASES
+    RELOADS: tl.constexpr = PRECISION == "bf16x6"
     # In float32 one weight that stays is what it takes to fit into the registers.
     w_q = matrix(matrices_ptr, W_Q, WEIGHTS_STAY or dtype == tl.float32, BLOCK_D)
     b_q = bias_rows(biases_ptr, W_Q, BIASES_STAY, BLOCK_D)
@@ -309,11 +331,26 @@ def _attention_output_kernel(
             context = context_i[None, :]
             stat = stat_i[None, :]
 
+        v = _reloaded(
+            v, v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L, RELOADS,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
         local = linear(v, w_l, b_l, PRECISION, BLOCK_D)
         half_ratio = linear(v, w_q, b_q, PRECISION, BLOCK_D)
         half_ratio *= inverse_denominator(stat, local, IS_NVIDIA)
+        v = _reloaded(
+            v, v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L, RELOADS,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
         gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
         final = linear(rounded(gate, dtype), w_f, b_f, PRECISION, BLOCK_D)
+        v = _reloaded(
+            v, v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L, RELOADS,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        if RELOADS and IS_CAUSAL:  # nor do they hold the context
+            row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
+            context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
         x = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16) * context
         mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
         out = (x - mean) * scale * load_vector(vectors_ptr, NORM_WEIGHT, BLOCK_D)
@@ -374,6 +411,8 @@ def _attention(
     out = v.new_empty(v.shape)
     sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
     call = problem.call(v, mask, sums, length, config)
+    if configs.multiplies_parts(v):
+        call = call.in_parts
     scratch = running_sums(call, weights, causal, sums_after)
     _launch_output(
         call.num_programs,
@@ -409,7 +448,7 @@ def sums_of_values(call: problem.Call, weights: EvoWeights) -> problem.Scratch:
     for weight, strides in zip(weights, weight_strides, strict=True):
         args += [weight, *strides]
     _launch_sums(
-        call.num_programs + 1,
+        call.num_programs + 4,  # one for each matrix
         strides=(call.strides, weight_strides, weights.w_q.dtype),
         args=(*args, *scratch[:-1], *call.sizes),
         constexprs={

@@ -98,6 +98,12 @@ class Call(NamedTuple):
         stays = self.numerics["IS_NVIDIA"] and self.v[0].element_size() == 4
         return {**self.numerics, "WEIGHTS_STAY": stays or self.numerics["WEIGHTS_STAY"]}
 
+    @property
+    def in_parts(self) -> Call:
+        """The same call, where a float32 is multiplied as the sum of three bfloat16."""
+        parts = {"PRECISION": "bf16x6", "WEIGHTS_STAY": True}
+        return self._replace(numerics={**self.numerics, **parts})
+
     def sizes_in(self, block_m: int) -> tuple[int, ...]:
         """`sizes` with the same chunks cut into tiles of `block_m`, of which they are multiples."""
         *sizes, num_chunks, tiles_per_chunk = self.sizes

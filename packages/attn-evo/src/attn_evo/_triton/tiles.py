@@ -32,6 +32,8 @@ _MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
 _LARGEST_HALF = tl.constexpr(65504.0)
 SUM_COLUMNS = tl.constexpr(16)  # the fewest that tl.dot accepts
 BIAS_ROWS = tl.constexpr(16)
+# Of the column sums of a program: what it hands on to other programs of its head.
+CHUNK = tl.constexpr(6)
 MOST_STAYING_BIASES = tl.constexpr(64)  # BLOCK_D: three wider ones fill a tile's registers
 
 
@@ -148,7 +150,8 @@ def triangle(BLOCK_M: tl.constexpr, dtype: tl.constexpr, REVERSE: tl.constexpr):
 def scan(ones, x, PRECISION: tl.constexpr):
     """Sums of the rows of x in float32 on tensor cores, where `ones` is a `triangle`.
 
-    Of x in float32 two products, of the upper and the lower half of its bits, see them all.
+    Of x in float32 two products, of the upper and the lower half of its bits, see them all; where
+    products are those of bfloat16, three.
     """
     if x.dtype != tl.float32:
         sums = product(ones, x, PRECISION)
@@ -156,6 +159,13 @@ def scan(ones, x, PRECISION: tl.constexpr):
         high = upper_half(x, ones.dtype)
         sums = product(ones, (x - high).to(ones.dtype), PRECISION)
         sums += product(ones, high.to(ones.dtype), PRECISION)
+    elif PRECISION == "bf16x6":
+        ones = ones.to(tl.bfloat16)
+        high = upper_half(x, tl.bfloat16)
+        middle = upper_half(x - high, tl.bfloat16)
+        sums = product(ones, (x - high - middle).to(tl.bfloat16), PRECISION)
+        sums = tl.dot(ones, middle.to(tl.bfloat16), sums, input_precision=PRECISION)
+        sums = tl.dot(ones, high.to(tl.bfloat16), sums, input_precision=PRECISION)
     elif PRECISION == "tf32x3":
         high = _without_bits(x, -8192)
         sums = product(ones, x - high, "tf32") + product(ones, high, "tf32")
@@ -182,9 +192,13 @@ def _without_bits(x, KEEP: tl.constexpr):
 def load_tokens(
     ptr, stride_l, stride_d, mask_ptr, stride_ml, start, L,
     HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
     # fmt: on
-    """[BLOCK_M, BLOCK_D] from token `start` on; tokens past L or masked read as zero."""
+    """[BLOCK_M, BLOCK_D] from token `start` on; tokens past L or masked read as zero.
+
+    AGAIN forbids the compiler to keep them from a load before.
+    """
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     first = tl.cast(start, tl.int64)
@@ -192,6 +206,9 @@ def load_tokens(
     if HAS_MASK:
         keep = keep & is_kept(mask_ptr, stride_ml, start, L, BLOCK_M)
     ptrs = ptr + first * stride_l + tile_offsets(offs_m, stride_l, offs_d, stride_d)
+    if AGAIN:
+        mask = keep[:, None] & (offs_d < HEAD_DIM)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0, volatile=True)
     return load_tile(ptrs, keep, offs_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
 
 
@@ -201,6 +218,21 @@ def is_kept(mask_ptr, stride_ml, start, L, BLOCK_M: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
     ptrs = mask_ptr + tl.cast(start, tl.int64) * stride_ml + offs_m * stride_ml
     return tl.load(ptrs, mask=offs_m < L - start, other=0) != 0
+
+
+# fmt: off
+@triton.jit
+def values_ptrs(
+    ptr, pid_bh, start, L,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """Pointers [BLOCK_M, BLOCK_D] into [B, H, L, D], contiguous, and which are inside."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptr += (pid_bh.to(tl.int64) * L + start) * HEAD_DIM
+    mask = (offs_m < L - start)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    return ptr + tile_offsets(offs_m, HEAD_DIM, offs_d, 1), mask
 
 
 @triton.jit

@@ -1,0 +1,154 @@
+"""Shares of the gradients of W_q and W_l, and of W_f where no kernel before has them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_core.launch import Launcher
+from attn_evo._triton import problem
+from attn_evo._triton.backward_work import Work, tiles_of
+from attn_evo._triton.tiles import (
+    W_F,
+    W_L,
+    W_Q,
+    add_column_sums,
+    column_sums,
+    load_tokens,
+    no_column_sums,
+    rounded,
+    scratch_ptrs,
+    store_partial,
+    twice_gated,
+)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_backward_products_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
+    mask_ptr, stride_mb, stride_ml,
+    dq_ptr,  # [B * H, L, BLOCK_D], contiguous
+    dlocal_ptr,  # [B * H, L, BLOCK_D], contiguous
+    partial_matrices_ptr,  # [programs, 4, BLOCK_D, BLOCK_D]
+    partial_vectors_ptr,  # [programs, 6, BLOCK_D]
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0) // num_chunks
+    pid_c = tl.program_id(0) % num_chunks
+    b = (pid_bh // H).to(tl.int64)
+    h = (pid_bh % H).to(tl.int64)
+    v_ptr += b * stride_vb + h * stride_vh
+    mask_ptr += b * stride_mb
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    dw_q = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    dw_l = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    sums = no_column_sums(BLOCK_D)
+    first = pid_c * tiles_per_chunk
+    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+        start = tile * BLOCK_M
+        v = load_tokens(
+            v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
+            HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        mask = (offs_m < L - start)[:, None]
+        ptrs = scratch_ptrs(dq_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        dq = tl.load(ptrs, mask=mask, other=0.0)
+        ptrs = scratch_ptrs(dlocal_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        dlocal = tl.load(ptrs, mask=mask, other=0.0)
+        sums = add_column_sums(sums, dq, W_Q, PRECISION)
+        sums = add_column_sums(sums, dlocal, W_L, PRECISION)
+        dw_q = tl.dot(tl.trans(dq), v, dw_q, input_precision=PRECISION)
+        dw_l = tl.dot(tl.trans(dlocal), v, dw_l, input_precision=PRECISION)
+
+    vectors_row = partial_vectors_ptr + tl.program_id(0).to(tl.int64) * 6 * BLOCK_D + offs_d
+    tl.store(vectors_row + W_Q * BLOCK_D, column_sums(sums, W_Q))
+    tl.store(vectors_row + W_L * BLOCK_D, column_sums(sums, W_L))
+    store_partial(partial_matrices_ptr, dw_q, W_Q, BLOCK_D)
+    store_partial(partial_matrices_ptr, dw_l, W_L, BLOCK_D)
+
+
+_launch_products = Launcher(_attention_backward_products_kernel)
+
+
+def backward_products(work: Work) -> None:
+    call = work.call
+    config = tiles_of("products", call)
+    _launch_products(
+        call.num_programs,
+        strides=call.strides,
+        args=(
+            *call.v, *call.mask, work.half_ratio, work.dlocal, *work.partials,
+            *call.sizes_in(config.block_m),
+        ),
+        constexprs={
+            "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
+            "PRECISION": call.numerics["PRECISION"], **call.blocks, "BLOCK_M": config.block_m,
+        },
+        config=config,
+    )  # fmt: skip
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_backward_final_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
+    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
+    df_ptr,  # [B * H, L, BLOCK_D], contiguous
+    partial_matrices_ptr,  # [programs, 4, BLOCK_D, BLOCK_D]
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    pid_bh = tl.program_id(0) // num_chunks
+    pid_c = tl.program_id(0) % num_chunks
+    b = (pid_bh // H).to(tl.int64)
+    h = (pid_bh % H).to(tl.int64)
+    v_ptr += b * stride_vb + h * stride_vh
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+
+    offs_m = tl.arange(0, BLOCK_M)
+    dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    first = pid_c * tiles_per_chunk
+    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+        start = tile * BLOCK_M
+        v = load_tokens(
+            v_ptr, stride_vl, stride_vd, v_ptr, 0, start, L,
+            HEAD_DIM, False, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        mask = (offs_m < L - start)[:, None]
+        ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        df = tl.load(ptrs, mask=mask, other=0.0)
+        gate = half_ratio * v.to(tl.float32)
+        gate = rounded(twice_gated(gate, half_ratio, IS_NVIDIA, dtype == tl.bfloat16), dtype)
+        dw_f = tl.dot(tl.trans(df), gate, dw_f, input_precision=PRECISION)
+    store_partial(partial_matrices_ptr, dw_f, W_F, BLOCK_D)
+
+
+_launch_final = Launcher(_attention_backward_final_kernel)
+
+
+def backward_final(work: Work) -> None:
+    call = work.call
+    config = tiles_of("products", call)
+    _launch_final(
+        call.num_programs,
+        strides=call.strides,
+        args=(
+            *call.v, work.half_ratio, work.df, work.partial_matrices,
+            *call.sizes_in(config.block_m),
+        ),
+        constexprs={
+            "HEAD_DIM": call.flags["HEAD_DIM"], "PRECISION": call.numerics["PRECISION"],
+            "IS_NVIDIA": call.numerics["IS_NVIDIA"], **call.blocks, "BLOCK_M": config.block_m,
+        },
+        config=config,
+    )  # fmt: skip
