@@ -368,7 +368,7 @@ def test_arguments_elsewhere_are_not_repeated(kernel):
 
 
 def test_large_memory_is_not_held_to_the_end(kernel, monkeypatch):
-    monkeypatch.setattr(recording, "_MAX_MADE", 3 * 64)
+    monkeypatch.setattr(recording, "_MAX_FREED", 2 * 64)
     alive = []
 
     def function(x, pieces):
@@ -392,6 +392,22 @@ def test_large_memory_is_not_held_to_the_end(kernel, monkeypatch):
             assert torch.equal(function(filled(1.0), pieces), filled(2.0))
         assert kernel.computed == computed
     assert alive[2:] == [0, 0]  # after the one that was recorded
+
+
+def test_memory_that_the_call_holds_itself_may_be_large(kernel, monkeypatch):
+    monkeypatch.setattr(recording, "_MAX_FREED", 2 * 64)
+
+    def function(x):
+        kernel.computed += 1
+        memory = [x.new_empty(x.shape) for _ in range(8)]
+        for scratch in memory:
+            kernel.launch(x, scratch, 1.0)
+        return kernel.compute(memory[-1])
+
+    function = Replayed(function)
+    for _ in range(4):
+        assert torch.equal(function(filled(1.0)), filled(2.0))
+    assert kernel.computed == 4  # two calls, each of which counts twice
 
 
 def test_failure_is_raised_every_time():

@@ -6,6 +6,7 @@ addresses. A `Replay` does just that, for the tensors of another call.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -29,9 +30,9 @@ _EMPTY = frozenset(
 )
 _ZEROS = frozenset({_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default})
 _FULL = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.new_full.default: 2}  # the value
-# Bytes made on the way: a replay holds them to its end, where the call itself frees what it can.
-# Kernels that need more take longer than any Python.
-_MAX_MADE = 2**27
+# Bytes that a call has freed on the way: a replay holds all memory to its end.
+_MAX_FREED = 2**27
+_OWN_REFERENCES = 4  # to a tensor that a recording alone still knows: those of its own that count
 _thread = threading.local()
 
 
@@ -68,7 +69,6 @@ class Recording(Observer):
         self._num_arguments = len(tensors)
         self._tensors = list(tensors)  # then those that are made on the way, and how
         self._makers: list[_Make] = []
-        self._bytes_made = 0
         self._is_watching = True
         self._steps: list[_Launch | _Copy] = []
         self._written: set[int] = set()
@@ -187,12 +187,16 @@ class Recording(Observer):
         self._written.add(to.number)
 
     def _made(self, tensor: torch.Tensor, make: _Make) -> None:
-        self._bytes_made += tensor.nbytes
-        if tensor.device != self._tensors[0].device or self._bytes_made > _MAX_MADE:
+        if tensor.device != self._tensors[0].device or self._bytes_freed() > _MAX_FREED:
             self.refuse()
         if self._is_repeatable:
             self._tensors.append(tensor)
             self._makers.append(make)
+
+    def _bytes_freed(self) -> int:
+        """Bytes of the memory that is held by this recording alone."""
+        made = self._tensors[self._num_arguments :]
+        return sum(x.nbytes for x in made if sys.getrefcount(x) <= _OWN_REFERENCES)
 
     def _place(self, tensor: torch.Tensor) -> _Place | None:
         """Find the memory of a tensor: it, or the only address it can be a view of."""
