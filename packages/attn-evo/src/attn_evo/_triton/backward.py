@@ -36,7 +36,7 @@ from attn_evo._triton.backward_ratio import backward_ratio
 from attn_evo._triton.backward_stat import backward_stat
 from attn_evo._triton.backward_total import backward_rows, backward_total
 from attn_evo._triton.backward_weights import backward_weights
-from attn_evo._triton.backward_work import work as work_of
+from attn_evo._triton.backward_work import work_of
 from attn_evo.weights import EvoWeights
 
 

@@ -44,7 +44,7 @@ class Work(NamedTuple):
         return self.dsums_after, *self.dsums_after.stride()
 
 
-def work(
+def work_of(
     v: torch.Tensor,
     weights: EvoWeights,
     mask: torch.Tensor | None,
