@@ -65,6 +65,11 @@ def test_head_dims(dim, device, make_case, assert_results):
     check(make_case(1, 2, 130, dim), BFLOAT, device, assert_results)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_wide_heads_of_many_tiles(causal, device, make_case, assert_results):
+    check(make_case(2, 2, 4097, 128, causal=causal), BFLOAT, device, assert_results)
+
+
 def test_no_tokens(device, make_case):
     case = make_case(2, 2, 0, 64, has_state=True)
     inputs = case.inputs(BFLOAT, device)
