@@ -10,7 +10,7 @@ import torch
 from attn_core import tuning
 from attn_core.device import DeviceInfo
 from attn_core.launch import Launcher
-from attn_core.testing.compilation import TARGETS, record_launches
+from attn_core.testing.compilation import TARGETS, LaunchRecorder
 from attn_core.tuning import TileConfig
 
 pytest.importorskip("triton")
@@ -90,12 +90,25 @@ def use_target(monkeypatch, tmp_path):
     def use(target):
         kind = "hip" if target.startswith("gfx") else "cuda"
         info = DeviceInfo(kind, target, target, num_sms=132)
-        for module in (tuning, configs, attention, problem):
+        for module in (tuning, configs, attention, problem, cascade.support):
             monkeypatch.setattr(module, "device_info", lambda device: info)
         tuning.forget()
 
     yield use
     tuning.forget()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What writes down the last launch of each kernel of the package, by name."""
+    recorders = {}
+    for module in (append, attention, cascade, merge, worklist):
+        for launcher in list(vars(module).values()):
+            if isinstance(launcher, Launcher):
+                kernel = launcher._kernel
+                recorder = recorders.setdefault(kernel.__name__, LaunchRecorder(kernel))
+                monkeypatch.setattr(launcher, "_kernel", recorder)
+    return recorders
 
 
 def empty(*shape, dtype):
@@ -143,11 +156,9 @@ RUNS = [
 
 
 @pytest.mark.parametrize("target, case", RUNS)
-def test_attention_compiles_and_fits(target, case, use_target, monkeypatch):
+def test_attention_compiles_and_fits(target, case, use_target, recorded):
     use_target(target)
-    recorder = record_launches(attention._launch, monkeypatch)
-    for launcher in (worklist._launch, merge._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_paged_attention_kernel"]
     attend(case)
     compiled = recorder.compile(target)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
@@ -158,12 +169,10 @@ def test_attention_compiles_and_fits(target, case, use_target, monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [8, 16, 24, 32, 40, 64, 128])
-def test_three_programs_of_shared_work_fit_a_processor(heads, use_target, monkeypatch):
+def test_three_programs_of_shared_work_fit_a_processor(heads, use_target, recorded):
     """Programs of 128 threads: 64K registers and 227 KB of shared memory."""
     use_target("sm_90")
-    recorder = record_launches(attention._launch, monkeypatch)
-    for launcher in (worklist._launch, merge._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_paged_attention_kernel"]
     attend(Case(heads=heads, max_blocks=9999))
     compiled = recorder.compile("sm_90")
     assert recorder.options["num_warps"] == 4
@@ -181,12 +190,10 @@ def test_three_programs_of_shared_work_fit_a_processor(heads, use_target, monkey
     ],
     ids=str,
 )
-def test_decoding_keeps_tiles_in_flight(case, stages, use_target, monkeypatch):
+def test_decoding_keeps_tiles_in_flight(case, stages, use_target, recorded):
     """Of n stages n - 1 hold tiles: one is computed with, K and V of n - 2 are on their way."""
     use_target("sm_90")
-    recorder = record_launches(attention._launch, monkeypatch)
-    for launcher in (worklist._launch, merge._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_paged_attention_kernel"]
     attend(case)
     compiled = recorder.compile("sm_90")
     assert recorder.constexprs["IS_SHARED"] == (case.max_blocks == 9999)
@@ -196,14 +203,12 @@ def test_decoding_keeps_tiles_in_flight(case, stages, use_target, monkeypatch):
 @pytest.mark.parametrize("D_v, is_transposed", [(128, True), (63, False)])
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_pairs_of_values_are_transposed_by_hardware(
-    cache_dtype, D_v, is_transposed, use_target, monkeypatch
+    cache_dtype, D_v, is_transposed, use_target, recorded, monkeypatch
 ):
     """Values that do not lie in pairs are gathered byte by byte."""
     use_target("sm_90")
     monkeypatch.setattr(configs, "pick", lambda *args: TileConfig(16, 64, 4, 3))
-    recorder = record_launches(attention._launch, monkeypatch)
-    for launcher in (worklist._launch, merge._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_paged_attention_kernel"]
     attend(Case(cache_dtype=cache_dtype, D_v=D_v))
     compiled = recorder.compile("sm_90")
     assert ("trans.shared.b16" in compiled.asm["ptx"]) == is_transposed
@@ -212,41 +217,34 @@ def test_pairs_of_values_are_transposed_by_hardware(
 @pytest.mark.parametrize("case", [Case(max_blocks=9999), Case(max_blocks=64)], ids=str)
 @pytest.mark.parametrize("D_v", [80, 512])
 @pytest.mark.parametrize("target", TARGETS)
-def test_merge_compiles_without_spills(target, D_v, case, use_target, monkeypatch):
+def test_merge_compiles_without_spills(target, D_v, case, use_target, recorded):
     use_target(target)
-    recorder = record_launches(merge._launch, monkeypatch)
-    for launcher in (worklist._launch, attention._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_merge_parts_kernel"]
     attend(case._replace(D_v=D_v))
     assert recorder.compile(target).spills == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_counting_of_work_compiles(target, use_target, monkeypatch):
+def test_counting_of_work_compiles(target, use_target, recorded):
     use_target(target)
-    recorder = record_launches(worklist._launch, monkeypatch)
-    for launcher in (merge._launch, attention._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_count_work_kernel"]
     attend(Case(max_blocks=9999))
     assert recorder.compile(target).spills == 0
 
 
-@pytest.mark.parametrize("name", ["_launch_find", "_launch_divide"])
+@pytest.mark.parametrize("name", ["_find_prefixes_kernel", "_divide_sequences_kernel"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_finding_of_prefixes_compiles(target, name, use_target, monkeypatch):
+def test_finding_of_prefixes_compiles(target, name, use_target, recorded, monkeypatch):
     use_target(target)
-    recorded = {x: record_launches(getattr(cascade, x), monkeypatch) for x in LAUNCHERS_OF_PREFIXES}
     q, cache = empty(4, 64, 128, dtype=BFLOAT), empty(9, 16, 8, 128, dtype=BFLOAT)
     lens, tables = (empty(*s, dtype=torch.int32) for s in ((4,), (4, 99)))
     options = AttentionOptions(scale=0.1)
     out, lse = torch.empty_like(q), empty(64, 4, dtype=FLOAT)
     monkeypatch.setattr(merge, "merge_halves", lambda *args: None)
+    monkeypatch.setattr(cascade, "_start_on_hopper", lambda *args: None)
     arguments = (q, cache, cache, tables, lens, options, out, lse)
     cascade.attend_in_halves(lambda *args: None, *arguments)
     assert recorded[name].compile(target).spills == 0
-
-
-LAUNCHERS_OF_PREFIXES = ("_launch_find", "_launch_divide")
 
 
 def attend_to_prefixes():
@@ -256,44 +254,38 @@ def attend_to_prefixes():
     attention.attention(q, cache, torch.empty_like(cache), tables, lens, options)
 
 
-def test_attention_to_a_prefix_leaves_room_for_that_to_the_rest(use_target, monkeypatch):
-    """Both run at a time: one program of the first and two of the second on a processor."""
+def test_attention_beside_a_prefix_fits_into_what_that_leaves(use_target, recorded, monkeypatch):
+    """Two programs on each processor, as tests/hopper/test_prefix.py counts on."""
     use_target("sm_90")
-    for launcher in (cascade._launch_find, cascade._launch_divide, merge._launch_halves):
-        record_launches(launcher, monkeypatch)
-    both = [
-        record_launches(launcher, monkeypatch)
-        for launcher in (attention._launch_first, attention._launch_second)
-    ]
+    recorder = recorded["_paged_attention_kernel"]
+    monkeypatch.setattr(cascade.support, "takes", lambda *args: True)
+    monkeypatch.setattr(cascade, "_start_on_hopper", start_prefixes)
     attend_to_prefixes()
-    compiled = [recorder.compile("sm_90") for recorder in both]
-    threads = [32 * recorder.options["num_warps"] for recorder in both]
-    first, second = (x.registers * n for x, n in zip(compiled, threads, strict=True))
-    assert first + 2 * second <= 1 << 16
-    first, second = (x.shared + 1024 for x in compiled)
-    assert first + 2 * second <= 228 << 10
-    assert max(x.spills for x in compiled) <= MAX_SPILLS_SIDE_BY_SIDE
+    compiled = recorder.compile("sm_90")
+    assert 32 * recorder.options["num_warps"] * compiled.registers <= 128 * 96
+    assert compiled.shared <= 37888
+    assert compiled.spills <= MAX_SPILLS_SIDE_BY_SIDE
+
+
+def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, scale, out, lse):
+    options = AttentionOptions(scale, (-1, -1), cu_seqlens_q=bounds)
+    return attention.start(q, k_cache, v_cache, tables, lens, options, out, lse, rows)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_merge_with_prefixes_compiles_without_spills(target, use_target, monkeypatch):
+def test_merge_with_prefixes_compiles_without_spills(target, use_target, recorded, monkeypatch):
     use_target(target)
-    launchers = [
-        getattr(attention, name) for name in ("_launch", "_launch_first", "_launch_second")
-    ]
-    before = (cascade._launch_find, cascade._launch_divide, worklist._launch)
-    for launcher in (*before, *launchers):
-        record_launches(launcher, monkeypatch)
-    recorder = record_launches(merge._launch_halves, monkeypatch)
+    monkeypatch.setattr(cascade, "_start_on_hopper", start_prefixes)
+    recorder = recorded["_merge_halves_kernel"]
     attend_to_prefixes()
     assert recorder.compile(target).spills == 0
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_append_compiles_without_spills(target, quantised, use_target, monkeypatch):
+def test_append_compiles_without_spills(target, quantised, use_target, recorded):
     use_target(target)
-    recorder = record_launches(append._launch, monkeypatch)
+    recorder = recorded["_append_to_cache_kernel"]
     dtype = torch.int8 if quantised else BFLOAT
     rows, cache = empty(4, 8, 128, dtype=BFLOAT), empty(9, 16, 8, 128, dtype=dtype)
     options = AppendOptions()
@@ -306,15 +298,14 @@ def test_append_compiles_without_spills(target, quantised, use_target, monkeypat
 
 
 def launch_keys(sizes, monkeypatch):
-    """What the launcher compiles for, over problems of (tokens, blocks of a table)."""
+    """What the launchers compile for, over problems of (tokens, blocks of a table)."""
     keys = set()
 
     def note(num_programs, *, strides, args, constexprs, config):
         keys.add((strides, tuple(constexprs.values()), config))
 
-    monkeypatch.setattr(attention, "_launch", note)
-    for launcher in (worklist._launch, merge._launch):
-        record_launches(launcher, monkeypatch)
+    for name in ("_launch", "_launch_next"):
+        monkeypatch.setattr(attention, name, note)
     cache = empty(9, 16, 8, 128, dtype=BFLOAT)
     for tokens, blocks in sizes:
         q = empty(tokens, 64, 128, dtype=BFLOAT)
@@ -325,13 +316,13 @@ def launch_keys(sizes, monkeypatch):
 
 def test_numbers_are_compiled_for_any_value():
     """A launcher knows of strides what Triton compiles for, and of other numbers nothing."""
-    kernels = [
+    kernels = {
         launcher._kernel
         for module in (append, attention, cascade, merge, worklist)
         for launcher in vars(module).values()
         if isinstance(launcher, Launcher)
-    ]
-    assert len(kernels) == 9
+    }
+    assert len(kernels) == 7
     numbers = [
         parameter
         for kernel in kernels
@@ -342,7 +333,7 @@ def test_numbers_are_compiled_for_any_value():
         assert parameter.do_not_specialize or parameter.name.startswith("stride_"), parameter.name
 
 
-def test_nothing_compiles_anew_as_sequences_grow(use_target, monkeypatch):
+def test_nothing_compiles_anew_as_sequences_grow(use_target, recorded, monkeypatch):
     use_target("sm_90")
     assert len(launch_keys([(4, 64), (8, 65), (5, 99)], monkeypatch)) == 1
     assert len(launch_keys([(40, 999), (200, 9999), (64, 1000)], monkeypatch)) == 1
@@ -386,17 +377,17 @@ def test_short_launches_are_cut_and_long_ones_shared(sequences, blocks, schedule
     ],
     ids=str,
 )
-def test_as_many_programs_fit_as_are_counted_on(case, use_target, monkeypatch):
+def test_as_many_programs_fit_as_are_counted_on(case, use_target, recorded):
     """Where fewer did, shares of the work would be taken up one after the other."""
     use_target("sm_90")
-    recorder = record_launches(attention._launch, monkeypatch)
-    for launcher in (worklist._launch, merge._launch):
-        record_launches(launcher, monkeypatch)
+    recorder = recorded["_paged_attention_kernel"]
     attend(case)
     compiled = recorder.compile("sm_90")
     size = (case.cache_dtype or case.dtype).itemsize
+    constexprs, options = recorder.constexprs, recorder.options
     config = TileConfig(
-        recorder.constexprs["BLOCK_M"], recorder.constexprs["BLOCK_N"], *recorder.options.values()
+        *(constexprs["BLOCK_M"], constexprs["BLOCK_N"]),
+        *(options["num_warps"], options["num_stages"]),
     )
     choice = configs.Choice(torch.device("meta"), case.D, size)
     entries = case.D if case.values_in_keys else case.D + case.D_v

@@ -457,6 +457,23 @@ def test_shared_prefixes(lens_q, device):
     check(inputs, shared_prefix=True)
 
 
+@pytest.mark.parametrize(
+    "changes, dtype, options",
+    [
+        ({"D": 64, "D_v": 64, "block_size": 64, "H_KV": 16}, torch.float16, {}),
+        ({"D": 80, "D_v": 128, "block_size": 8}, BFLOAT, {"layout": "hnd"}),
+        ({"H": 40, "H_KV": 1, "block_size": 128}, BFLOAT, {"layout": "packed"}),
+    ],
+    ids=["d64-block64-groups-of-1", "d80-block8-hnd", "groups-of-40-block128-packed"],
+)
+def test_shared_prefixes_of_other_shapes(changes, dtype, options, device):
+    sizes = Sizes((1500, 1400, 1380, 700, 1200, 1300, 1390))._replace(**changes)
+    blocks = 1280 // sizes.block_size
+    inputs = share_prefixes(make(sizes, device, dtype, **options), [((0, 1, 2, 5, 6), blocks)])
+    check(inputs, shared_prefix=True)
+    check(inputs, shared_prefix=True, softmax_scale=-0.1)
+
+
 def test_graph_of_shared_prefixes_follows_tables(device):
     inputs = full_cache(Sizes((900, 700, 300, 640)), device)
     tables = inputs["block_tables"]

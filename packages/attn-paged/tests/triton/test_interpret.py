@@ -199,7 +199,7 @@ def test_tiles_and_schedules(sizes, tiles, schedule, window, monkeypatch):
 @pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_programs_may_count_the_work_themselves(sizes, monkeypatch):
     use(monkeypatch, shares=3)
-    monkeypatch.setattr(worklist, "is_short", lambda plan, overlaps: True)
+    monkeypatch.setattr(worklist, "is_short", lambda plan: True)
     check(make(sizes))
 
 
@@ -521,20 +521,22 @@ def test_shared_prefixes(block_size, schedule, lens_q, monkeypatch):
     check(inputs, shared_prefix=True, softcap=2.0)
 
 
-@pytest.mark.parametrize("is_light", [False, True], ids=["heavy", "light"])
-def test_rest_beside_prefixes(is_light, monkeypatch):
-    """The rest is shared by all programs, or by half of them where the device finds it light."""
+def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, scale, out, lse):
+    options = AttentionOptions(scale, (-1, -1), cu_seqlens_q=bounds)
+    return attention.start(q, k_cache, v_cache, tables, lens, options, out, lse, rows)
+
+
+def test_rest_beside_prefixes(monkeypatch):
+    """Its programs count the work themselves, so that no kernel comes between the two."""
     use(monkeypatch, shares=3)
-    monkeypatch.setattr(problem, "fit_two", lambda *args: True)
-    for name in ("gdc_wait", "gdc_launch_dependents"):
-        monkeypatch.setattr(tl.extra.cuda, name, lambda: None)
+    monkeypatch.setattr(cascade.support, "takes", lambda *args: True)
+    monkeypatch.setattr(cascade, "_start_on_hopper", start_prefixes)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: None)
     info = DeviceInfo("cpu", "", num_sms=2)
     monkeypatch.setattr(configs, "device_info", lambda device: info)
     inputs = make(Sizes((70, 60, 66, 1, 68)))
-    blocks = 7 if is_light else 2
     for member in (1, 2, 4):
-        inputs.block_tables[member, :blocks] = inputs.block_tables[0, :blocks].clone()
-    monkeypatch.setattr(cascade, "SHARED_KEYS", tl.constexpr(1))
+        inputs.block_tables[member, :7] = inputs.block_tables[0, :7].clone()
     check(inputs, shared_prefix=True)
 
 

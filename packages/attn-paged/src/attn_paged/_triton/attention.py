@@ -17,9 +17,9 @@ from attn_core.tiles.offsets import load_tile
 from attn_core.tiles.softmax import LOG2_E, finish_softmax
 from attn_paged._triton import cascade, configs, merge, problem, worklist
 from attn_paged._triton.keys import attend, block_ids, keys_of_part, with_sink
-from attn_paged._triton.merge import Parts, programs_at_work, rows_of_tile, share_of_work
+from attn_paged._triton.merge import Parts, rows_of_tile, share_of_work
 from attn_paged._triton.quantised import power_of_two
-from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_of_unit
+from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_among, tile_of_unit
 from attn_paged._triton.worklist import units_of_tiles
 from attn_paged.options import AttentionOptions
 
@@ -40,9 +40,8 @@ def _paged_attention_kernel(
     sinks_ptr, stride_sinks,
     tree_ptr, stride_mask, stride_mn,
     tree_starts_ptr,  # [B], where a flat tree begins for each sequence
-    ends_ptr,  # [num_tiles], from `worklist`; with BLOCK_T > 0 to be written
+    ends_ptr,  # [num_tiles], from `worklist`; with COUNTS_WORK to be written
     rows_ptr,  # [T], the row of q of each query
-    is_light_ptr,  # [1], whether half of the programs are enough
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
     parts_ptr,  # [slots, BLOCK_M, D_v], contiguous
@@ -58,13 +57,12 @@ def _paged_attention_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr, SAME_SLOTS: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr, HAS_PTX: tl.constexpr,
-    NEGATE_Q: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, OVERLAPS: tl.constexpr,
+    IS_BESIDE: tl.constexpr, COUNTS_WORK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
     # Neighbours read the heads of the same slots.
     pid = tl.program_id(0)
     head_tile = pid % HEAD_TILES
@@ -82,8 +80,10 @@ def _paged_attention_kernel(
     unit = group
     stop = group + 1
     ends = 0
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     if IS_SHARED:
-        if BLOCK_T > 0:
+        if COUNTS_WORK:
             tiles = tl.arange(0, BLOCK_T)
             ends = tl.cumsum(
                 units_of_tiles(
@@ -98,8 +98,10 @@ def _paged_attention_kernel(
             if pid == 0:
                 tl.store(ends_ptr + tiles, ends, mask=tiles < num_tiles)
         else:
+            if OVERLAPS:
+                tl.extra.cuda.gdc_wait()
             total = tl.load(ends_ptr + num_tiles - 1)
-        share = share_of_work(total, programs_at_work(num_splits, is_light_ptr))
+        share = share_of_work(total, num_splits)
         unit = group * share
         stop = tl.minimum(unit + share, total)
     start = unit
@@ -107,8 +109,10 @@ def _paged_attention_kernel(
         # The last queries of a sequence see the most keys, so equal parts of theirs go first.
         tile = num_tiles - 1 - unit // num_splits
         begin = unit
-        if IS_SHARED:
-            tile, begin = tile_of_unit(unit, ends, ends_ptr, num_tiles, num_halvings, BLOCK_T)
+        if COUNTS_WORK:
+            tile, begin = tile_among(unit, ends)
+        elif IS_SHARED:
+            tile, begin = tile_of_unit(unit, ends_ptr, num_tiles, num_halvings, 0)
         b, first_token, start_m, M = queries_of_tile(
             tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
             IS_RAGGED, ONE_TILE_EACH, BLOCK_Q, BLOCK_T,
@@ -192,14 +196,14 @@ def _paged_attention_kernel(
         )
         table = table_ptr + b.to(tl.int64) * stride_tb
         blocks = block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
+        # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
+        IS_LARGE: tl.constexpr = BLOCK_M > 32
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        l_i = tl.zeros([BLOCK_M], tl.float32)
+        l_i = tl.zeros([BLOCK_M, 1 if IS_LARGE else BLOCK_N], tl.float32)
         PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
         acc = tl.zeros([BLOCK_M, BLOCK_DV // PAIR], tl.float32)
         acc_odd = acc
-        # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
-        PEEL: tl.constexpr = BLOCK_M > 32
-        if PEEL:
+        if IS_LARGE:
             if HAS_LEFT:
                 acc, acc_odd, m_i, l_i, blocks = attend(
                     acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
@@ -236,6 +240,7 @@ def _paged_attention_kernel(
             BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
         )  # fmt: skip
 
+        l_i = tl.sum(l_i, 1)
         if PAIR == 2:
             acc = tl.interleave(acc, acc_odd)
         if HAS_SINKS:
@@ -260,16 +265,16 @@ def _paged_attention_kernel(
                 out.to(parts_ptr.dtype.element_ty),
                 mask=has_keys[:, None] & mask_dv,
             )
-    if OVERLAPS:  # noqa: SIM102 - decided while compiling
+    if IS_BESIDE:  # noqa: SIM102 - decided while compiling
         # What comes next waits for this kernel alone, so one program waits for the one before.
         if pid == tl.num_programs(0) - 1:
             tl.extra.cuda.gdc_wait()
 
 
 _launch = Launcher(_paged_attention_kernel)
-# Side by side, 8 warps of the first and twice 4 of the second have registers at a time.
-_launch_first = Launcher(_paged_attention_kernel, maxnreg=160)
-_launch_second = Launcher(_paged_attention_kernel, maxnreg=96, launch_pdl=True)
+_launch_next = Launcher(_paged_attention_kernel, launch_pdl=True)
+# Two programs have the registers that one of `_hopper.prefix` leaves.
+_launch_beside = Launcher(_paged_attention_kernel, maxnreg=96, launch_pdl=True)
 _FAR = 2**30 - 1  # no context is longer: a window of more keys would overflow 32 bits
 
 
@@ -306,23 +311,21 @@ def start(
     out: torch.Tensor,
     lse: torch.Tensor,
     rows: torch.Tensor | None = None,
-    is_light: torch.Tensor | None = None,
+    is_beside: bool = False,
 ) -> list[Parts]:
     """Start writing attention to out (T, H, D_v) and lse (H, T); return what is to be merged.
 
     `rows` (T,) are the rows of q, out and lse that cu_seqlens_q counts, where they are not in
-    order: those of shared prefixes. Right after them comes the rest of the keys, with `is_light`
-    (1,): whether that takes less time.
+    order: those of shared prefixes. `is_beside` says that the kernel right before it attends to
+    prefixes and leaves room for this one.
     """
     is_ragged = options.cu_seqlens_q is not None
     are_long = rows is not None  # queries of many sequences one after the other
-    is_rest = is_light is not None
-    overlaps = (are_long or is_rest) and problem.fit_two(k_cache, v_cache)
     plans = configs.plans(
-        q, k_cache, v_cache, block_tables, is_ragged, are_long, overlaps and is_rest, options
+        q, k_cache, v_cache, block_tables, is_ragged, are_long, is_beside, options
     )
-    arguments = (q, k_cache, v_cache, block_tables, context_lens, options, out, lse, rows, is_light)
-    return [_start_by(plan, *arguments, overlaps) for plan in plans]
+    arguments = (q, k_cache, v_cache, block_tables, context_lens, options, out, lse, rows)
+    return [_start_by(plan, *arguments) for plan in plans]
 
 
 def _start_by(
@@ -336,8 +339,6 @@ def _start_by(
     out: torch.Tensor,
     lse: torch.Tensor,
     rows: torch.Tensor | None,
-    is_light: torch.Tensor | None,
-    overlaps: bool,
 ) -> Parts:
     (T, H, D), B = q.shape, len(block_tables)
     _, block_size, H_KV, D_v = v_cache.shape
@@ -351,10 +352,10 @@ def _start_by(
     sides = {"HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0 and is_ragged}
     schedule = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
     limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
-    is_light = is_light if plan.is_beside else None
     ends = context_lens.new_empty((plan.num_tiles,)) if plan.is_shared else None
-    is_counted = plan.is_shared and not worklist.is_short(plan, overlaps)
-    if is_counted:
+    counts_work = plan.is_beside and worklist.is_short(plan)
+    overlaps = problem.can_overlap(q.device)
+    if plan.is_shared and not counts_work:
         worklist.count_work(
             context_lens, cu_seqlens_q, is_causal, ends,
             {**schedule, **sides, "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n},
@@ -383,12 +384,14 @@ def _start_by(
         **schedule, "IS_SHARED": plan.is_shared,
         "GROUP": H // H_KV, "TILE_GROUP": plan.tile_group, "H_KV": H_KV, "HEAD_DIM_V": D_v,
         "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q,
-        "BLOCK_T": worklist.FEW_TILES if plan.is_shared and not is_counted else 0,
+        "BLOCK_T": worklist.FEW_TILES if counts_work else 0,
     }  # fmt: skip
     block_d, tail_d = problem.split_head_dim(D)
-    launch = _launch_first if overlaps and rows is not None else _launch
-    if plan.is_beside and not is_counted and tree_starts is None:
-        launch = _launch_second  # it reads nothing that the kernel right before it writes
+    launch = _launch
+    if counts_work and tree_starts is None:
+        launch = _launch_beside  # it reads nothing that the kernel right before it writes
+    elif plan.is_shared and overlaps and not counts_work:
+        launch = _launch_next
     launch(
         plan.num_programs,
         strides=(
@@ -396,7 +399,7 @@ def _start_by(
             lens_strides, cu_strides, causal_strides, slopes_strides, sinks_strides,
             tree_strides[1], k_cache.dtype, v.dtype, out.dtype, parts.dtype,
             None if sinks is None else sinks.dtype,
-            is_causal is None, tree_starts is None, rows is None, is_light is None,
+            is_causal is None, tree_starts is None, rows is None,
         ),
         args=(
             q, *q_strides,
@@ -414,7 +417,6 @@ def _start_by(
             tree_starts,
             ends,
             rows,
-            is_light,
             out,
             lse,
             parts,
@@ -431,6 +433,7 @@ def _start_by(
             "VALUES_IN_KEYS": problem.are_values_in_keys(k_cache, v_cache),
             "HAS_PTX": device_info(q.device).capability >= 89,  # float8 to float16
             "NEGATE_Q": options.scale < 0, "OVERLAPS": overlaps,
+            "IS_BESIDE": plan.is_beside, "COUNTS_WORK": counts_work,
             "PRECISION": tiling.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
             "BLOCK_DV": tiling.padded_head_dim(D_v),
@@ -438,7 +441,7 @@ def _start_by(
         config=config,
     )  # fmt: skip
     return Parts(
-        *(parts, parts_lse, cu_seqlens_q, rows, ends, is_light, out, lse, sizes, shape),
+        *(parts, parts_lse, cu_seqlens_q, rows, ends, out, lse, sizes, shape),
         plan.head_tiles,
     )
 

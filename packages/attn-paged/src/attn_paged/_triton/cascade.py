@@ -7,6 +7,7 @@ off. The two are merged by their lse (Juravsky et al., "Hydragen", 2024).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -14,12 +15,12 @@ import triton.language as tl
 
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
+from attn_paged._hopper import support
 from attn_paged._triton import merge, problem
 from attn_paged.options import AttentionOptions
 
 _MIN_SEQUENCES = 256  # of which a program looks at once; fewer compile no other kernel
 _ENTRIES = 1024  # of a table that a program compares at once
-SHARED_KEYS = tl.constexpr(8)  # that take as long as to read one key, at least
 
 
 @triton.jit
@@ -40,9 +41,11 @@ def _find_prefixes_kernel(
     common_ptr,  # [B], leading blocks in common with it
     B, num_blocks,
     IS_RAGGED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Compare a sequence with its leader; only full blocks before its queries count."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0)
     _begin, M = _queries_of(b, cu_seqlens_ptr, stride_cu, b < B, IS_RAGGED)
     own_blocks = tl.maximum(tl.load(lens_ptr + b * stride_lens) - M, 0) // BLOCK_SIZE
@@ -83,12 +86,14 @@ def _divide_sequences_kernel(
     rows_ptr,  # [T], queries in the order of the groups
     rest_lens_ptr,  # [B]
     rest_table_ptr,  # [B, num_blocks], contiguous
-    is_light_ptr,  # [1], whether the rest takes less time than the prefixes
     T, B, num_blocks,
     IS_RAGGED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Lay out one sequence's queries among those of its group, and its keys past the prefix."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     b = tl.program_id(0)
     offs_b = tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
@@ -105,11 +110,6 @@ def _divide_sequences_kernel(
     tl.store(bounds_ptr + b, tl.sum(tl.where(leaders < b, Ms, 0), 0))
     if b == B - 1:
         tl.store(bounds_ptr + B, tl.sum(Ms, 0))
-        lens = tl.load(lens_ptr + offs_b * stride_lens, mask=mask_b, other=0)
-        is_follower = mask_b & (leaders != offs_b)
-        shared = tl.sum(tl.where(is_follower, common, 0).to(tl.int64) * BLOCK_SIZE, 0)
-        rest = tl.sum(lens.to(tl.int64), 0) - shared
-        tl.store(is_light_ptr, (rest * SHARED_KEYS <= shared).to(tl.int32))
     is_before = (leaders < leader) | ((leaders == leader) & (offs_b < b))
     target = tl.sum(tl.where(is_before, Ms, 0), 0)
     for start in range(0, M, BLOCK_E):
@@ -134,6 +134,7 @@ def _divide_sequences_kernel(
 
 _launch_find = Launcher(_find_prefixes_kernel)
 _launch_divide = Launcher(_divide_sequences_kernel)
+_launch_divide_next = Launcher(_divide_sequences_kernel, launch_pdl=True)
 
 
 def attend_in_halves(
@@ -151,7 +152,7 @@ def attend_in_halves(
     (T, H, D_v), (B, num_blocks) = out.shape, block_tables.shape
     new = context_lens.new_empty
     leaders, common, prefix_lens, rest_lens = new((4, B)).unbind(0)
-    bounds, rows, rest_table, is_light = new((B + 1,)), new((T,)), new((B, num_blocks)), new((1,))
+    bounds, rows, rest_table = new((B + 1,)), new((T,)), new((B, num_blocks))
     table_strides, cu_seqlens_q = block_tables.stride(), options.cu_seqlens_q
     lens_strides, cu_strides = (
         problem.strides_of(vector, 1) for vector in (context_lens, cu_seqlens_q)
@@ -160,25 +161,40 @@ def attend_in_halves(
         block_tables, *table_strides, context_lens, *lens_strides, cu_seqlens_q, *cu_strides,
         leaders, common,
     )  # fmt: skip
+    overlaps = problem.can_overlap(q.device)
     block_b = max(_MIN_SEQUENCES, 1 << (B - 1).bit_length())
     launch = {
         "strides": (table_strides[1], lens_strides, cu_strides),
         "constexprs": {
             "IS_RAGGED": cu_seqlens_q is not None, "BLOCK_SIZE": k_cache.shape[1],
-            "BLOCK_B": block_b, "BLOCK_E": _ENTRIES,
+            "BLOCK_B": block_b, "BLOCK_E": _ENTRIES, "OVERLAPS": overlaps,
         },
         "config": TileConfig(block_b, _ENTRIES, 4, 1),
     }  # fmt: skip
     _launch_find(B, args=(*tensors, B, num_blocks), **launch)
-    outputs = (prefix_lens, bounds, rows, rest_lens, rest_table, is_light)
-    _launch_divide(B, args=(*tensors, *outputs, T, B, num_blocks), **launch)
+    outputs = (prefix_lens, bounds, rows, rest_lens, rest_table)
+    divide = _launch_divide_next if overlaps else _launch_divide
+    divide(B, args=(*tensors, *outputs, T, B, num_blocks), **launch)
 
     halves = q.new_empty((2, T, H, D_v), dtype=torch.float32)
     halves_lse = q.new_empty((2, H, T), dtype=torch.float32)
     prefix = options._replace(
         window=(-1, -1), cu_seqlens_q=bounds, sinks=None, is_causal=None, tree_mask=None
     )
-    tables_a, tables_b = (block_tables, prefix_lens, prefix), (rest_table, rest_lens, options)
-    left = start(q, k_cache, v_cache, *tables_a, halves[0], halves_lse[0], rows)
-    left_of_rest = start(q, k_cache, v_cache, *tables_b, halves[1], halves_lse[1], None, is_light)
+    caches = (q, k_cache, v_cache)
+    of_prefix, of_rest = zip(halves, halves_lse, strict=True)
+    is_beside = support.takes(*caches, block_tables, options)
+    if is_beside:
+        groups = (block_tables, prefix_lens, bounds, rows)
+        left = _start_on_hopper(*caches, *groups, options.scale, *of_prefix)
+    else:
+        left = start(*caches, block_tables, prefix_lens, prefix, *of_prefix, rows)
+    left_of_rest = start(*caches, rest_table, rest_lens, options, *of_rest, None, is_beside)
     merge.merge_halves(left, left_of_rest, rows, out, lse)
+
+
+def _start_on_hopper(*arguments: Any) -> list[merge.Parts]:
+    """Start attention to prefixes by Gluon, which is imported where it is used."""
+    from attn_paged._hopper import prefix
+
+    return [prefix.start(*arguments)]

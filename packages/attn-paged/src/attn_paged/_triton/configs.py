@@ -29,6 +29,7 @@ _ALONE_BYTES = 1 << 19  # of keys for a program that has a processor and a seque
 _INVARIANT_KEYS = 1024  # of a part that is the same in every batch
 _SHARED_BYTES = 208 << 10  # of a processor, for the tiles of its programs
 _KEY_TILE_BYTES = 1 << 15  # of keys and values that one stage of the pipeline holds
+_BESIDE_PROGRAMS = 4  # for each processor
 _WORDS = ("few", "few-whole", "few-parts", "few-beside", "some", "many")
 
 
@@ -279,8 +280,8 @@ def schedule(plan: Plan, span: int, key_bytes: int, choice: Choice) -> Plan:
 
 
 def _beside(plan: Plan, choice: Choice) -> Plan:
-    """Four programs for each processor. Half of them are at work while they share it."""
-    shares = max(2, 4 * device_info(choice.device).num_sms // plan.head_tiles)
+    """Programs for twice the room there is: each that ends makes room for one with as much work."""
+    shares = max(1, _BESIDE_PROGRAMS * device_info(choice.device).num_sms // plan.head_tiles)
     config = choice.tiles("few-beside")
     return plan._replace(config=config, num_splits=shares, is_shared=True, is_beside=True)
 

@@ -77,11 +77,14 @@ def attend(
     # fmt: on
     """Attend to the tiles of keys in [lo, hi), with or without looking at the mask.
 
-    `blocks` are the ids of the tile at lo. They are loaded one tile ahead: keys whose address
-    depends on a load of the same iteration would halve the depth of Triton's pipeline. Where
-    elements of v are pairs, acc has their even columns and acc_odd the odd ones.
+    l_i has the sums of rows, or of small tiles those of each column: warps would have to exchange
+    what they add up for every tile of keys. `blocks` are the ids of the tile at lo. They are loaded
+    one tile ahead: keys whose address depends on a load of the same iteration would halve the depth
+    of Triton's pipeline. Where elements of v are pairs, acc has their even columns and acc_odd the
+    odd ones.
     """
     PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
+    ADD_LATER: tl.constexpr = l_i.shape[1] > 1
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV // PAIR)
     mask_d = offs_d < HEAD_DIM
@@ -136,13 +139,14 @@ def attend(
                 entries = tree_ptrs[:, None] + (column * stride_mn)[None, :]
                 visible = visible & (tl.load(entries, mask=is_about, other=1) != 0)
         if IS_QUANTISED:
-            m_i, l_i, alpha, p = scaled_softmax(
-                m_i, l_i, scores, factor, v_scales, visible, MASKED
-            )
+            m_i, alpha, p = scaled_softmax(m_i, scores, factor, v_scales, visible, MASKED)
         elif MASKED:
-            m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, scores, factor, visible)
+            m_i, _sum, alpha, p = online_softmax_masked(m_i, 0.0, scores, factor, visible)
         else:
-            m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
+            m_i, _sum, alpha, p = online_softmax(m_i, 0.0, scores, factor)
+        l_i = l_i * alpha[:, None] + (p if ADD_LATER else tl.sum(p, 1)[:, None])
+        if IS_QUANTISED:
+            p *= v_scales[None, :]
         p = p.to(q.dtype)
         if PAIR == 2:
             v, v_odd = dequantised_pairs(v, k_ptr.dtype.element_ty, q.dtype, HAS_PTX)

@@ -16,6 +16,7 @@ from attn_paged._triton.queries import queries_of_tile, sequence_of, tile_of_uni
 _TILE = 4096  # elements of parts that a program holds, of at least two parts
 _ROWS = 8  # of a tile in few parts that are merged at once
 _SEQUENCES = 256  # of which a program looks at once; fewer compile no other kernel
+_TILES = 256  # whose ends a program looks at at once, at most
 
 
 @triton.jit
@@ -32,14 +33,6 @@ def rows_of_tile(
     if rows_ptr is not None:
         tokens = tl.load(rows_ptr + tokens, mask=mask_m, other=0).to(tl.int64)
     return heads, tokens, mask_m
-
-
-@triton.jit
-def programs_at_work(num_shares, is_light_ptr):
-    """Return how many programs share the work: half of them where it is light."""
-    if is_light_ptr is not None:
-        num_shares = tl.where(tl.load(is_light_ptr) != 0, num_shares // 2, num_shares)
-    return num_shares
 
 
 @triton.jit
@@ -129,20 +122,21 @@ def _merge_parts_kernel(
     cu_seqlens_ptr, stride_cu,
     rows_ptr,
     ends_ptr,
-    is_light_ptr,
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
     T, B, num_tiles, num_splits, least_m, most_m, steps, num_halvings,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Merge rows of a tile: a part is a key whose score is its lse and whose value its output.
 
     Where the work is shared, each program but the first that began in the midst of a tile stands
     for it, so that their number does not grow with that of the tiles.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     HEAD_TILES: tl.constexpr = H_KV * ((GROUP + TILE_GROUP - 1) // TILE_GROUP)
     RUNS: tl.constexpr = (TILE_GROUP * BLOCK_Q + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
@@ -152,17 +146,12 @@ def _merge_parts_kernel(
     end = 0
     total = 0
     if IS_SHARED:
-        ends = 0
-        if BLOCK_T > 0:
-            tiles = tl.arange(0, BLOCK_T)
-            ends = tl.load(ends_ptr + tiles, mask=tiles < num_tiles, other=2**31 - 1)
         total = tl.load(ends_ptr + num_tiles - 1)
-        num_splits = programs_at_work(num_splits, is_light_ptr)
         share = share_of_work(total, num_splits)
         unit = (tile + 1) * share
         if unit >= total:
             return
-        tile, begin = tile_of_unit(unit, ends, ends_ptr, num_tiles, num_halvings, BLOCK_T)
+        tile, begin = tile_of_unit(unit, ends_ptr, num_tiles, num_halvings, BLOCK_T)
         # It began with the tile, or another one stands for it.
         if (begin == unit) | ((begin // share + 1) * share < unit):
             return
@@ -194,6 +183,7 @@ def _merge_parts_kernel(
 
 
 _launch = Launcher(_merge_parts_kernel)
+_launch_next = Launcher(_merge_parts_kernel, launch_pdl=True)
 
 
 class Parts(NamedTuple):
@@ -208,7 +198,6 @@ class Parts(NamedTuple):
     cu_seqlens_q: torch.Tensor | None
     rows: torch.Tensor | None
     ends: torch.Tensor | None
-    is_light: torch.Tensor | None
     out: torch.Tensor
     lse: torch.Tensor
     sizes: dict[str, int]
@@ -230,23 +219,25 @@ def merge_parts(left: Parts) -> None:
     groups = sizes["num_splits"] - 1 if ends is not None else sizes["num_tiles"]
     if sizes["num_splits"] == 1 or groups == 0:
         return
-    _launch(
+    overlaps = problem.can_overlap(out.device)
+    launch = _launch_next if overlaps else _launch
+    launch(
         groups * left.head_tiles * tiling.ceil_div(num_rows, block_r),
-        strides=(strides, out.dtype, left.rows is None, left.is_light is None),
+        strides=(strides, out.dtype, left.rows is None),
         args=(
             left.parts,
             left.parts_lse,
             left.cu_seqlens_q, *strides,
             left.rows,
             ends,
-            left.is_light,
             out,
             left.lse,
             *sizes.values(), sizes["num_tiles"].bit_length(),
         ),
         constexprs={
-            **constexprs,
+            **constexprs, "BLOCK_T": _TILES if sizes["num_tiles"] <= _TILES else 0,
             "BLOCK_R": block_r, "BLOCK_S": rows_at_once // block_r, "BLOCK_DV": block_dv,
+            "OVERLAPS": overlaps,
         },
         config=TileConfig(rows_at_once // block_r, block_dv, 4, 1),
     )  # fmt: skip
@@ -307,7 +298,7 @@ def _with_half(
 def _merge_halves_kernel(
     a_parts_ptr, a_parts_lse_ptr, a_bounds_ptr, a_ends_ptr, a_whole_ptr, a_whole_lse_ptr,
     b_parts_ptr, b_parts_lse_ptr, cu_seqlens_ptr, stride_cu, b_ends_ptr,
-    b_whole_ptr, b_whole_lse_ptr, is_light_ptr,
+    b_whole_ptr, b_whole_lse_ptr,
     rows_ptr,  # [T], query of each place among the groups
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
@@ -319,8 +310,11 @@ def _merge_halves_kernel(
     A_BLOCK_M: tl.constexpr, B_BLOCK_M: tl.constexpr,
     A_BLOCK_Q: tl.constexpr, B_BLOCK_Q: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Merge what the prefix (a) and the rest (b) left for BLOCK_G heads of a query."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     RUNS: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     pid = tl.program_id(0)
     h_kv = pid % H_KV
@@ -342,8 +336,7 @@ def _merge_halves_kernel(
         m_i, l_i, acc, token.to(tl.int32), token, h_kv, offs_g, mask_g,
         b_parts_ptr, b_parts_lse_ptr, cu_seqlens_ptr, stride_cu, b_ends_ptr,
         b_whole_ptr, b_whole_lse_ptr,
-        T, B, b_num_tiles, programs_at_work(b_num_splits, is_light_ptr),
-        IS_RAGGED, B_IS_SHARED, B_IS_WHOLE,
+        T, B, b_num_tiles, b_num_splits, IS_RAGGED, B_IS_SHARED, B_IS_WHOLE,
         GROUP, B_TILE_GROUP, H_KV, HEAD_DIM_V, B_BLOCK_M, B_BLOCK_Q, BLOCK_B, BLOCK_S, BLOCK_DV,
     )  # fmt: skip
     heads = h_kv.to(tl.int64) * GROUP + offs_g
@@ -354,6 +347,7 @@ def _merge_halves_kernel(
 
 
 _launch_halves = Launcher(_merge_halves_kernel)
+_launch_halves_next = Launcher(_merge_halves_kernel, launch_pdl=True)
 
 
 def merge_halves(
@@ -376,12 +370,14 @@ def merge_halves(
     block_s = max(1, _TILE // block_dv // block_g)
     strides = problem.strides_of(b.cu_seqlens_q, 1)
     B = b.sizes["B"]
-    _launch_halves(
+    overlaps = problem.can_overlap(out.device)
+    launch = _launch_halves_next if overlaps else _launch_halves
+    launch(
         T * heads_kv * tiling.ceil_div(group, block_g),
-        strides=(strides, out.dtype, a.ends is None, b.ends is None, b.is_light is None),
+        strides=(strides, out.dtype, a.ends is None, b.ends is None),
         args=(
             a.parts, a.parts_lse, a.cu_seqlens_q, a.ends, a.out, a.lse,
-            b.parts, b.parts_lse, b.cu_seqlens_q, *strides, b.ends, b.out, b.lse, b.is_light,
+            b.parts, b.parts_lse, b.cu_seqlens_q, *strides, b.ends, b.out, b.lse,
             rows, out, lse, T, B,
             *(left.sizes[name] for left in (a, b) for name in ("num_tiles", "num_splits")),
         ),
@@ -396,7 +392,7 @@ def merge_halves(
                 for half, left in (("A", a), ("B", b))
             },
             "BLOCK_B": max(_SEQUENCES, triton.next_power_of_2(B + 1)),
-            "BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_DV": block_dv,
+            "BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_DV": block_dv, "OVERLAPS": overlaps,
         },
         config=TileConfig(block_g, block_dv, 4, 1),
     )  # fmt: skip

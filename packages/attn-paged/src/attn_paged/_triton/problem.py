@@ -13,7 +13,6 @@ NOT_SPECIALIZED = [
     *("a_num_tiles", "a_num_splits", "b_num_tiles", "b_num_splits", "num_blocks"),
     *("stride_tb", "stride_mask", "tree_width", "left", "right"),
 ]
-_NARROW = 128  # head dimension: the output of 128 rows of more takes all registers
 LOG2_E = 1.4426950408889634
 
 
@@ -46,12 +45,9 @@ def are_values_in_keys(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     )
 
 
-def fit_two(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether attention to a prefix and to the rest run side by side, as registers allow.
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends, and wait for its results by itself.
 
-    The second kernel starts as soon as the programs of the first have: programmatic dependent
-    launch, CUDA C++ Programming Guide, from compute capability 9.0 on.
+    Programmatic dependent launch, CUDA C++ Programming Guide, from compute capability 9.0 on.
     """
-    capability = device_info(k_cache.device).capability
-    is_able = capability >= 90 and (triton_version() or (0, 0)) >= (3, 6)
-    return is_able and k_cache.itemsize == 2 and max(k_cache.shape[3], v_cache.shape[3]) <= _NARROW
+    return device_info(device).capability >= 90 and (triton_version() or (0, 0)) >= (3, 6)

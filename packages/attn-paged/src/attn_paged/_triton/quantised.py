@@ -79,10 +79,11 @@ def power_of_two(x):
 
 
 @triton.jit
-def scaled_softmax(m_i, l_i, scores, scale_log2, v_scales, visible, MASKED: tl.constexpr):
-    """Online softmax that returns p * v_scale, at most 2: float16 holds it whatever the scales.
+def scaled_softmax(m_i, scores, scale_log2, v_scales, visible, MASKED: tl.constexpr):
+    """Online softmax where p * v_scale is at most 2: float16 holds it whatever the scales.
 
-    So m_i is the exponent of the largest of these products instead of the largest score.
+    So m_i is the exponent of the largest of these products instead of the largest score. Return
+    m_i, the factor for sums, and p.
     """
     scores = scores * scale_log2
     if MASKED:
@@ -93,4 +94,4 @@ def scaled_softmax(m_i, l_i, scores, scale_log2, v_scales, visible, MASKED: tl.c
     pivot = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
     p = tl.math.exp2(scores - pivot[:, None])
     alpha = tl.math.exp2(m_i - pivot)
-    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p * v_scales[None, :]
+    return m_new, alpha, p

@@ -80,15 +80,22 @@ def keys_of_tile(
 
 
 @triton.jit
-def tile_of_unit(unit, ends, ends_ptr, num_tiles, steps, BLOCK_T: tl.constexpr):
+def tile_among(unit, ends):
     """Find the tile that unit of work belongs to; return it and the first unit of the tile.
 
-    It is the first tile whose end is past the unit. `ends` are all of them where BLOCK_T > 0;
-    otherwise they are looked at in memory, in `steps` halvings.
+    It is the first tile whose end is past the unit.
     """
+    is_before = ends <= unit
+    return tl.sum(is_before.to(tl.int32), 0), tl.max(tl.where(is_before, ends, 0), 0)
+
+
+@triton.jit
+def tile_of_unit(unit, ends_ptr, num_tiles, steps, BLOCK_T: tl.constexpr):
+    """Do so by ends in memory: all at once where BLOCK_T > 0, else one in each halving."""
     if BLOCK_T > 0:
-        is_before = ends <= unit
-        return tl.sum(is_before.to(tl.int32), 0), tl.max(tl.where(is_before, ends, 0), 0)
+        tiles = tl.arange(0, BLOCK_T)
+        ends = tl.load(ends_ptr + tiles, mask=tiles < num_tiles, other=2**31 - 1)
+        return tile_among(unit, ends)
     else:  # noqa: RET505 - Triton compiles what follows a return
         low = 0
         high = num_tiles - 1

@@ -16,7 +16,7 @@ from attn_paged._triton import problem
 from attn_paged._triton.configs import Plan
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile
 
-FEW_TILES = 256  # at most, that a program of attention counts itself
+FEW_TILES = 256  # at most, that a program looks at at once
 _TILES = 1024  # that are counted at once
 
 
@@ -53,8 +53,11 @@ def _count_work_kernel(
     T, B, num_tiles, least_m, most_m, steps, left, right,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     total = 0
     for start in range(0, num_tiles, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
@@ -68,11 +71,12 @@ def _count_work_kernel(
 
 
 _launch = Launcher(_count_work_kernel)
+_launch_next = Launcher(_count_work_kernel, launch_pdl=True)
 
 
-def is_short(plan: Plan, overlaps: bool) -> bool:
-    """Whether the programs of attention count the work themselves."""
-    return overlaps and plan.num_tiles <= FEW_TILES
+def is_short(plan: Plan) -> bool:
+    """Whether a program looks at all of the list at once."""
+    return plan.num_tiles <= FEW_TILES
 
 
 def count_work(
@@ -81,12 +85,19 @@ def count_work(
     is_causal: torch.Tensor | None,
     ends: torch.Tensor,
     constexprs: dict[str, bool | int],
+    *,
+    is_next: bool = False,
     **sizes: int,
 ) -> None:
-    """Write the units of work up to the end of each tile to ends, int32 (num_tiles,)."""
+    """Write the units of work up to the end of each tile to ends, int32 (num_tiles,).
+
+    `is_next` says that the kernel right before it is one of this package.
+    """
     block_t = min(_TILES, max(128, 1 << (sizes["num_tiles"] - 1).bit_length()))
     strides = [problem.strides_of(x, 1) for x in (context_lens, cu_seqlens_q, is_causal)]
-    _launch(
+    overlaps = problem.can_overlap(ends.device)
+    launch = _launch_next if is_next and overlaps else _launch
+    launch(
         1,
         strides=(*strides, is_causal is None),
         args=(
@@ -95,6 +106,8 @@ def count_work(
             is_causal, *strides[2],
             ends, *sizes.values(),
         ),
-        constexprs={**constexprs, "BLOCK_T": block_t},
+        constexprs={
+            **constexprs, "BLOCK_T": block_t, "OVERLAPS": overlaps,
+        },
         config=TileConfig(block_t, 1, 4, 1),
     )  # fmt: skip
