@@ -9,7 +9,8 @@ Scores are computed transposed, keys by queries: P^T and dS^T leave the first pr
 registers from which the products of dV and dK take them. dQ is summed over programs in float32, in
 the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their protocol:
 
-* `_load` copies K and V, and then each step's Q, dO, lse and delta, two steps ahead;
+* `_load` copies K and V, then each step's Q, dO, lse and delta, two steps ahead, and at the end dK
+  and dV: what it alone knows takes no register of those who compute;
 * two of `_accumulate`, a warpgroup for 64 keys each, keep dK and dV in registers, and each compute
   one half of a step's dQ. They take turns: one's exponentials run under the other's products;
 * `_add_dq` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the keys.
@@ -58,7 +59,9 @@ _KEYS_READ = gl.constexpr(8)
 _DQ_EMPTY = gl.constexpr(9)  # 10 for the second consumer
 _DQ_FULL = gl.constexpr(11)  # 12 for the second consumer
 _TURN = gl.constexpr(13)  # 14 for the second consumer
+_KEYS_DONE = gl.constexpr(15)
 _CONSUMERS = gl.constexpr(256)
+_CONSUMERS_AND_LOADER = gl.constexpr(288)
 _CONSUMER_AND_ADDER = gl.constexpr(160)
 
 
@@ -241,8 +244,19 @@ def _load_queries(problem, tile, desc, row_desc, barrier, buffer, row_buffer, h,
 
 
 @gluon.jit
+def _store_keys(problem, tile, desc, buffers):
+    sequence = tile.sequence
+    for w in gl.static_range(2):
+        row = tile.n * BLOCK_N + w * _KEYS
+        if problem.IS_RAGGED:
+            store_ragged_rows(desc, sequence.start_k, sequence.N, tile.h_kv, row, buffers.index(w))
+        else:
+            store_rows(desc, tile.b, tile.h_kv, row, buffers.index(w))
+
+
+@gluon.jit
 def _load(tensors, shared, problem, tile):
-    """Fill the stages of shared memory with what each step needs."""
+    """Fill the stages of shared memory with what each step needs; write dK and dV at the end."""
     steps = (tile.last - tile.first) * problem.group
     _load_keys(problem, tile, tensors.k, shared.k_full, shared.k)
     m = tile.first
@@ -267,6 +281,10 @@ def _load(tensors, shared, problem, tile):
         if m == tile.last:
             m = tile.first
             h += 1
+    meet_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
+    _store_keys(problem, tile, tensors.dv, shared.v)
+    _store_keys(problem, tile, tensors.dk, shared.k)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -332,20 +350,12 @@ def _hand_over(shared, dq, W: gl.constexpr):
 
 
 @gluon.jit
-def _store_keys(problem, tile, desc, key, buffer):
-    if problem.IS_RAGGED:
-        sequence = tile.sequence
-        store_ragged_rows(desc, sequence.start_k, sequence.N, tile.h_kv, key, buffer)
-    else:
-        store_rows(desc, tile.b, tile.h_kv, key, buffer)
-
-
-@gluon.jit
 def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     """Compute dK and dV of consumer W's keys, and its half of each step's dQ.
 
-    A turn is the products of P and dS. When the second consumer's comes, both have stored the dS of
-    the step; when the first one's comes, that of the step before, whose dQ it computes.
+    A turn is the products of P and dS, for narrow heads also the next scores. When the second
+    consumer's comes, both have stored the dS of the step; when the first one's comes, that of the
+    step before, whose dQ it computes.
     """
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     BLOCK_D: gl.constexpr = shared.q.shape[2]
@@ -355,6 +365,7 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     IS_BEHIND: gl.constexpr = W == 0  # with dQ
+    KEEPS_TURN: gl.constexpr = BLOCK_D == 64  # for the next scores
     key = tile.n * BLOCK_N + W * _KEYS
     count = tile.sequence.N - key
     row = tile.sequence.M - count  # of the query at the first key's position
@@ -368,7 +379,9 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     mbarrier.wait(shared.k_full, 0)
     if steps > 0:
         mbarrier.wait(shared.v_full, 0)
-        if W == 1:
+        if W == 1 and KEEPS_TURN:
+            meet_at(_TURN + 1, _CONSUMERS)
+        elif W == 1:
             arrive_at(_TURN, _CONSUMERS)  # the first turn is the first consumer's
     for step in range(steps):
         i = step % _STAGES
@@ -379,6 +392,8 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(shared.do_full.index(i), phase)
         dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        if KEEPS_TURN:
+            arrive_at(_TURN + 1 - W, _CONSUMERS)
         lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
         s = warpgroup_mma_wait(1, deps=(s,))
         ahead = row - m * BLOCK_M
@@ -387,8 +402,9 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
             s = _mask(s, problem, count, ahead)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
         p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
-        delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
         dp = warpgroup_mma_wait(0, deps=(dp,))
+        # Not before the wait, where scores and lse still fill the registers.
+        delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
         ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
         ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
         shared.ds.index(i * 2 + W).store(ds)
@@ -398,7 +414,8 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         dq = _start_dq(shared, step + 1 if IS_BEHIND else step, W)
         dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-        arrive_at(_TURN + 1 - W, _CONSUMERS)
+        if not KEEPS_TURN:
+            arrive_at(_TURN + 1 - W, _CONSUMERS)
         if not IS_BEHIND or step > 0:
             _hand_over(shared, dq, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))
@@ -406,18 +423,17 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         m += 1
         if m == tile.last:
             m = tile.first
+    if KEEPS_TURN and steps > 0:
+        arrive_at(_TURN + 1 - W, _CONSUMERS)
     if IS_BEHIND and steps > 0:
         meet_at(_TURN, _CONSUMERS)
         dq = _start_dq(shared, steps - 1, W)
         _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
     v.store(dv.to(DTYPE))
-    fence_async_shared()
-    _store_keys(problem, tile, tensors.dv, key, v)
     meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
     k.store((dk * problem.scale).to(DTYPE))
     fence_async_shared()
-    _store_keys(problem, tile, tensors.dk, key, k)
-    tma.store_wait(0)
+    arrive_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
 
 
 @gluon.jit
