@@ -249,3 +249,10 @@ def test_subjects_have_distinct_providers_on_each_device():
                 case = dataclasses.replace(CASE, passes=passes)
                 names = [p.name for p in measured.chosen(case, torch.device(kind))]
                 assert len(names) == len(set(names))
+
+
+def test_the_clock_of_the_host_makes_as_many_calls_as_asked():
+    calls = []
+    clock = timing.HostClock(timing.CpuClock())
+    assert len(clock.samples(lambda: calls.append(0), 40)) == len(calls) // timing._HOST_CALLS == 2
+    assert len(clock.samples(lambda: None, 1)) == 1
