@@ -577,7 +577,7 @@ _LOG2_E = 1.4426950408889634
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
-_ORDERED = 512  # keys up to which it takes longer to clear the sum of dQ than to add in order
+_ORDERED = 512  # keys of a query up to which clearing the sum takes longer than adding in order
 
 
 def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
@@ -612,7 +612,8 @@ def attention_backward(
     if B * M * H * N == 0 or (is_ragged and sequences.starts_q.shape[0] == 1):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     left, right = window
-    deterministic = deterministic or N <= _ORDERED
+    seen = N if left < 0 or right < 0 else min(N, left + right + 1)  # keys of a query, at most
+    deterministic = deterministic or seen <= _ORDERED
     block_d = 64 if D <= 64 else 128
     block_m = 8192 // block_d
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
