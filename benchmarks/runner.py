@@ -144,8 +144,10 @@ class Runner:
             self._weigh(jobs, rows)
             if GRAPH in rows:
                 rows[GRAPH].timing = "graph"
-                with call.context():
-                    jobs[GRAPH] = timing.Job(timing.captured(functools.partial(_both, call)))
+                # Inputs of its own: gradients of the others wait for the stream of `out`.
+                own = provider.prepare(case, inputs)
+                with own.context():
+                    jobs[GRAPH] = timing.Job(timing.captured(functools.partial(_both, own)))
         except Exception as error:
             undone = [row for pass_, row in rows.items() if pass_ not in jobs]
             _mark(undone, _describe(error), _status(error))
