@@ -184,16 +184,6 @@ def _on_hopper(name: str, v: torch.Tensor, config: TileConfig) -> TileConfig:
     return config._replace(**HOPPER.get((name, v.shape[-1], v.element_size()), {}))
 
 
-def prefix_sum_columns(num_columns: int) -> TileConfig:
-    """Choose the tiles of prefix sums: block_m elements of block_n sequences, neighbours in memory.
-
-    Fewer sequences make longer tiles.
-    """
-    most = PREFIX_SUM_COLUMNS
-    block_c = min(most.block_n, 1 << (num_columns - 1).bit_length())
-    return most._replace(block_m=most.block_m * most.block_n // block_c, block_n=block_c)
-
-
 def _pick(table: Table, v: torch.Tensor, causal: bool, launch: Launch | None) -> TileConfig:
     head_dim, block_d = v.shape[-1], padded_head_dim(v.shape[-1])
     shape = "causal" if causal else "full"

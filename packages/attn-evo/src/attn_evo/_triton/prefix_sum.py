@@ -1,6 +1,6 @@
 """Prefix sums along any dimension of a tensor of any strides.
 
-Where neighbours in memory belong to different sequences (columns), one kernel reads x once: a
+Where 64 neighbours in memory belong to different sequences (columns), one kernel reads x once: a
 program sums up its tile, publishes the sum, and waits for those of the tiles before its own, which
 run at the same time. Tiles form groups; the last of a group publishes the sum of all up to there.
 All is added in a fixed order, so the bits never change (Merrill and Garland, "Single-pass Parallel
@@ -31,7 +31,6 @@ _CHUNK = 2048  # elements of a chunk, unless there are too many or SMs are idle
 _BLOCK_RUN = tl.constexpr(16)  # elements of a run
 _GROUP = tl.constexpr(16)  # tiles whose sums a program adds up
 _PUBLISHED = tl.constexpr(1 << 32)
-_MOST_COPIES = tl.constexpr(1024)  # words, of which a thread of the largest program loads two
 _OUTER_DIMS = 3  # dimensions beside that of the sum and that of the columns
 
 
@@ -161,8 +160,6 @@ def _await_published(ptrs, mask):
     words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
     while tl.min(tl.min(words >> 32, 1), 0) == 0:
         words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
-    if ptrs.numel < _MOST_COPIES:  # more threads than words: not every copy of one has been seen
-        words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
     return words.to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -174,14 +171,14 @@ def _prefix_sum_columns_kernel(
     out_ptr, stride_o0, stride_o1, stride_o2, stride_on, stride_oc,
     N, C, size_1, size_2, num_columns, num_tiles,
     EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr,
-    EVEN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # fmt: on
     # Programs start in the order of their ids: none waits for one that has not started.
     column = tl.program_id(0) % num_columns
     place = tl.program_id(0) // num_columns
-    pid_c = column % tl.cdiv(C, BLOCK_C)
-    outer = (column // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+    pid_c = column % (C // BLOCK_C)
+    outer = (column // (C // BLOCK_C)).to(tl.int64)
     tile = num_tiles - 1 - place if REVERSE else place
     start = tile.to(tl.int64) * BLOCK_N
     x_ptr += _outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
@@ -194,8 +191,6 @@ def _prefix_sum_columns_kernel(
     offs_step = tl.arange(0, _BLOCK_RUN)[None, :, None]
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_run * _BLOCK_RUN + offs_step < N - start
-    if not EVEN_C:
-        mask = mask & (offs_c < C - pid_c * BLOCK_C)[None, None, :]
     x_offs = offs_step * stride_xn + offs_run * (_BLOCK_RUN * stride_xn)
     x = tl.load(x_ptr + x_offs + offs_c[None, None, :] * stride_xc, mask=mask, other=0.0)
     x = x.to(tl.float32)
@@ -245,17 +240,18 @@ def prefix_sum(x: torch.Tensor, dim: int, exclusive: bool, reverse: bool) -> tor
 
 
 def _has_columns(x: torch.Tensor, layout: _Layout) -> bool:
-    are_neighbours = layout.columns.stride_x == 1 and layout.columns.size > 1
+    are_neighbours = layout.columns.stride_x == 1
+    are_whole = layout.columns.size % configs.PREFIX_SUM_COLUMNS.block_n == 0
     is_amd = problem.device_info(x.device).type == "hip"
-    return are_neighbours and x.dtype != torch.float64 and not is_amd
+    return are_neighbours and are_whole and x.dtype != torch.float64 and not is_amd
 
 
 def _sum_columns(
     x: torch.Tensor, out: torch.Tensor, layout: _Layout, flags: dict[str, bool]
 ) -> None:
     C = layout.columns.size
-    config = configs.prefix_sum_columns(C)
-    num_columns = tiling.ceil_div(C, config.block_n) * layout.num_outer
+    config = configs.PREFIX_SUM_COLUMNS
+    num_columns = C // config.block_n * layout.num_outer
     num_tiles = tiling.ceil_div(layout.sequence.size, config.block_m)
     rows = num_tiles + tiling.ceil_div(num_tiles, _GROUP.value)
     words = x.new_zeros((num_columns, rows, config.block_n), dtype=torch.int64)
@@ -264,12 +260,9 @@ def _sum_columns(
         num_columns * num_tiles,
         strides=layout.strides,
         args=(x, *x_strides, words, out, *out_strides, *layout.sizes, num_columns, num_tiles),
-        constexprs={
-            **flags, "EVEN_C": C % config.block_n == 0,
-            "BLOCK_N": config.block_m, "BLOCK_C": config.block_n,
-        },
+        constexprs={**flags, "BLOCK_N": config.block_m, "BLOCK_C": config.block_n},
         config=config,
-    )  # fmt: skip
+    )
 
 
 def _sum_chunks(
