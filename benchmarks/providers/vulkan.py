@@ -11,6 +11,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from attn_vulkan import Device, _backend, launch, selftest, variants
 from attn_vulkan.problem import Problem
 from attn_vulkan.quirks import usable
 from attn_vulkan.runtime.context import choose_device, open_context
+from benchmarks import problems
 from benchmarks.problems import Case
 from benchmarks.providers import flash
-from benchmarks.providers.base import TIMED, Call, Provider, Subject, Tasks, leaf, wants_grad
+from benchmarks.providers.base import TIMED, Call, Provider, Subject, leaf, wants_grad
 from benchmarks.providers.flash import Inputs
 
 _AULE_HEAD_DIM = 64
@@ -38,6 +40,8 @@ def _ours(variant: str | None, case: Case, inputs: Inputs) -> Call:
 
     if variant:
         _require(variant, _problem(case))
+    if inputs.q.is_cuda:
+        _compile_all()
     q, k, v = (_shared(tensor).requires_grad_(wants_grad(case)) for tensor in inputs[:3])
 
     def forward() -> torch.Tensor:
@@ -99,25 +103,25 @@ def _require(variant: str, problem: Problem) -> None:
         raise UnsupportedProblemError(f"{variant} has no shader for heads that share rows")
 
 
-def _shaders(variant: str, case: Case) -> Tasks:
-    """The pipelines that a case needs: drivers keep what they compiled, for every process."""
-    device, problem = _device(), _problem(case)
-    if variant not in variants.available(device, problem.dtype):
-        return {}
-    plans: list[variants.Plan] = []
+@functools.cache
+def _compile_all() -> None:
+    """Compile what the cases of a GPU need, on all cores: one by one they would take minutes."""
+    plans = {
+        (plan.shader, plan.constants)
+        for case in problems.load("attn-vulkan", "gpu")
+        for variant in variants.available(_device(), _problem(case).dtype)
+        for plan in _plans(variant, case)
+    }
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda plan: open_context().pipelines.get(*plan), plans))
+
+
+def _plans(variant: str, case: Case) -> Iterator[variants.Plan]:
+    problem = _problem(case)
     if variants.fits_forward(variant, problem):
-        plans.append(variants.forward(device, variant, problem, 1.0))
+        yield variants.forward(_device(), variant, problem, 1.0)
     if "backward" in case.passes and variants.fits_backward(variant, problem):
-        plans += variants.backward(device, variant, problem)
-    return {(plan.shader, plan.constants): functools.partial(_compile, plan) for plan in plans}
-
-
-def _compile(plan: variants.Plan, _: Inputs) -> None:
-    open_context().pipelines.get(plan.shader, plan.constants)
-
-
-def _nothing_compiled(_: Case) -> Tasks:
-    return {}
+        yield from variants.backward(_device(), variant, problem)
 
 
 @contextlib.contextmanager
@@ -180,27 +184,14 @@ SUBJECT = Subject(
                 devices=("cpu", "cuda"),
                 passes=("forward",) if name == "matrix2" else TIMED,
                 graph=False,
-                compiles=functools.partial(_shaders, name),
             )
             for name in variants.VARIANTS
         ),
-        Provider(
-            "call",
-            functools.partial(_ours, None),
-            "ours",
-            "attn_vulkan",
-            graph=False,
-            compiles=_nothing_compiled,
-        ),
+        Provider("call", functools.partial(_ours, None), "ours", "attn_vulkan", graph=False),
         Provider("torch", functools.partial(flash._ours, "torch"), devices=("cpu",)),
-        *(
-            Provider(
-                name,
-                functools.partial(flash._sdpa, f"{name.upper()}_ATTENTION"),
-                compiles=_nothing_compiled,
-            )
-            for name in ("cudnn", "flash", "efficient")
-        ),
+        Provider("cudnn", functools.partial(flash._sdpa, "CUDNN_ATTENTION")),
+        Provider("flash", functools.partial(flash._sdpa, "FLASH_ATTENTION")),
+        Provider("efficient", functools.partial(flash._sdpa, "EFFICIENT_ATTENTION")),
         Provider(
             "aule",
             _aule,
@@ -208,7 +199,6 @@ SUBJECT = Subject(
             distribution="aule-attention",
             devices=("cpu", "cuda"),
             passes=("forward",),
-            compiles=_nothing_compiled,
         ),
     ),
     make_inputs=flash.make_inputs,
@@ -216,5 +206,4 @@ SUBJECT = Subject(
     flops=flash.flops,
     traffic=flash.traffic,
     x_axis="M",
-    warm=True,
 )

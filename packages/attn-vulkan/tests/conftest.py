@@ -29,7 +29,7 @@ PROPERTIES_DRIVER = 1000196000
 
 @dataclass
 class FakeDevice:
-    """One device; `features` maps a structure's sType to its flags in order."""
+    """One device; `features` and `properties` map a structure's sType to its words in order."""
 
     name: str = "Fake GPU"
     type: int = 2
@@ -37,6 +37,7 @@ class FakeDevice:
     heaps: tuple[tuple[int, int], ...] = ((16 << 30, 0), (8 << 30, 1))
     extensions: tuple[str, ...] = ()
     features: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    properties: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 class FakeLoader:
@@ -122,6 +123,8 @@ class FakeLoader:
             PROPERTIES_SUBGROUP: struct.pack("<4I", 32, 0, 0, 0),
             PROPERTIES_DRIVER: struct.pack("<I256s256s4x", 0, b"fakevk", b"1.2.3"),
         }
+        for stype, words in self.devices[device - 1].properties.items():
+            answers[stype] = struct.pack(f"<{len(words)}I", *words)
         stype, answer = _following(head)
         packed = answers.get(stype, b"")
         ctypes.memmove(answer + 16, packed, len(packed))

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.vulkan, pytest.mark.usefixtures("real_device")]
 
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
 # A device made of the CPU takes seconds to compile each.
-DIMS = [40, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (64, 128))]
+DIMS = [40, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (64, 128, 256))]
 EVERYTHING = {
     "causal": True,
     "window_size": (20, 0),
@@ -152,6 +152,39 @@ def test_variants(monkeypatch, variant, options, dim):
 def test_split_keys_and_packed_heads(monkeypatch, variant):
     use(monkeypatch, variant, "float16")
     check("split", (1, 2, 1100, 8, 2, 64, 64), "float16", **EVERYTHING)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 1, 3000, 8, 1, 128, 128),
+        (1, 4, 900, 16, 4, 64, 32),
+        (1, 2, 1100, 4, 4, 72, 40),
+        (1, 3, 1100, 5, 1, 33, 65),
+        (1, 1, 1100, 8, 2, 256, 256),
+        (1, 16, 40, 1, 1, 128, 128),
+    ],
+    ids="b{0[0]}-m{0[1]}-n{0[2]}-h{0[3]}-kv{0[4]}-d{0[5]}-dv{0[6]}".format,
+)
+def test_subgroups_that_share_rows(monkeypatch, sizes, options):
+    use(monkeypatch, "matrix", "float16")
+    check("decoding", sizes, "float16", **options)
+
+
+@pytest.mark.parametrize("dim", [32, *(pytest.param(d, marks=pytest.mark.gpu) for d in (64, 128))])
+def test_rows_that_are_read_through_the_cache(monkeypatch, dim):
+    monkeypatch.setattr(variants, "_caches_rows", lambda *_: True)
+    q, k, v = make("cached", (1, 150, 170, 2, 1, dim, dim), "float32")
+    dout = draw("cached-dout", q.shape)
+    out, lse = attn_vulkan.attention(q, k, v, causal=True, return_lse=True)
+    grads = attn_vulkan.attention_backward(dout, q, k, v, out, lse, causal=True)
+    wide = [x.astype(np.float64) for x in (q, k, v, dout)]
+    for found, expected in zip(
+        (out, lse, *grads), selftest._reference(*wide, causal=True), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dim", DIMS)

@@ -13,6 +13,8 @@ FEATURES_BUFFER_ADDRESS = 1000257000
 FEATURES_BFLOAT16 = 1000141000
 FEATURES_MATRIX = 1000506000
 FEATURES_MATRIX2 = 1000593000
+PROPERTIES_SM_NV = 1000154001
+PROPERTIES_CORE_AMD = 1000185000
 ERROR_INCOMPATIBLE_DRIVER = -9
 EXTENSIONS = ("VK_KHR_shader_bfloat16", "VK_KHR_cooperative_matrix", "VK_NV_cooperative_matrix2")
 FEATURE_NAMES = (
@@ -28,7 +30,7 @@ EVERY_FEATURE = {
     FEATURES_BUFFER_ADDRESS: (1, 0, 0),
     FEATURES_BFLOAT16: (1, 0, 0),
     FEATURES_MATRIX: (1, 0),
-    FEATURES_MATRIX2: (1, 0, 1, 1, 1, 1, 0),
+    FEATURES_MATRIX2: (0, 0, 1, 1, 1, 0, 0),
 }
 
 
@@ -72,8 +74,9 @@ def test_every_feature(use_loader, fake_device):
         (FEATURES_BUFFER_ADDRESS, (0, 1, 1), "buffer_device_address"),
         (FEATURES_BFLOAT16, (0, 1, 1), "bfloat16"),
         (FEATURES_MATRIX, (0, 1), "cooperative_matrix"),
-        (FEATURES_MATRIX2, (0, 1, 1, 1, 1, 1, 1), "cooperative_matrix2"),
-        (FEATURES_MATRIX2, (1, 1, 1, 1, 1, 0, 1), "cooperative_matrix2"),
+        (FEATURES_MATRIX2, (1, 1, 0, 1, 1, 1, 1), "cooperative_matrix2"),
+        (FEATURES_MATRIX2, (1, 1, 1, 0, 1, 1, 1), "cooperative_matrix2"),
+        (FEATURES_MATRIX2, (1, 1, 1, 1, 0, 1, 1), "cooperative_matrix2"),
     ],
 )
 def test_a_feature_needs_its_own_flag(use_loader, fake_device, stype, flags, feature):
@@ -92,6 +95,19 @@ def test_half_precision_needs_its_storage_too(use_loader, fake_device):
 def test_shapes_of_matrices(use_loader, fake_device):
     use_loader(fake_device(extensions=EXTENSIONS, features=EVERY_FEATURE))
     assert devices()[0].matrix_shapes == ("float16 16x16x16",)
+
+
+@pytest.mark.parametrize(
+    "extension,stype,words,count",
+    [
+        ("VK_NV_shader_sm_builtins", PROPERTIES_SM_NV, (132, 64), 132),
+        ("VK_AMD_shader_core_properties", PROPERTIES_CORE_AMD, (4, 2, 12, 2), 96),
+        ("VK_KHR_maintenance1", PROPERTIES_SM_NV, (132, 64), 0),
+    ],
+)
+def test_processors(use_loader, fake_device, extension, stype, words, count):
+    use_loader(fake_device(extensions=(extension,), properties={stype: words}))
+    assert devices()[0].processors == count
 
 
 def test_a_flag_without_its_extension_is_not_asked_for(use_loader, fake_device):

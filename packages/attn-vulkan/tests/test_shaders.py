@@ -90,7 +90,7 @@ def test_bindings_hold_every_name_the_package_spells(tool):
     text = (SOURCE / "_vk" / "registry.py").read_text()
     present = set(re.findall(r"^(?:class )?(VK_\w+|Vk\w+)", text, re.MULTILINE))
     present |= set(re.findall(r'^    "(vk\w+)"', text, re.MULTILINE))
-    extensions = {name for name in names if re.fullmatch(r"VK_(KHR|NV|EXT)_[a-z0-9_]+", name)}
+    extensions = {name for name in names if re.fullmatch(r"VK_(KHR|NV|AMD|EXT)_[a-z0-9_]+", name)}
     assert names - extensions - HANDLES <= present, "run tools/generate_bindings.py"
 
 

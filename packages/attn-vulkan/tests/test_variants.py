@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from attn_vulkan import variants
@@ -38,8 +40,9 @@ def test_two_parts_do_not_pay():
 
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_scalar_tiles_fit_the_shared_memory(part, dim):
-    problem = Problem("float32", 1, 4096, 4096, 1, 1, dim, dim)
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_scalar_tiles_fit_the_shared_memory(is_aligned, part, dim):
+    problem = Problem("float32", 1, 4096, 4096, 1, 1, dim, dim, is_aligned=is_aligned)
     tiles, size = {
         "forward": (variants._FORWARD_TILES, variants._forward_bytes),
         "backward": (variants._BACKWARD_TILES, variants._backward_bytes),
@@ -48,3 +51,24 @@ def test_scalar_tiles_fit_the_shared_memory(part, dim):
     assert size(tile, problem) <= gpu().shared_memory
     assert tile.columns // tile.column_threads % 4 == 0  # weights are shared in vectors
     assert tile.rows * tile.column_threads % tile.threads == 0
+
+
+def test_decoding_keeps_every_processor_busy_once():
+    device = dataclasses.replace(gpu(), processors=132)
+    problem = Problem("float16", 8, 1, 8192, 64, 8, 128, 128, is_aligned=True)
+    plan = variants.forward(device, "matrix", problem, 0.125)
+    assert (plan.rows, plan.pack) == (16, 8)
+    _, _, groups = plan.groups(problem)
+    assert 0.9 < plan.groups(problem)[0] * groups / (132 * variants._BUSY_DECODERS) <= 1
+
+
+@pytest.mark.parametrize("dim,tile", [(64, (128, 64)), (128, (256, 128)), (256, (128, 64))])
+def test_rows_stay_in_memory_where_caches_hold_them(dim, tile):
+    problem = Problem("float32", 1, 4096, 4096, 1, 1, dim, dim, is_aligned=True)
+    plan = variants.forward(gpu(), "scalar", problem, 0.125)
+    is_direct = bool(plan.constants[-1])
+    assert is_direct == (dim <= 128)
+    assert not is_direct or (plan.constants[0], plan.rows) == tile
+    assert not variants.forward(gpu("cpu"), "scalar", problem, 0.125).constants[-1]
+    unaligned = dataclasses.replace(problem, is_aligned=False)
+    assert not variants.forward(gpu(), "scalar", unaligned, 0.125).constants[-1]

@@ -48,7 +48,7 @@ def builds() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def target(source: str) -> str:
-    """Version of Vulkan a source is compiled for; tensor layouts need SPIR-V 1.6."""
+    """Version of Vulkan a source is compiled for; GL_NV_cooperative_matrix2 needs SPIR-V 1.6."""
     return "vulkan1.3" if "matrix2" in source else "vulkan1.2"
 
 

@@ -108,7 +108,8 @@ class Registry:
         returned = entry.findtext("proto/type", "")
         result = "None" if returned == "void" else self._field(entry.find("proto"))
         taken = [self._field(p) for p in entry.iterfind("param") if _is_desktop(p)]
-        return f'    "{name}": ({result}, ({", ".join(taken)},)),'
+        comma = "," * (len(taken) == 1)
+        return f'    "{name}": ({result}, ({", ".join(taken)}{comma})),'
 
     def _members(self, name: str) -> list[Element]:
         entry = self.types[name]

@@ -42,7 +42,7 @@ class Features:
     cooperative_matrix : bool
         Matrix multiplication by a subgroup, ``VK_KHR_cooperative_matrix``.
     cooperative_matrix2 : bool
-        Matrix multiplication by a workgroup that loads its tiles through tensor layouts, out of
+        Reductions, conversions and functions of the elements of matrices, out of
         ``VK_NV_cooperative_matrix2``.
     buffer_device_address : bool
         Pointers to buffers in shaders.
@@ -109,6 +109,8 @@ class Device:
         What tells this device from others, as CUDA has it too; empty where unknown.
     matrix_shapes : tuple of str
         Cooperative matrices with float32 sums, such as ``"float16 16x16x16"``.
+    processors : int
+        Multiprocessors, or compute units; 0 where the driver does not say.
     """
 
     index: int
@@ -123,6 +125,7 @@ class Device:
     workgroup_size: int = 0
     uuid: str = ""
     matrix_shapes: tuple[str, ...] = ()
+    processors: int = 0
 
 
 def devices() -> list[Device]:
@@ -181,6 +184,7 @@ def _describe(instance: Instance, handle: int, index: int) -> Device:
         workgroup_size=properties.limits.maxComputeWorkGroupInvocations,
         uuid=_uuid(instance, handle, version),
         matrix_shapes=_matrix_shapes(instance, handle) if features.cooperative_matrix else (),
+        processors=_processors(instance, handle, version),
     )
 
 
@@ -218,6 +222,22 @@ def _memory(instance: Instance, handle: int) -> int:
     heaps = memory.memoryHeaps[: memory.memoryHeapCount]
     local = [heap.size for heap in heaps if heap.flags & vk.VK_MEMORY_HEAP_DEVICE_LOCAL_BIT]
     return max(local, default=0)
+
+
+def _processors(instance: Instance, handle: int, version: int) -> int:
+    if version < API_VERSION_1_1:
+        return 0
+    extensions = instance.extensions(handle)
+    if "VK_NV_shader_sm_builtins" in extensions:
+        nvidia = vk.VkPhysicalDeviceShaderSMBuiltinsPropertiesNV()
+        instance.fill_properties(handle, nvidia)
+        return int(nvidia.shaderSMCount)
+    if "VK_AMD_shader_core_properties" in extensions:
+        amd = vk.VkPhysicalDeviceShaderCorePropertiesAMD()
+        instance.fill_properties(handle, amd)
+        arrays = amd.shaderEngineCount * amd.shaderArraysPerEngineCount
+        return int(arrays * amd.computeUnitsPerShaderArray)
+    return 0
 
 
 def _matrix_shapes(instance: Instance, handle: int) -> tuple[str, ...]:
@@ -259,8 +279,6 @@ def _features(instance: Instance, handle: int, version: int) -> Features:
         cooperative_matrix=bool(matrix.cooperativeMatrix),
         cooperative_matrix2=all(
             (
-                matrix2.cooperativeMatrixWorkgroupScope,
-                matrix2.cooperativeMatrixTensorAddressing,
                 matrix2.cooperativeMatrixReductions,
                 matrix2.cooperativeMatrixConversions,
                 matrix2.cooperativeMatrixPerElementOperations,

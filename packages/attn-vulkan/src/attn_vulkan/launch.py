@@ -16,11 +16,12 @@ from attn_vulkan.runtime.context import Context
 from attn_vulkan.variants import Plan
 
 _FLOAT_BYTES = 4
-_COMBINE_THREADS = 64
+_COMBINE_THREADS = 128
 _DELTA_THREADS = 64
 _RESULTS = ("out", "lse")
 _GRADIENTS = ("dq", "dk", "dv")
 _VECTOR_BYTES = 16
+_FAR = 1 << 32
 # Tensors whose first dimension packed sequences share.
 _PACKED_Q = ("q", "out", "lse", "dout", "dq", "delta")
 _PACKED_K = ("k", "v", "dk", "dv")
@@ -61,7 +62,7 @@ class Array:
         return Span(self.pointer, (last + 1) * self.item_bytes, is_output, is_whole)
 
     def is_aligned(self) -> bool:
-        """Whether rows are dense and start at multiples of 16 bytes."""
+        """Whether rows are dense and start at multiples of 16 bytes, less than 4 GiB apart."""
         step = _VECTOR_BYTES // self.item_bytes
         outer = [s for n, s in zip(self.shape[:-1], self.strides[:-1], strict=True) if n > 1]
         return (
@@ -69,6 +70,7 @@ class Array:
             and self.strides[-1] == 1
             and self.shape[-1] % step == 0
             and all(stride % step == 0 for stride in outer)
+            and self.strides[1] * self.item_bytes < _FAR
         )
 
 

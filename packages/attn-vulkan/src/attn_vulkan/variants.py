@@ -19,51 +19,56 @@ SHAPE = "16x16x16"
 _FLOAT = 4
 _HALF = 2
 _SUBGROUP = 32
-# More workgroups than this do not make a device busier; decoding splits its keys to get there. None
-# is above MAX_SPLITS of combine.comp.
+# More workgroups than this do not make a device busier; decoding splits its keys to get there.
 _BUSY_WORKGROUPS = {"discrete": 1024, "integrated": 128, "virtual": 1024, "other": 128, "cpu": 8}
+# Workgroups of a multiprocessor that registers allow where a few rows are decoded.
+_BUSY_DECODERS = 5
 _MIN_SPLIT_KEYS = 256
 _MIN_SPLITS = 4  # fewer do not make up for their merging
 _PACKED_ROWS = 64
+_MAX_SPLITS = 1024  # as in combine.comp
+_LEAST_WORKGROUP = 128  # what every device allows
+_DIRECT_DIM = 32  # direct tiles serve multiples of it
 
 
 class Tile(NamedTuple):
     """How a scalar or subgroup shader cuts a problem: see forward.comp.
 
     `threads` invocations own `rows` rows and walk over `columns` at a time; `column_threads` of
-    them share a row.
+    them share a row. Up to a head dimension of `direct_dim` they read their rows through the cache
+    and not from shared memory; a tile with one serves no others.
     """
 
     threads: int
     rows: int
     columns: int
     column_threads: int
+    direct_dim: int = 0
 
 
 class MatrixTile(NamedTuple):
-    """How a matrix shader cuts one: `blocks` of 16 rows a subgroup, `columns` of the others."""
+    """How a matrix shader cuts one: `blocks` of 16 rows a subgroup, `columns` of the others.
+
+    `is_shared` where all subgroups own the same rows, and each a share of the columns of V.
+    """
 
     threads: int
     columns: int
     blocks: int = 1
+    is_shared: bool = False
 
     @property
     def rows(self) -> int:
         """Rows of a workgroup."""
-        return self.threads // _SUBGROUP * 16 * self.blocks
-
-
-class Matrix2Tile(NamedTuple):
-    """How forward_matrix2.comp cuts one."""
-
-    threads: int
-    rows: int
-    columns: int
+        subgroups = 1 if self.is_shared else self.threads // _SUBGROUP
+        return subgroups * 16 * self.blocks
 
 
 _RowTile = TypeVar("_RowTile", Tile, MatrixTile)
 
 _FORWARD_TILES = (
+    Tile(128, 64, 32, 8, direct_dim=64),
+    Tile(256, 128, 32, 8, direct_dim=128),
     Tile(128, 64, 64, 8),
     Tile(128, 64, 32, 8),
     Tile(128, 64, 16, 4),
@@ -73,6 +78,8 @@ _FORWARD_TILES = (
     Tile(32, 8, 16, 4),
 )
 _BACKWARD_TILES = (
+    Tile(128, 64, 32, 8, direct_dim=64),
+    Tile(256, 64, 32, 8, direct_dim=128),
     Tile(128, 64, 16, 4),
     Tile(128, 32, 32, 8),
     Tile(64, 16, 32, 8),
@@ -86,11 +93,16 @@ _MATRIX_TILES = {
     128: (MatrixTile(256, 64), MatrixTile(128, 64), MatrixTile(64, 16)),
     256: (MatrixTile(128, 32),),
 }
+# For as many rows as one matrix has: little shared memory, so that many of them load at a time.
+_DECODING_TILES = {
+    64: MatrixTile(64, 32, is_shared=True),
+    128: MatrixTile(64, 16, is_shared=True),
+    256: MatrixTile(128, 16, is_shared=True),
+}
 _BACKWARD_MATRIX_TILES = {
     64: (MatrixTile(256, 32), MatrixTile(128, 64)),
     128: (MatrixTile(128, 32), MatrixTile(256, 16)),
 }
-_MATRIX2_TILES = {64: Matrix2Tile(256, 128, 64), 128: Matrix2Tile(256, 128, 32)}
 
 
 @dataclass(frozen=True)
@@ -172,9 +184,8 @@ def fits_forward(name: str, problem: Problem) -> bool:
     """Whether the forward shader of a variant computes this problem at all."""
     dims = problem.head_dim, problem.head_dim_v
     if name == "matrix2":
-        is_dense = problem.is_aligned and not problem.block_size
-        return is_dense and max(dims) <= 128 and not _packs(problem)
-    return name != "matrix" or max(dims) <= 256
+        return max(dims) <= max(_MATRIX_TILES) and not _packs(problem)
+    return name != "matrix" or max(dims) <= max(_MATRIX_TILES)
 
 
 def fits_backward(name: str, problem: Problem) -> bool:
@@ -191,15 +202,16 @@ def forward(device: Device, variant: str, problem: Problem, scale: float) -> Pla
     pack = problem.group if _packs(problem) else 1
     flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
     if variant == "matrix":
-        tiles = _of_dim(_MATRIX_TILES, padded(max(problem.head_dim, problem.head_dim_v), 16))
-        tile = _filled_by(problem.len_q * pack, tiles)
-        splits = _splits(device, problem, tile.rows, pack)
+        tile = _matrix_tile(problem, problem.len_q * pack)
+        busy = device.processors * _BUSY_DECODERS if tile.is_shared else 0
+        splits = _splits(problem, tile.rows, pack, busy or _BUSY_WORKGROUPS[device.type])
         dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
         return Plan(
             f"forward_matrix_{problem.dtype}",
             _numbers(
                 *(tile.threads, *dims, tile.columns, *flags),
                 *(problem.block_size > 0, splits > 1, pack, scale <= 0, tile.blocks),
+                tile.is_shared,
             ),
             tile.rows,
             pack,
@@ -207,13 +219,13 @@ def forward(device: Device, variant: str, problem: Problem, scale: float) -> Pla
         )
     rows = problem.len_q * pack
     simple = _first_fitting(_FORWARD_TILES, device, rows, problem, _forward_bytes)
-    splits = _splits(device, problem, simple.rows, pack)
+    splits = _splits(problem, simple.rows, pack, _BUSY_WORKGROUPS[device.type])
     dims = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * simple.column_threads)
     return Plan(
         f"forward_{_filled(variant, device, simple)}_{problem.dtype}",
         _numbers(
-            *(simple.threads, *dims, *simple[1:], *flags),
-            *(problem.block_size > 0, splits > 1, pack),
+            *(simple.threads, *dims, simple.rows, simple.columns, simple.column_threads, *flags),
+            *(problem.block_size > 0, splits > 1, pack, simple.direct_dim > 0),
         ),
         simple.rows,
         pack,
@@ -229,7 +241,10 @@ def backward(device: Device, variant: str, problem: Problem) -> tuple[Plan, Plan
     tile = _first_fitting(_BACKWARD_TILES, device, length, problem, _backward_bytes)
     dim = padded(max(problem.head_dim, problem.head_dim_v), 4 * tile.column_threads)
     flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
-    constants = _numbers(tile.threads, dim, *tile[1:], *flags)
+    constants = _numbers(
+        *(tile.threads, dim, tile.rows, tile.columns, tile.column_threads, *flags),
+        tile.direct_dim > 0,
+    )
     shader = _filled(variant, device, tile)
     dq, dkv = (
         Plan(f"backward_{name}_{shader}_{problem.dtype}", constants, tile.rows)
@@ -244,10 +259,14 @@ def padded(size: int, multiple: int) -> int:
 
 
 def _forward_matrix2(problem: Problem, scale: float) -> Plan:
-    tile = _of_dim(_MATRIX2_TILES, padded(max(problem.head_dim, problem.head_dim_v), 16))
-    dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, tile.columns)
-    flags = (problem.softcap > 0, problem.has_bias, problem.has_slopes, scale <= 0)
-    constants = _numbers(tile.threads, *dims, tile.rows, tile.columns, *flags)
+    dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
+    tile = _filled_by(problem.len_q, _of_dim(_MATRIX_TILES, dim))
+    dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
+    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
+    constants = _numbers(
+        *(tile.threads, *dims, tile.columns, *flags),
+        *(problem.block_size > 0, scale <= 0, tile.blocks),
+    )
     return Plan(f"forward_matrix2_{problem.dtype}", constants, tile.rows)
 
 
@@ -270,12 +289,21 @@ def _packs(problem: Problem) -> bool:
     return problem.group > 1 and problem.len_q * problem.group <= _PACKED_ROWS
 
 
-def _splits(device: Device, problem: Problem, rows: int, pack: int) -> int:
+def _matrix_tile(problem: Problem, rows: int) -> MatrixTile:
+    dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
+    decoding = _of_dim(_DECODING_TILES, dim)
+    if rows <= decoding.rows and padded(problem.head_dim_v, 16) % (decoding.threads // 2) == 0:
+        return decoding
+    return _filled_by(rows, _of_dim(_MATRIX_TILES, dim))
+
+
+def _splits(problem: Problem, rows: int, pack: int, busy: int) -> int:
+    """Parts of the keys that make `busy` workgroups."""
     groups = -(-problem.len_q * pack // rows) * (problem.heads // pack) * problem.batches
-    wanted = _BUSY_WORKGROUPS[device.type] // max(groups, 1)
+    wanted = busy // max(groups, 1)
     if wanted < _MIN_SPLITS:
         return 1
-    return max(1, min(wanted, problem.len_k // _MIN_SPLIT_KEYS))
+    return max(1, min(wanted, problem.len_k // _MIN_SPLIT_KEYS, _MAX_SPLITS))
 
 
 def _of_dim(tiles: Mapping[int, _Value], dim: int) -> _Value:
@@ -290,13 +318,28 @@ def _first_fitting(
     size: Callable[[Tile, Problem], int],
 ) -> Tile:
     """The largest tile that shared memory holds and that `rows` rows fill."""
+    direct_dim = problem.head_dim if _caches_rows(device, problem) else None
     fitting = [
         tile
         for tile in tiles
         if size(tile, problem) <= device.shared_memory
         and tile.column_threads <= max(device.subgroup_size, 4)
+        and tile.threads <= max(device.workgroup_size, _LEAST_WORKGROUP)
+        and (not tile.direct_dim or (direct_dim and direct_dim <= tile.direct_dim))
     ]
     return _filled_by(rows, fitting)
+
+
+def _caches_rows(device: Device, problem: Problem) -> bool:
+    """Whether rows are the dense vectors that direct tiles read, on a device that caches them."""
+    dims = {problem.head_dim, problem.head_dim_v}
+    return (
+        device.type != "cpu"
+        and problem.dtype == "float32"
+        and problem.is_aligned
+        and len(dims) == 1
+        and problem.head_dim % _DIRECT_DIM == 0
+    )
 
 
 def _filled_by(rows: int, tiles: Sequence[_RowTile]) -> _RowTile:
@@ -312,7 +355,7 @@ def _filled(variant: str, device: Device, tile: Tile) -> str:
 def _forward_bytes(tile: Tile, problem: Problem) -> int:
     dim, dim_v = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * tile.column_threads)
     floats = (
-        tile.rows * (dim + 4)
+        (0 if tile.direct_dim else tile.rows) * (dim + 4)
         + tile.columns * (max(dim, dim_v) + 4)
         + tile.rows * (tile.columns + 4)
         + tile.rows * tile.column_threads
@@ -322,7 +365,8 @@ def _forward_bytes(tile: Tile, problem: Problem) -> int:
 
 def _backward_bytes(tile: Tile, problem: Problem) -> int:
     dim = padded(max(problem.head_dim, problem.head_dim_v), 4 * tile.column_threads)
-    floats = (2 * tile.rows + tile.columns) * (dim + 4) + tile.rows * (tile.columns + 4)
+    kept = 0 if tile.direct_dim else 2 * tile.rows
+    floats = (kept + tile.columns) * (dim + 4) + tile.rows * (tile.columns + 4)
     return floats * _FLOAT
 
 

@@ -661,6 +661,28 @@ class VkPhysicalDeviceShaderBfloat16FeaturesKHR(Tagged):
     ]
 
 
+class VkPhysicalDeviceShaderCorePropertiesAMD(Tagged):
+    STYPE = 1000185000
+    _fields_: ClassVar = [
+        ("sType", c_int32),
+        ("pNext", c_void_p),
+        ("shaderEngineCount", c_uint32),
+        ("shaderArraysPerEngineCount", c_uint32),
+        ("computeUnitsPerShaderArray", c_uint32),
+        ("simdPerComputeUnit", c_uint32),
+        ("wavefrontsPerSimd", c_uint32),
+        ("wavefrontSize", c_uint32),
+        ("sgprsPerSimd", c_uint32),
+        ("minSgprAllocation", c_uint32),
+        ("maxSgprAllocation", c_uint32),
+        ("sgprAllocationGranularity", c_uint32),
+        ("vgprsPerSimd", c_uint32),
+        ("minVgprAllocation", c_uint32),
+        ("maxVgprAllocation", c_uint32),
+        ("vgprAllocationGranularity", c_uint32),
+    ]
+
+
 class VkPhysicalDeviceShaderFloat16Int8Features(Tagged):
     STYPE = 1000082000
     _fields_: ClassVar = [
@@ -668,6 +690,16 @@ class VkPhysicalDeviceShaderFloat16Int8Features(Tagged):
         ("pNext", c_void_p),
         ("shaderFloat16", c_uint32),
         ("shaderInt8", c_uint32),
+    ]
+
+
+class VkPhysicalDeviceShaderSMBuiltinsPropertiesNV(Tagged):
+    STYPE = 1000154001
+    _fields_: ClassVar = [
+        ("sType", c_int32),
+        ("pNext", c_void_p),
+        ("shaderSMCount", c_uint32),
+        ("shaderWarpsPerSM", c_uint32),
     ]
 
 

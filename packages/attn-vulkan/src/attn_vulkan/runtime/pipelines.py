@@ -41,7 +41,7 @@ class Pipelines:
         self._fixes_subgroups = context.device.features.subgroup_size_control
         self._subgroup_size = context.device.subgroup_size
         self._made: dict[tuple[str, tuple[int, ...]], Pipeline] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[tuple[str, tuple[int, ...]], threading.Lock] = {}
         self._layout = self._create_layout()
         identity = f"{bytes(properties.pipelineCacheUUID).hex()}-{properties.driverVersion:08x}"
         name = f"vulkan-{context.device.uuid or 'device'}-{identity}.bin"
@@ -54,7 +54,10 @@ class Pipelines:
         Constant 0 is the size of a workgroup wherever there are constants.
         """
         key = shader, tuple(constants)
-        with self._lock:
+        if key in self._made:
+            return self._made[key]
+        # Threads compile side by side, each shader once.
+        with self._locks.setdefault(key, threading.Lock()):
             if key not in self._made:
                 self._made[key] = Pipeline(self._create(*key), self._layout)
                 self._save()

@@ -20,14 +20,32 @@ layout(constant_id = 5) const bool ALIGNED = false;
 layout(constant_id = 6) const bool HAS_CAP = false;
 layout(constant_id = 7) const bool HAS_BIAS = false;
 layout(constant_id = 8) const bool HAS_SLOPES = false;
+layout(constant_id = 9) const bool DIRECT = false;  // where rows are D dense elements
 
 const uint DT = D / (4 * CG);
 const uint STRIDE = D / 4 + 1;
 
-shared vec4 s_first[BR * STRIDE];   // Q or K
-shared vec4 s_second[BR * STRIDE];  // dO or V
+shared vec4 s_first[DIRECT ? 1 : BR * STRIDE];   // Q or K
+shared vec4 s_second[DIRECT ? 1 : BR * STRIDE];  // dO or V
 shared vec4 s_tile[BC * STRIDE];
 #include "tiles.glsl"
+
+#define FIRST(r, d) KEPT(r, d, s_first, STRIDE, first_at)
+#define SECOND(r, d) KEPT(r, d, s_second, STRIDE, second_at)
+
+// Rows row0 to row0 + BR - 1, for FIRST and SECOND.
+#define KEEP(first, second) \
+    uint64_t first_at[TR], second_at[TR]; \
+    if (DIRECT) { \
+        [[unroll]] for (uint r = 0; r < TR; ++r) { \
+            uint row = min(row0 + rg + r * RG, first.count - 1); \
+            first_at[r] = row_at(first, row); \
+            second_at[r] = row_at(second, row); \
+        } \
+    } else { \
+        LOAD(s_first, BR, STRIDE, D, first, row0, row_at(first, row)) \
+        LOAD(s_second, BR, STRIDE, D, second, row0, row_at(second, row)) \
+    }
 
 #define STORE(acc, address, view, size, in_range) \
     [[unroll]] for (uint r = 0; r < TR; ++r) { \
@@ -65,8 +83,7 @@ void main() {
     Rows dout_rows = rows_of(p.dout, query_address(p.dout, s, head, 0), p.head_dim_v, s.len_q);
     Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
     Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
-    LOAD(s_first, BR, STRIDE, D, q_rows, row0, row_at(q_rows, row))
-    LOAD(s_second, BR, STRIDE, D, dout_rows, row0, row_at(dout_rows, row))
+    KEEP(q_rows, dout_rows)
     float lse[TR], delta[TR];
     vec4 dq[TR][DT];
     [[unroll]] for (uint r = 0; r < TR; ++r) {
@@ -85,12 +102,12 @@ void main() {
         STORE_TILE(v_next, s_tile, BC, STRIDE, D, v_rows, j0, row_at(v_rows, row))
         barrier();
         FETCH_TILE(k_next, BC, D, k_rows, j0, row_at(k_rows, row))
-        MULTIPLY(grads, s_second, STRIDE, D)
+        MULTIPLY(grads, SECOND, STRIDE, D)
         barrier();
         STORE_TILE(k_next, s_tile, BC, STRIDE, D, k_rows, j0, row_at(k_rows, row))
         barrier();
         FETCH_TILE(v_next, BC, D, v_rows, j0 + BC, row_at(v_rows, row))
-        MULTIPLY(products, s_first, STRIDE, D)
+        MULTIPLY(products, FIRST, STRIDE, D)
         [[unroll]] for (uint r = 0; r < TR; ++r)
             [[unroll]] for (uint c = 0; c < TC; ++c) {
                 vec2 w = weight(s, head, row0 + rg + r * RG, j0 + cg + c * CG, products[r][c], lse[r], slope);
@@ -114,8 +131,7 @@ void main() {
     uint head_kv = at.x;
     Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, s.len_k);
     Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, s.len_k);
-    LOAD(s_first, BR, STRIDE, D, k_rows, row0, row_at(k_rows, row))
-    LOAD(s_second, BR, STRIDE, D, v_rows, row0, row_at(v_rows, row))
+    KEEP(k_rows, v_rows)
     vec4 dk[TR][DT], dv[TR][DT];
     [[unroll]] for (uint r = 0; r < TR; ++r)
         [[unroll]] for (uint d = 0; d < DT; ++d)
@@ -133,7 +149,7 @@ void main() {
             STORE_TILE(q_next, s_tile, BC, STRIDE, D, q_rows, i0, row_at(q_rows, row))
             barrier();
             FETCH_TILE(dout_next, BC, D, dout_rows, i0, row_at(dout_rows, row))
-            MULTIPLY(weights, s_first, STRIDE, D)
+            MULTIPLY(weights, FIRST, STRIDE, D)
             [[unroll]] for (uint c = 0; c < TC; ++c) {
                 uint i = i0 + cg + c * CG;
                 float lse = LOWEST;
@@ -152,7 +168,7 @@ void main() {
             barrier();
             STORE_TILE(dout_next, s_tile, BC, STRIDE, D, dout_rows, i0, row_at(dout_rows, row))
             barrier();
-            MULTIPLY(grads, s_second, STRIDE, D)
+            MULTIPLY(grads, SECOND, STRIDE, D)
             ADD_PRODUCT(dv, STRIDE)
             [[unroll]] for (uint r = 0; r < TR; ++r)
                 [[unroll]] for (uint c = 0; c < TC; ++c)

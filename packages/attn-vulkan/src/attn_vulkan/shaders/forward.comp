@@ -26,13 +26,14 @@ layout(constant_id = 9) const bool HAS_SLOPES = false;
 layout(constant_id = 10) const bool PAGED = false;
 layout(constant_id = 11) const bool SPLIT = false;
 layout(constant_id = 12) const uint PACK = 1;
+layout(constant_id = 13) const bool DIRECT = false;  // where rows are D dense elements
 
 const uint DT = DV / (4 * CG);
 const uint Q_STRIDE = D / 4 + 1;
 const uint V_STRIDE = DV / 4 + 1;
 const uint KV_SIZE = BC * (Q_STRIDE > V_STRIDE ? Q_STRIDE : V_STRIDE);
 
-shared vec4 s_q[BR * Q_STRIDE];
+shared vec4 s_q[DIRECT ? 1 : BR * Q_STRIDE];
 shared vec4 s_tile[KV_SIZE];
 #ifndef SUBGROUP
 shared float s_rows[BR * CG];
@@ -41,6 +42,7 @@ shared float s_rows[BR * CG];
 #include "tiles.glsl"
 
 #define K_ADDRESS (PAGED ? key_address(p.k, s, head_kv, row, true) : row_at(k_rows, row))
+#define Q_VECTOR(r, d) KEPT(r, d, s_q, Q_STRIDE, q_at)
 #define V_ADDRESS (PAGED ? key_address(p.v, s, head_kv, row, true) : row_at(v_rows, row))
 
 // Each row's maximum over its CG invocations.
@@ -90,7 +92,14 @@ void main() {
     uint head_kv = head0 / p.group;
 
     Rows q_rows = rows_of(p.q, 0, p.head_dim, rows);
-    LOAD(s_q, BR, Q_STRIDE, D, q_rows, row0, query_address(p.q, s, head0 + row % PACK, row / PACK))
+    uint64_t q_at[TR];
+    if (DIRECT)
+        [[unroll]] for (uint r = 0; r < TR; ++r) {
+            uint row = min(row0 + rg + r * RG, rows - 1);
+            q_at[r] = query_address(p.q, s, head0 + row % PACK, row / PACK);
+        }
+    else
+        LOAD(s_q, BR, Q_STRIDE, D, q_rows, row0, query_address(p.q, s, head0 + row % PACK, row / PACK))
 
     float m[TR], l[TR], slope[TR];
     vec4 acc[TR][DT];
@@ -119,7 +128,7 @@ void main() {
         barrier();
         FETCH_TILE(v_next, BC, DV, v_rows, j0, V_ADDRESS)
         float scores[TR][TC];
-        MULTIPLY(scores, s_q, Q_STRIDE, D)
+        MULTIPLY(scores, Q_VECTOR, Q_STRIDE, D)
 
         bool masked = !all_visible(s, i_first, i_last, j0, j0 + BC - 1);
         float m_new[TR];

@@ -2,7 +2,8 @@
 //
 // Each subgroup owns BLOCKS x 16 rows of queries in registers, FlashAttention-2's division of labour.
 // Keys and values go through shared memory; the next tile is fetched while this one is multiplied.
-// Every matrix read from there serves all blocks, where registers hold more than one.
+// Every matrix read from there serves all blocks, where registers hold more than one. TOGETHER, where
+// rows are few, all subgroups own the same rows, and each its share of the columns of V.
 #version 460
 #include "attention.glsl"
 #include "matrix.glsl"
@@ -21,10 +22,12 @@ layout(constant_id = 9) const bool SPLIT = false;
 layout(constant_id = 10) const uint PACK = 1;
 layout(constant_id = 11) const bool SCALE_FIRST = false;  // where the scale is not positive
 layout(constant_id = 12) const uint BLOCKS = 1;
+layout(constant_id = 13) const bool TOGETHER = false;
 
 const uint MY_ROWS = BLOCKS * 16;
-const uint BR = WG / 32 * MY_ROWS;
-const uint KD = D / 16, VD = DV / 16, NC = BC / 16;  // matrices of a row of Q, of V and of scores
+const uint BR = TOGETHER ? MY_ROWS : WG / 32 * MY_ROWS;
+const uint KD = D / 16, NC = BC / 16;  // matrices of a row of Q and of scores
+const uint VD = DV / 16 / (TOGETHER ? WG / 32 : 1);  // and of a subgroup's columns of V
 const bool PLAIN = !(HAS_CAP || HAS_BIAS || HAS_SLOPES || SCALE_FIRST);
 const uint K_STRIDE = D / 8 + 1;
 const uint V_STRIDE = DV / 8 + 1;
@@ -40,8 +43,8 @@ const bool EARLY = SPLIT;
 
 shared uvec4 s_tiles[Q_SIZE > KV_SIZE ? Q_SIZE : KV_SIZE];  // Q at first, then K and V
 
-#define FETCH_K(start) FETCH_TILE(k_next, BC, D, k_rows, k_lane, start, key_address(p.k, s, head_kv, row, PAGED))
-#define FETCH_V(start) FETCH_TILE(v_next, BC, DV, v_rows, v_lane, start, key_address(p.v, s, head_kv, row, PAGED))
+#define FETCH_K(start) FETCH_KEYS(k_next, D, k_rows, k_lane, k_step, start, key_address(p.k, s, head_kv, row, PAGED))
+#define FETCH_V(start) FETCH_KEYS(v_next, DV, v_rows, v_lane, v_step, start, key_address(p.v, s, head_kv, row, PAGED))
 
 void main() {
     uint split = gl_WorkGroupID.z / p.batches;
@@ -52,8 +55,30 @@ void main() {
     if (row0 >= rows)
         return;
     uint head_kv = head0 / p.group;
-    uint my_row0 = row0 + gl_SubgroupID * MY_ROWS;
+    uint first_row = TOGETHER ? 0 : gl_SubgroupID * MY_ROWS;
+    uint first_column = TOGETHER ? gl_SubgroupID * VD : 0;
+    uint my_row0 = row0 + first_row;
     bool busy = !(SPLIT || PACK > 1) || my_row0 < rows;  // where rows are few, subgroups only fetch
+
+    uint i_first = row0 / PACK, i_last = min((row0 + BR - 1) / PACK, s.len_q - 1);
+    uint my_first = my_row0 / PACK, my_last = min((my_row0 + MY_ROWS - 1) / PACK, s.len_q - 1);
+    uvec2 keys = visible_keys(s, i_first, i_last);
+    if (SPLIT) {
+        uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
+        keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
+    }
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
+    uint64_t k_lane = key_lane_of(k_rows, D), v_lane = key_lane_of(v_rows, DV);
+    uint k_step = uint(k_rows.step), v_step = uint(v_rows.step);  // of ALIGNED rows
+    ivec2 seen = shared_keys(s, my_first, my_last);
+    uint j_first = keys.x / BC * BC;
+    uvec4 k_next[K_FETCH], v_next[V_FETCH];
+    if (keys.x < keys.y) {
+        FETCH_K(j_first)
+        if (EARLY)
+            FETCH_V(j_first)
+    }
 
     MATRIX_A q[BLOCKS * KD];
     for (uint e = thread(); e < BR * (D / 8); e += WG) {
@@ -66,7 +91,7 @@ void main() {
     barrier();
     [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
         [[unroll]] for (uint d = 0; d < KD; ++d)
-            coopMatLoad(q[b * KD + d], s_tiles, (gl_SubgroupID * MY_ROWS + b * 16) * K_STRIDE + d * 2, K_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
+            coopMatLoad(q[b * KD + d], s_tiles, (first_row + b * 16) * K_STRIDE + d * 2, K_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
     barrier();
 
     ACCUMULATOR acc[BLOCKS * VD];
@@ -80,23 +105,8 @@ void main() {
     }
     float to_base_2 = PLAIN ? p.scale : 1.0;
 
-    uint i_first = row0 / PACK, i_last = min((row0 + BR - 1) / PACK, s.len_q - 1);
-    uint my_first = my_row0 / PACK, my_last = min((my_row0 + MY_ROWS - 1) / PACK, s.len_q - 1);
-    uvec2 keys = visible_keys(s, i_first, i_last);
-    if (SPLIT) {
-        uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
-        keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
-    }
-    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
-    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
-    uint64_t k_lane = lane_of(k_rows, D), v_lane = lane_of(v_rows, DV);
-    uint j_first = keys.x / BC * BC;
-    uvec4 k_next[K_FETCH], v_next[V_FETCH];
-    FETCH_K(j_first)
-    if (EARLY)
-        FETCH_V(j_first)
     STORE_TILE(k_next, BC, D, 0)
-    if (EARLY)
+    if (EARLY && keys.x < keys.y)
         FETCH_K(j_first + BC)
     barrier();
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
@@ -121,7 +131,7 @@ void main() {
         if (!EARLY)
             FETCH_K(j0 + BC)
         if (busy) {
-            if (!PLAIN || !all_visible(s, my_first, my_last, j0, j0 + BC - 1)) {
+            if (!PLAIN || int(j0) < seen.x || int(j0 + BC) > seen.y) {
                 [[unroll]] for (uint c = 0; c < BLOCKS * NC; ++c)
                     [[unroll]] for (uint e = 0; e < LENGTH; ++e) {
                         uint h = c / NC * ROW_HALVES + e / 4;
@@ -168,7 +178,7 @@ void main() {
                         weights[b][e] = HALF(scores[b * NC + c][e]);
                 [[unroll]] for (uint d = 0; d < VD; ++d) {
                     MATRIX_B v;
-                    coopMatLoad(v, s_tiles, K_SIZE + c * 16 * V_STRIDE + d * 2, V_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
+                    coopMatLoad(v, s_tiles, K_SIZE + c * 16 * V_STRIDE + (first_column + d) * 2, V_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
                     [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
                         acc[b * VD + d] = coopMatMulAdd(weights[b], v, acc[b * VD + d]);
                 }
@@ -192,7 +202,7 @@ void main() {
             top = above;
         }
         norm[h] = SPLIT ? 1.0 : sum > 0.0 ? keep / sum : 0.0;
-        if (row >= rows || gl_SubgroupInvocationID % 4 != 0)
+        if (row >= rows || gl_SubgroupInvocationID % 4 != 0 || first_column > 0)
             continue;
         if (SPLIT)
             write_floats(p.part_sums + part_row(s, split, head, i) * 8, vec2(top * LN_2, sum));
@@ -204,7 +214,7 @@ void main() {
         [[unroll]] for (uint e = 0; e < LENGTH; e += 2) {
             uint h = d / VD * ROW_HALVES + e / 4;
             uint row = my_row0 + half_row(h), i = row / PACK, head = head0 + row % PACK;
-            uint column = d % VD * 16 + lane_column(e);
+            uint column = (first_column + d % VD) * 16 + lane_column(e);
             vec2 x = vec2(acc[d][e], acc[d][e + 1]) * norm[h];
             if (row < rows && SPLIT)
                 write_part(s, split, head, i, column, x);

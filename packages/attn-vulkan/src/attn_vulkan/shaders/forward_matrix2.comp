@@ -1,48 +1,45 @@
-// Attention, forward, with the matrices of a workgroup: VK_NV_cooperative_matrix2.
+// Attention, forward, on matrix units through VK_NV_cooperative_matrix2.
 //
-// The driver spreads a BR x BC block of scores over the workgroup, loads tiles through tensor
-// layouts that fill what is out of bounds with 0, and reduces rows. The output is kept in blocks
-// as wide as the scores, so that the row factors fit both without a conversion.
+// The loop of forward_matrix.comp. Softmax is the driver's, though: it reduces rows, hands elements to
+// functions and turns scores into an operand, so that nothing is assumed of where elements are.
+// Matrices are a subgroup's, and tiles pass through shared memory by hand: of matrices of a workgroup
+// and loads through tensor layouts NVIDIA's driver makes a barrier each, and less than half the rate.
 #version 460
 #include "attention.glsl"
-#extension GL_KHR_memory_scope_semantics : require
-#extension GL_KHR_cooperative_matrix : require
+#include "matrix.glsl"
 #extension GL_NV_cooperative_matrix2 : require
-#extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
-#if DTYPE == 116
-#extension GL_EXT_bfloat16 : require
-#define HALF bfloat16_t
-#else
-#define HALF float16_t
-#endif
 
 layout(local_size_x_id = 0) in;
 layout(constant_id = 0) const uint WG = 128;
-layout(constant_id = 1) const uint D = 64;       // head_dim, padded to a multiple of 16
-layout(constant_id = 2) const uint DV = 64;      // head_dim_v, padded to a multiple of BC
-layout(constant_id = 3) const uint BR = 64;
-layout(constant_id = 4) const uint BC = 64;
+layout(constant_id = 1) const uint D = 64;       // head_dim and head_dim_v, padded to multiples of 16
+layout(constant_id = 2) const uint DV = 64;
+layout(constant_id = 3) const uint BC = 64;
+layout(constant_id = 4) const bool ALIGNED = false;
 layout(constant_id = 5) const bool HAS_CAP = false;
 layout(constant_id = 6) const bool HAS_BIAS = false;
 layout(constant_id = 7) const bool HAS_SLOPES = false;
-layout(constant_id = 8) const bool SCALE_FIRST = false;
+layout(constant_id = 8) const bool PAGED = false;
+layout(constant_id = 9) const bool SCALE_FIRST = false;  // where the scale is not positive
+layout(constant_id = 10) const uint BLOCKS = 1;
 
+const uint MY_ROWS = BLOCKS * 16;
+const uint BR = WG / 32 * MY_ROWS;
+const uint KD = D / 16, VD = DV / 16, NC = BC / 16;  // matrices of a row of Q, of V and of scores
 const bool PLAIN = !(HAS_CAP || HAS_BIAS || HAS_SLOPES || SCALE_FIRST);
-const uint BLOCKS = DV / BC;
+const uint K_STRIDE = D / 8 + 1;
+const uint V_STRIDE = DV / 8 + 1;
+const uint K_SIZE = BC * K_STRIDE;
+const uint Q_SIZE = BR * K_STRIDE;
+const uint KV_SIZE = K_SIZE + BC * V_STRIDE;
+const uint K_FETCH = (BC * (D / 8) + WG - 1) / WG;
+const uint V_FETCH = (BC * (DV / 8) + WG - 1) / WG;
 
-layout(buffer_reference, scalar, buffer_reference_align = 16) buffer Halves { HALF value[]; };
+shared uvec4 s_tiles[Q_SIZE > KV_SIZE ? Q_SIZE : KV_SIZE];  // Q at first, then K and V
 
-#define ACCUMULATOR coopmat<float, gl_ScopeWorkgroup, BR, BC, gl_MatrixUseAccumulator>
-#define MATRIX_A(columns) coopmat<HALF, gl_ScopeWorkgroup, BR, columns, gl_MatrixUseA>
-#define LAYOUT tensorLayoutNV<2, gl_CooperativeMatrixClampModeConstantNV>
+#define FETCH_K(start) FETCH_KEYS(k_next, D, k_rows, k_lane, k_step, start, key_address(p.k, s, head_kv, row, PAGED))
+#define FETCH_V(start) FETCH_KEYS(v_next, DV, v_rows, v_lane, v_step, start, key_address(p.v, s, head_kv, row, PAGED))
 
-// Rows are dense and aligned; the mask of the stride lets the compiler see it and load vectors.
-LAYOUT tensor(uint rows, uint columns, int64_t row_stride) {
-    LAYOUT t = createTensorLayoutNV(2, gl_CooperativeMatrixClampModeConstantNV);
-    t = setTensorLayoutDimensionNV(t, rows, columns);
-    return setTensorLayoutStrideNV(t, uint(row_stride) & ~7u, 1);
-}
-
+// Functions of the elements of matrices: r and c are the row and the column of one.
 float larger(const in float a, const in float b) { return max(a, b); }
 float sum(const in float a, const in float b) { return a + b; }
 
@@ -85,61 +82,111 @@ float finish(const in uint r, const in uint c, const in float total, const in fl
     return l > 0.0 ? keep / l : 0.0;
 }
 
+float put(const in uint r, const in uint c, const in float x, const in float norm, const in Sequence s, const in uint head, const in uint row0, const in uint d) {
+    if (row0 + r < s.len_q && d + c < p.head_dim_v)
+        write_element(query_address(p.out_, s, head, row0 + r) + (d + c) * p.out_.element * T_BYTES, x * norm);
+    return x;
+}
+
 void main() {
     Sequence s = sequence(gl_WorkGroupID.z);
     uvec2 at = head_and_reversed_tile(p.heads);
     uint head = at.x, head_kv = head / p.group, row0 = at.y * BR;
     if (row0 >= s.len_q)
         return;
-    Halves q_data = Halves(query_address(p.q, s, head, 0));
-    Halves k_data = Halves(key_address(p.k, s, head_kv, 0, false));
-    Halves v_data = Halves(key_address(p.v, s, head_kv, 0, false));
-    Halves out_data = Halves(query_address(p.out_, s, head, 0));
-    LAYOUT q_layout = tensor(s.len_q, p.head_dim, p.q.row);
-    LAYOUT k_layout = tensor(s.len_k, p.head_dim, p.k.row);
-    LAYOUT v_layout = tensor(s.len_k, p.head_dim_v, p.v.row);
-    LAYOUT out_layout = tensor(s.len_q, p.head_dim_v, p.out_.row);
-    tensorViewNV<2, false, 1, 0> transposed = createTensorViewNV(2, false, 1, 0);
-    float slope = slope_of(s, head, HAS_SLOPES);
-    float factor = PLAIN ? p.scale : 1.0;
+    uint first_row = gl_SubgroupID * MY_ROWS, my_row0 = row0 + first_row;
 
-    MATRIX_A(D) q;
-    coopMatLoadTensorNV(q, q_data.value, 0, sliceTensorLayoutNV(q_layout, row0, BR, 0, D));
-    ACCUMULATOR acc[BLOCKS];
-    [[unroll]] for (uint d = 0; d < BLOCKS; ++d)
-        acc[d] = ACCUMULATOR(0.0);
-    ACCUMULATOR m = ACCUMULATOR(LOWEST), l = ACCUMULATOR(0.0);
+    uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
+    uint my_last = min(my_row0 + MY_ROWS, s.len_q) - 1;
+    Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
+    Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
+    uint64_t k_lane = key_lane_of(k_rows, D), v_lane = key_lane_of(v_rows, DV);
+    uint k_step = uint(k_rows.step), v_step = uint(v_rows.step);  // of ALIGNED rows
+    ivec2 seen = shared_keys(s, my_row0, my_last);
+    uint j_first = keys.x / BC * BC;
+    uvec4 k_next[K_FETCH], v_next[V_FETCH];
+    if (keys.x < keys.y)
+        FETCH_K(j_first)
 
-    uint i_last = min(row0 + BR, s.len_q) - 1;
-    uvec2 keys = visible_keys(s, row0, i_last);
-    for (uint j0 = keys.x / BC * BC; j0 < keys.y; j0 += BC) {
-        coopmat<HALF, gl_ScopeWorkgroup, D, BC, gl_MatrixUseB> k;
-        coopMatLoadTensorNV(k, k_data.value, 0, sliceTensorLayoutNV(k_layout, j0, BC, 0, D), transposed);
-        ACCUMULATOR scores = coopMatMulAdd(q, k, ACCUMULATOR(0.0));
-        if (!PLAIN || !all_visible(s, row0, row0 + BR - 1, j0, j0 + BC - 1))
-            coopMatPerElementNV(scores, scores, transform, s, head, row0, j0, slope);
-        ACCUMULATOR top, factors;
-        coopMatReduceNV(top, scores, gl_CooperativeMatrixReduceRowNV, larger);
-        coopMatPerElementNV(top, top, keep_larger, m);
-        coopMatPerElementNV(factors, m, rescale, top, factor);
-        coopMatPerElementNV(scores, scores, weight, top, factor);
-        m = top;
-        l = l * factors + scores;
-        MATRIX_A(BC) weights = MATRIX_A(BC)(scores);
-        [[unroll]] for (uint d = 0; d < BLOCKS; ++d) {
-            coopmat<HALF, gl_ScopeWorkgroup, BC, BC, gl_MatrixUseB> v;
-            coopMatLoadTensorNV(v, v_data.value, 0, sliceTensorLayoutNV(v_layout, j0, BC, d * BC, BC));
-            acc[d] *= factors;
-            acc[d] = coopMatMulAdd(weights, v, acc[d]);
-        }
+    MATRIX_A q[BLOCKS * KD];
+    for (uint e = thread(); e < BR * (D / 8); e += WG) {
+        uint i = row0 + e / (D / 8);
+        uvec4 x = uvec4(0);
+        if (i < s.len_q)
+            x = load8(query_address(p.q, s, head, i), p.q.element, e % (D / 8) * 8, p.head_dim, ALIGNED);
+        s_tiles[e / (D / 8) * K_STRIDE + e % (D / 8)] = x;
     }
-    ACCUMULATOR total;
-    coopMatReduceNV(total, l, gl_CooperativeMatrixReduceRowNV, sum);
-    coopMatPerElementNV(total, total, finish, m, s, head, row0, factor);
-    [[unroll]] for (uint d = 0; d < BLOCKS; ++d) {
-        acc[d] *= total;
-        coopmat<HALF, gl_ScopeWorkgroup, BR, BC, gl_MatrixUseAccumulator> narrowed =
-            coopmat<HALF, gl_ScopeWorkgroup, BR, BC, gl_MatrixUseAccumulator>(acc[d]);
-        coopMatStoreTensorNV(narrowed, out_data.value, 0, sliceTensorLayoutNV(out_layout, row0, BR, d * BC, BC));
+    barrier();
+    [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+        [[unroll]] for (uint d = 0; d < KD; ++d)
+            coopMatLoad(q[b * KD + d], s_tiles, (first_row + b * 16) * K_STRIDE + d * 2, K_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
+    barrier();
+
+    ACCUMULATOR acc[BLOCKS * VD], m[BLOCKS], l[BLOCKS];
+    [[unroll]] for (uint d = 0; d < BLOCKS * VD; ++d)
+        acc[d] = ACCUMULATOR(0.0);
+    [[unroll]] for (uint b = 0; b < BLOCKS; ++b) {
+        m[b] = ACCUMULATOR(LOWEST);
+        l[b] = ACCUMULATOR(0.0);
+    }
+    float slope = slope_of(s, head, HAS_SLOPES), to_base_2 = PLAIN ? p.scale : 1.0;
+
+    STORE_TILE(k_next, BC, D, 0)
+    barrier();
+    for (uint j0 = j_first; j0 < keys.y; j0 += BC) {
+        FETCH_V(j0)
+        ACCUMULATOR scores[BLOCKS * NC];
+        [[unroll]] for (uint c = 0; c < NC; ++c) {
+            [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                scores[b * NC + c] = ACCUMULATOR(0.0);
+            [[unroll]] for (uint d = 0; d < KD; ++d) {
+                MATRIX_B k;
+                coopMatLoad(k, s_tiles, c * 16 * K_STRIDE + d * 2, K_STRIDE, gl_CooperativeMatrixLayoutColumnMajor);
+                [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                    scores[b * NC + c] = coopMatMulAdd(q[b * KD + d], k, scores[b * NC + c]);
+            }
+        }
+        STORE_TILE(v_next, BC, DV, K_SIZE)
+        barrier();
+        FETCH_K(j0 + BC)
+        if (!PLAIN || int(j0) < seen.x || int(j0 + BC) > seen.y)
+            [[unroll]] for (uint c = 0; c < BLOCKS * NC; ++c)
+                coopMatPerElementNV(scores[c], scores[c], transform, s, head, my_row0 + c / NC * 16, j0 + c % NC * 16, slope);
+        [[unroll]] for (uint b = 0; b < BLOCKS; ++b) {
+            ACCUMULATOR top = m[b], factors;
+            [[unroll]] for (uint c = 0; c < NC; ++c)
+                coopMatPerElementNV(top, top, keep_larger, scores[b * NC + c]);
+            coopMatReduceNV(top, top, gl_CooperativeMatrixReduceRowNV, larger);
+            coopMatPerElementNV(factors, m[b], rescale, top, to_base_2);
+            m[b] = top;
+            l[b] *= factors;
+            [[unroll]] for (uint c = 0; c < NC; ++c) {
+                coopMatPerElementNV(scores[b * NC + c], scores[b * NC + c], weight, top, to_base_2);
+                l[b] += scores[b * NC + c];
+            }
+            [[unroll]] for (uint d = 0; d < VD; ++d)
+                acc[b * VD + d] *= factors;
+        }
+        [[unroll]] for (uint c = 0; c < NC; ++c) {
+            MATRIX_A weights[BLOCKS];
+            [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                weights[b] = MATRIX_A(scores[b * NC + c]);
+            [[unroll]] for (uint d = 0; d < VD; ++d) {
+                MATRIX_B v;
+                coopMatLoad(v, s_tiles, K_SIZE + c * 16 * V_STRIDE + d * 2, V_STRIDE, gl_CooperativeMatrixLayoutRowMajor);
+                [[unroll]] for (uint b = 0; b < BLOCKS; ++b)
+                    acc[b * VD + d] = coopMatMulAdd(weights[b], v, acc[b * VD + d]);
+            }
+        }
+        STORE_TILE(k_next, BC, D, 0)
+        barrier();
+    }
+
+    [[unroll]] for (uint b = 0; b < BLOCKS; ++b) {
+        ACCUMULATOR norm;
+        coopMatReduceNV(norm, l[b], gl_CooperativeMatrixReduceRowNV, sum);
+        coopMatPerElementNV(norm, norm, finish, m[b], s, head, my_row0 + b * 16, to_base_2);
+        [[unroll]] for (uint d = 0; d < VD; ++d)
+            coopMatPerElementNV(acc[b * VD + d], acc[b * VD + d], put, norm, s, head, my_row0 + b * 16, d * 16);
     }
 }

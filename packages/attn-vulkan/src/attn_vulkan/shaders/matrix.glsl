@@ -115,6 +115,29 @@ uint64_t lane_of(Rows rows, uint dim) {
         } \
     } }
 
+// The same for keys `start` to `start` + BC - 1 out of `keys`, with few instructions and registers
+// where rows are dense: those past the end repeat the last key, for their scores to be masked.
+#define FETCH_KEYS(x, dim, rows, lane, step, start, address) \
+    if (ALIGNED && !PAGED && WG % (dim / 8) == 0 && BC * (dim / 8) % WG == 0) { \
+        [[unroll]] for (uint n = 0; n < BC * (dim / 8) / WG; ++n) { \
+            uint key = min((start) + thread() / (dim / 8) + n * (WG / (dim / 8)), keys.y - 1); \
+            x[n] = Element8(lane + uint64_t(key) * step).value; \
+        } \
+    } else { \
+        FETCH_TILE(x, BC, dim, rows, lane, start, address) \
+    }
+
+// Where this invocation's vector of key 0 is; columns past the end repeat the last vector.
+uint64_t key_lane_of(Rows rows, uint dim) {
+    return rows.first + min(thread() % (dim / 8) * 8, max(rows.size, 8) - 8) * T_BYTES;
+}
+
+// Keys that queries i_first to i_last all see, as a half-open range.
+ivec2 shared_keys(Sequence s, uint i_first, uint i_last) {
+    int shift = int(s.len_k) - int(s.len_q);
+    return ivec2(int(i_last) + shift - p.left, min(int(i_first) + shift + p.right + 1, int(s.len_k)));
+}
+
 #define STORE_TILE(x, count, dim, base) \
     [[unroll]] for (uint n = 0; n < ((count) * (dim / 8) + WG - 1) / WG; ++n) { \
         uint e = thread() + n * WG; \

@@ -74,6 +74,16 @@ shared vec4 s_weights[BR * P_STRIDE];
         LOAD_ONE_BY_ONE(shared_tile, tall, stride, dim, rows, start, address) \
     }
 
+// Vectors of the rows that a workgroup keeps: in shared memory, or DIRECT, by way of the cache.
+// NVIDIA's driver gives all workgroups of a multiprocessor 48 KiB of shared memory together.
+#if DTYPE == 32
+layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Cached4 { vec4 value; };
+#else
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Cached4 { uvec2 value; };
+#endif
+#define KEPT(r, d, shared_rows, stride, addresses) \
+    (DIRECT ? widen4(Cached4(addresses[r] + (d) * 4 * T_BYTES).value) : shared_rows[(rg + r * RG) * stride + d])
+
 // block[r][c] = row rg + r RG of `rows` times row cg + c CG of s_tile. Summed in two levels: one
 // long chain of roundings would show in float32. The backward pass has to round as the forward pass
 // did, or the weight of a large score is wrong by the difference.
@@ -91,7 +101,7 @@ shared vec4 s_weights[BR * P_STRIDE];
             [[unroll]] for (uint c = 0; c < TC; ++c) \
                 y[c] = s_tile[(cg + c * CG) * stride + d]; \
             [[unroll]] for (uint r = 0; r < TR; ++r) { \
-                vec4 x = rows[(rg + r * RG) * stride + d]; \
+                vec4 x = rows(r, d); \
                 [[unroll]] for (uint c = 0; c < TC; ++c) \
                     [[unroll]] for (uint e = 0; e < 4; ++e) \
                         part[r][c] = fma(x[e], y[c][e], part[r][c]); \
