@@ -75,6 +75,7 @@ class Case(NamedTuple):
             "alibi": {"alibi_slopes": torch.empty(4, device="meta")},
             "key_mask": {"key_mask": torch.empty(2, self.S, dtype=torch.bool, device="meta")},
             "bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").to(self.dtype)},
+            "bool-bias": {"attn_bias": torch.empty(1, 1, self.S, self.S, device="meta").bool()},
             "bias-of-queries": {
                 "attn_bias": torch.empty(1, 4, self.S, 1, device="meta").to(self.dtype)
             },
@@ -119,7 +120,11 @@ VARLEN = Case(torch.bfloat16, 128, term="varlen")
 TERMS = [
     VARLEN,
     *(Case(torch.bfloat16, 128, term=term) for term in ("softcap", "alibi", "key_mask", "dropout")),
-    *(Case(torch.bfloat16, D, OPEN, term="bias") for D in (64, 128)),
+    *(
+        Case(torch.bfloat16, D, OPEN, term=term)
+        for D in (64, 128)
+        for term in ("bias", "bool-bias")
+    ),
     *(Case(torch.bfloat16, 64, OPEN, term=term) for term in ("softcap", "alibi", "dropout")),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
@@ -178,6 +183,17 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != torch.float32:
         assert compiled.spills <= MAX_SPILLS.get(launch.constexprs.get("BLOCK_D"), 0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_no_warp_waits_for_another_to_hand_it_a_bias(head_dim, use_target, monkeypatch):
+    use_target("sm_90")
+    barriers = {}
+    for term in ("", "bias"):
+        with monkeypatch.context() as patched:
+            launch = launches(Case(torch.bfloat16, head_dim, OPEN, term=term), patched)["dk_dv"]
+            barriers[term] = launch.compile("sm_90").asm["ptx"].count("bar.sync")
+    assert barriers["bias"] == barriers[""]
 
 
 @pytest.mark.parametrize("name", TABLES)

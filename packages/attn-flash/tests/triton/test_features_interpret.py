@@ -12,7 +12,7 @@ from attn_flash.options import Options
 
 pytest.importorskip("triton")
 
-from attn_flash._triton import backward, configs, forward
+from attn_flash._triton import backward, configs, forward, problem
 
 pytestmark = pytest.mark.interpret
 
@@ -120,7 +120,19 @@ def test_gradient_of_a_bias_that_is_not_written_down_before_it_is_summed(monkeyp
     test_dense("bias-of-a-head", "window")
 
 
-@pytest.mark.parametrize("name", ["bias-of-a-head", "bool-bias", "key-mask", "added-key-mask"])
+@pytest.mark.parametrize("scale", [D**-0.5, -0.7])
+def test_a_boolean_bias_that_many_scores_share_is_added(scale, monkeypatch):
+    monkeypatch.setattr(problem, "_SHARING", 0)
+    q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
+    bias = tensor("bias", B, 1, M, N) > -0.5
+    bias[0, 0, 3] = False  # a query without keys
+    options = Options(scale=scale, window_left=7, window_right=3, attn_bias=bias)
+    size = problem.size(q, k, v, options)
+    assert problem.with_added_bias(q, size, options).attn_bias.dtype == q.dtype
+    check(q, k, v, options)
+
+
+@pytest.mark.parametrize("name", ["key-mask", "added-key-mask"])
 def test_products_a_tile_ahead(name, monkeypatch):
     monkeypatch.setattr(configs, "SHORT", 0)
     monkeypatch.setattr(configs, "tiles", lambda *_: TileConfig(16, 16, num_stages=3))

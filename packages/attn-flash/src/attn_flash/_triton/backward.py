@@ -50,7 +50,7 @@ def attention_backward(
         rows.zero_()  # of tokens that are in no sequence
     terms = problem.score_terms(q, size, options)
     dbias = None if bias is None else _expanded_dbias(bias, q, size, options)
-    dq = query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options)
+    dq = query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, options)
     dk, dv = key_gradients(dout, q, k, v, rows, size, terms, options)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape)

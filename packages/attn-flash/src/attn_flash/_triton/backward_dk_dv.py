@@ -47,6 +47,37 @@ def _first_of_four(x):
     return x
 
 
+@triton.jit
+def _bias_columns(start_n, N, stride_bn, RUN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of keys along a row of the bias, [1, BLOCK_N / 16, 1, 16].
+
+    Keys past the end read the last ones: that is cheaper than a mask. RUN of them share 16 bytes.
+    """
+    first = 16 * tl.arange(0, BLOCK_N // 16)[None, :, None, None]
+    cols = first + tl.arange(0, 16)[None, None, None, :]
+    last_run = (N - 1 - start_n) // RUN * RUN
+    cols = tl.minimum(cols // RUN * RUN, last_run) + cols % RUN
+    return tl.max_contiguous(tl.multiple_of(cols, (1, 1, 1, RUN)), (1, 1, 1, RUN)) * stride_bn
+
+
+@triton.jit
+def _bias_rows(RUN: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Numbers of queries in a tile of the bias, [ROWS, 1, BLOCK_M / ROWS, 1].
+
+    The 16 keys of a piece are those that one warp holds of the transposed products. In this order
+    of dimensions it loads them itself, 32 runs at a time, and nothing travels between warps.
+    """
+    ROWS: tl.constexpr = 2 * RUN if 2 * RUN < BLOCK_M else BLOCK_M  # noqa: FURB136
+    first = ROWS * tl.arange(0, BLOCK_M // ROWS)[None, None, :, None]
+    return first + tl.arange(0, ROWS)[:, None, None, None]
+
+
+@triton.jit
+def _transposed(bias, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Make [BLOCK_N, BLOCK_M] of the pieces of a bias."""
+    return tl.reshape(tl.permute(bias, (1, 3, 2, 0)), (BLOCK_N, BLOCK_M))
+
+
 # fmt: off
 @triton.jit
 def _accumulate_dk_dv(
@@ -61,6 +92,7 @@ def _accumulate_dk_dv(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_TAIL: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -84,14 +116,16 @@ def _accumulate_dk_dv(
     do_offs = tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
+    bias_rows = offs_m
     if HAS_BIAS > 0:
-        bias_offs = offs_m[:, None] * stride_bm + bias_cols[None, :]
+        bias_rows = _bias_rows(BIAS_RUN, BLOCK_M)
+        bias_offs = bias_rows * stride_bm + bias_cols
         bias_ptr += tl.cast(lo, tl.int64) * stride_bm
     distance_f = (N - M) - offs_key.to(tl.float32)
     offs_mf = offs_m.to(tl.float32)
     next_bias = 0.0
-    if HAS_BIAS > 0:  # as it lies in memory, rows of adjacent elements, and a tile ahead
-        next_bias = tl.load(bias_ptr + bias_offs, mask=(offs_m < M - lo)[:, None], other=0)
+    if HAS_BIAS > 0:  # as it lies in memory, and a tile ahead
+        next_bias = tl.load(bias_ptr + bias_offs, mask=bias_rows < M - lo, other=0)
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
         q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
@@ -99,9 +133,9 @@ def _accumulate_dk_dv(
         lse_log2, delta = _load_pairs(row_ptr, start_m + offs_m, mask_m, IS_TAIL, BLOCK_M)
         bias_t = 0.0
         if HAS_BIAS > 0:
-            bias_t = tl.trans(as_term(next_bias))
+            bias_t = as_term(_transposed(next_bias, BLOCK_M, BLOCK_N))
             bias_ptr += BLOCK_M * stride_bm
-            mask_next = (offs_m < M - BLOCK_M - start_m)[:, None]
+            mask_next = bias_rows < M - BLOCK_M - start_m
             next_bias = tl.load(bias_ptr + bias_offs, mask=mask_next, other=0)
         if STARTS_FROM_BIAS:
             first_t = first_products(bias_t, scale_log2, HAS_BIAS)  # [BLOCK_N, BLOCK_M]
@@ -217,11 +251,8 @@ def _attention_backward_dk_dv_kernel(
     tail = tl.maximum(lo, whole_hi)  # from here on a block has queries past the end
     bias_cols = offs_n
     key_mask = 0.0
-    # Keys past the end read the last ones: that is cheaper than a mask.
     if HAS_BIAS > 0:
-        last_run = (N - 1 - start_n) // BIAS_RUN * BIAS_RUN
-        bias_cols = tl.minimum(offs_n // BIAS_RUN * BIAS_RUN, last_run) + offs_n % BIAS_RUN
-        bias_cols = tl.max_contiguous(tl.multiple_of(bias_cols, BIAS_RUN), BIAS_RUN) * stride_bn
+        bias_cols = _bias_columns(start_n, N, stride_bn, BIAS_RUN, BLOCK_N)
     if HAS_KEY_MASK > 0:
         key_mask_ptr += b * stride_mb + start_n.to(tl.int64) * stride_mn
         key_mask_ptrs = key_mask_ptr + offs_n * stride_mn
@@ -248,7 +279,7 @@ def _attention_backward_dk_dv_kernel(
             lo, full_lo, full_hi, tail, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION, BIAS_RUN,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         if (tail < hi) | (not (HAS_LEFT or HAS_RIGHT)):
@@ -260,7 +291,7 @@ def _attention_backward_dk_dv_kernel(
                 scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
                 left, right,
                 HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION,
+                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION, BIAS_RUN,
                 TAIL_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 

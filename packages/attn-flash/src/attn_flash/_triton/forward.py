@@ -10,12 +10,13 @@ from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.scores import first_state
-from attn_core.tiles.softmax import LN_2, finish_softmax, online_softmax
+from attn_core.tiles.softmax import finish_softmax, online_softmax
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.scores import (
     ADDED,
     finish_softmax_added,
+    first_maximum_added,
     is_shown,
     load_slope,
     load_state,
@@ -186,7 +187,7 @@ def _attend_rows(
     IS_ADDED: tl.constexpr = (HAS_BIAS == ADDED) | (HAS_KEY_MASK == ADDED)
     m_i, l_i = first_state(sink_ptr, mask_m, HAS_SINKS, BLOCK_M)
     if IS_ADDED:
-        m_i *= LN_2
+        m_i = first_maximum_added(m_i)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
@@ -329,6 +330,7 @@ def attention(
     out, lse = ragged.new_outputs(q, size, options.cu_seqlens_q)
     if size.B * size.M * size.H == 0:
         return out, lse
+    options = problem.with_added_bias(q, size, options)
     left, right = options.window
     config = configs.tiles(_tiles_table(options), q, size, options.window)
     num_tiles = tiling.ceil_div(size.M, config.block_m)
@@ -381,11 +383,11 @@ def _tiles_table(options):
 
 
 def _runs_ahead(size, options, config):
-    """Whether to start products a tile ahead: for all that waits between products and softmax.
+    """Whether to start products a tile ahead: for masks that wait between products and softmax.
 
     It costs each program a product, and those that see few keys more than they gain; and shared
     memory, of which there is enough where the tiles have three stages.
     """
-    waits = options.attn_bias is not None or options.key_mask is not None
+    waits = options.key_mask is not None
     sees_much = options.window == (-1, -1) and size.N > configs.SHORT
     return waits and sees_much and options.block_table is None and config.num_stages > 2

@@ -30,6 +30,7 @@ _LEAST_SCALE = 1e-30
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
 _TAIL_MATTERS = 1024  # tokens
 _LARGEST_TILE = (128, 256)  # rows and columns
+_SHARING = 8  # scores to an element of a boolean bias
 
 
 class Size(NamedTuple):
@@ -63,6 +64,19 @@ def starts(options: Options) -> tuple[torch.Tensor | None, ...]:
     """Where ragged sequences begin, and how many keys of each count."""
     tensors = (options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_k)
     return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def with_added_bias(q: torch.Tensor, size: Size, options: Options) -> Options:
+    """Make 0 and -inf of a boolean bias, where so many scores share it that this costs little.
+
+    Kernels add two bytes to a score faster than they select it by one.
+    """
+    bias = options.attn_bias
+    if bias is None or bias.dtype != torch.bool:
+        return options
+    if _SHARING * bias.numel() > size.B * size.H * size.M * size.N:
+        return options
+    return options._replace(attn_bias=bias.to(q.dtype).log_())
 
 
 class ScoreTerms(NamedTuple):
@@ -99,7 +113,7 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
     return ScoreTerms(
         args=(
             slopes, *slopes_strides,
-            bias, *bias_strides,
+            bias.view(torch.uint8) if _kind(bias) == 2 else bias, *bias_strides,
             key_mask, *mask_strides,
             None if state is None else state.contiguous(),
         ),

@@ -17,6 +17,7 @@ ADDED = tl.constexpr(1)
 BOOLEAN = tl.constexpr(2)
 # Beyond what masks of the lowest finite numbers leave, and far from what units of log2 overflow at.
 _LOW = tl.constexpr(-1.0e38)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -31,8 +32,10 @@ def load_term(ptrs, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def as_term(values):
-    """Make float32 of what is added to the scores; leave alone what is boolean."""
-    if values.dtype != tl.int1:
+    """Make float32 of what is added to the scores, and booleans of bytes."""
+    if values.dtype == tl.uint8:
+        values = values != 0
+    elif values.dtype != tl.int1:
         values = values.to(tl.float32)
     return values
 
@@ -113,17 +116,22 @@ def online_softmax_shown(m_i, l_i, scores, factor, visible):
 
 
 @triton.jit
+def first_maximum_added(m_i):
+    """Convert what m_i starts from to natural units, and make it a pivot that is finite."""
+    return tl.maximum(m_i * LN_2, _LOWEST)
+
+
+@triton.jit
 def online_softmax_added(m_i, l_i, scores, visible):
-    """`attn_core.tiles.softmax.online_softmax_masked` of scores and m_i in natural units."""
+    """`attn_core.tiles.softmax.online_softmax_masked` in natural units, m_i being finite."""
     scores = tl.where(visible, scores, -float("inf"))
-    m_new = tl.maximum(m_i, tl.max(scores, 1))
-    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+    pivot = tl.maximum(m_i, tl.max(scores, 1))
     # A row of nothing but the lowest numbers is their mean: there log2 would overflow, and any
     # rate tells the pivot from what is less.
     rate = tl.where(pivot < _LOW, 0.5, LOG2_E)
     p = tl.math.exp2(scores * rate[:, None] - (pivot * rate)[:, None])
     alpha = tl.math.exp2((m_i - pivot) * rate)
-    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p
+    return pivot, l_i * alpha + tl.sum(p, 1), alpha, p
 
 
 @triton.jit
