@@ -196,7 +196,8 @@ def _accumulate_dv(tensors, shared, problem, tile):
     S_LAYOUT: gl.constexpr = accumulator_layout(ROWS)
     DV_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DV_LAYOUT, k_width=2)
-    key = tile.block * ROWS
+    count = problem.N - tile.block * ROWS
+    row = problem.M - count  # of the query at the first key's position
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
     dv = gl.zeros([ROWS, BLOCK_D], gl.float32, DV_LAYOUT)
     m = tile.first
@@ -210,9 +211,10 @@ def _accumulate_dv(tensors, shared, problem, tile):
         s = warpgroup_mma(shared.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse_log2 = load_row(shared.lse.index(i), ROWS, gl.SliceLayout(0, S_LAYOUT))
         s = warpgroup_mma_wait(0, deps=(s,))
-        if _crosses_edge(key, m * ROWS, ROWS, problem, problem):
+        ahead = row - m * ROWS
+        if _crosses_edge(problem, count, ahead, ROWS):
             keep_branch()
-            s = _mask(s, key, m * ROWS, problem, problem)
+            s = _mask(s, problem, count, ahead)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0)).to(DTYPE)
         if step >= _STAGES:
             meet_at_stage(_P_EMPTY, i, _CONSUMERS)
@@ -416,7 +418,8 @@ def _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m,
         mbarrier.wait(shared.v_full, step & 1)
         dp = warpgroup_mma(do, shared.v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        if _crosses_edge(key, row, ROWS, problem, problem):
+        ahead = key + problem.M - problem.N - row
+        if _crosses_edge(problem, problem.N - key, ahead, ROWS):
             keep_branch()
             s = _mask_keys(s, row, key, problem)
         p = exp2(s * problem.scale_log2 - lse_log2)
