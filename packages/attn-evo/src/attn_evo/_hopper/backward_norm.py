@@ -223,6 +223,8 @@ def _attention_backward_norm_kernel(
         df = rounded(2.0 * dx * x * (1.0 - sigma), dtype)
         dcontext = rounded(dx * sigma, dtype)
         sums = warpgroup_mma_wait(0, deps=(sums,))
+        if not HOLDS_DW:  # the other warpgroup's products have read what is overwritten now
+            gl.thread_barrier()
         high.store(df)
         fence_async_shared()
         dout_ptr += BLOCK_M * stride_dol
