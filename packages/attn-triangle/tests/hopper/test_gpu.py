@@ -10,6 +10,7 @@ import torch
 from attn_core.device import device_info
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_triangle import UnsupportedProblemError, reference, triangle_attention
+from attn_triangle._hopper import configs
 
 pytestmark = pytest.mark.gpu
 
@@ -282,3 +283,11 @@ def test_what_it_does_not_take_is_refused(change, reason, device):
     bias = bias[..., : q.shape[3], : k.shape[3]].to(q.dtype)
     with pytest.raises(UnsupportedProblemError, match=reason):
         triangle_attention(q, k, v, bias, backend="hopper")
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "det"])
+def test_few_scores(deterministic, device, monkeypatch):
+    """The forward pass of any GPU, the gradients of this one."""
+    case = Case(H=4, R=128, M=128, N=128, deterministic=deterministic)
+    monkeypatch.setattr(configs, "FEW_SCORES", 4 * 128**3)
+    check(case, case.inputs(device), case.make_mask(device), device)

@@ -116,7 +116,7 @@ def test_results_and_gradients(case, device):
 
 
 def test_auto_takes_this_backend(device):
-    case = Case()
+    case = Case(dtype=FLOAT)
     *inputs, mask = *case.inputs(device), case.make_mask(device)
     problem = triangle_problem(*inputs, mask, None, "mean")
     assert backends.resolve(ops.ATTENTION, problem, "auto") == BACKEND

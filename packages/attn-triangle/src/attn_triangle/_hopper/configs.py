@@ -53,3 +53,6 @@ BACKWARD_DQ = {16: Plan(1, 3, 64, 4), 32: Plan(1, 3, 64, 3), 64: Plan(1, 3, 64, 
 BACKWARD_DQ_DBIAS = {16: Plan(2, 4, 32, 3), 32: Plan(2, 4, 32, 3)}  # a warpgroup has all rows
 BACKWARD_DBIAS = {16: Plan(3, 1, 64, 4), 32: Plan(3, 1, 64, 3), 64: Plan(3, 1, 64, 2)}
 LONGEST_BLOCK = 64  # of keys, among all of these
+# Up to so many scores a forward pass ends before the warps of a CTA have met: the kernel for any
+# GPU is faster.
+FEW_SCORES = 2**23
