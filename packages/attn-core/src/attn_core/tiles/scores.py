@@ -23,3 +23,21 @@ def first_state(sinks_ptrs, mask_m, HAS_SINKS: tl.constexpr, BLOCK_M: tl.constex
         sinks = tl.load(sinks_ptrs, mask=mask_m, other=-float("inf"))
         m_i = sinks.to(tl.float32) * LOG2_E
     return m_i, tl.where(m_i == -float("inf"), 0.0, 1.0)
+
+
+# fmt: off
+@triton.jit
+def bend(
+    scores, position, offs_n, slopes, scale_log2, softcap_log2,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):
+    # fmt: on
+    """Scale scores to units of log2, cap them and add the bias of distance."""
+    if HAS_SOFTCAP:
+        scores = softcap_log2 * tanh(scores * (scale_log2 / softcap_log2))
+    else:
+        scores = scores * scale_log2
+    if HAS_ALIBI:
+        distance = tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32)
+        scores -= slopes[:, None] * distance
+    return scores

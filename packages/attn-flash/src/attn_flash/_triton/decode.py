@@ -13,7 +13,7 @@ from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.masks import is_visible, key_blocks
 from attn_core.tiles.offsets import load_tile
-from attn_core.tiles.scores import tanh
+from attn_core.tiles.scores import bend
 from attn_core.tiles.softmax import (
     LOG2_E,
     finish_softmax,
@@ -65,24 +65,6 @@ def _pages(
 
 # fmt: off
 @triton.jit
-def _bend(
-    scores, position, offs_n, slopes, scale_log2, softcap_log2,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-):
-    # fmt: on
-    """Scale scores to units of log2, cap them and add the bias of distance."""
-    if HAS_SOFTCAP:
-        scores = softcap_log2 * tanh(scores * (scale_log2 / softcap_log2))
-    else:
-        scores = scores * scale_log2
-    if HAS_ALIBI:
-        distance = tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32)
-        scores -= slopes[:, None] * distance
-    return scores
-
-
-# fmt: off
-@triton.jit
 def _attend(
     acc, m_i, l_i, pages, q, position, slopes,
     k_ptr, stride_kb, stride_kn, stride_kd,
@@ -121,7 +103,7 @@ def _attend(
         pages = _pages(table_ptr, stride_tn, start_n + BLOCK_N, first, stop, PAGE_SIZE, BLOCK_N)
         factor = scale_log2
         if HAS_SOFTCAP or HAS_ALIBI:
-            scores = _bend(
+            scores = bend(
                 scores, position, offs_n, slopes, scale_log2, softcap_log2, HAS_SOFTCAP, HAS_ALIBI
             )
             factor = 1.0

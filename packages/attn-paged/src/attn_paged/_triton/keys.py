@@ -5,7 +5,7 @@ import triton.language as tl
 
 from attn_core.tiles.masks import is_visible
 from attn_core.tiles.offsets import load_tile
-from attn_core.tiles.scores import first_state, tanh
+from attn_core.tiles.scores import bend, first_state
 from attn_core.tiles.softmax import online_softmax, online_softmax_masked
 from attn_paged._triton.quantised import dequantised, dequantised_pairs, scaled_softmax
 
@@ -36,24 +36,6 @@ def block_ids(
         mask_n = (offs_n >= first) & (offs_n < stop)
     entries = offs_n.to(tl.uint32) // BLOCK_SIZE
     return tl.load(table_ptr + entries.to(tl.int64) * stride_tn, mask=mask_n, other=0)
-
-
-# fmt: off
-@triton.jit
-def _bend(
-    scores, position, offs_n, slopes, scale_log2, softcap_log2,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-):
-    # fmt: on
-    """Scale scores to units of log2, cap them and add the bias of distance."""
-    if HAS_SOFTCAP:
-        scores = softcap_log2 * tanh(scores * (scale_log2 / softcap_log2))
-    else:
-        scores = scores * scale_log2
-    if HAS_ALIBI:
-        distance = tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32)
-        scores -= slopes[:, None] * distance
-    return scores
 
 
 # fmt: off
@@ -124,7 +106,7 @@ def attend(
         )
         factor = scale_log2
         if HAS_SOFTCAP or HAS_ALIBI:
-            scores = _bend(
+            scores = bend(
                 scores, position, offs_n, slopes, scale_log2, softcap_log2, HAS_SOFTCAP, HAS_ALIBI
             )
             factor = 1.0
