@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attn_core.checks import flag, is_finite
+from attn_core.checks import flag, is_finite, require_device, require_dtype, require_tensor
+from attn_core.errors import UnsupportedProblemError
+
+if TYPE_CHECKING:
+    import torch
 
 _WIDEST = 2**31 - 1  # no sequence is longer, so a wider window hides as little
 
@@ -47,6 +51,34 @@ def reach(window_size: Any) -> int:
     if number == 0:
         raise ValueError("window_size must be positive, or negative for no window, got 0")
     return _side(number - 1) if number > 0 else -1
+
+
+def require_slopes(alibi_slopes: torch.Tensor, batch: int, heads: int, q: torch.Tensor) -> None:
+    """Check ALiBi's slopes, of heads or of heads in each of the batch."""
+    import torch
+
+    require_tensor("alibi_slopes", alibi_slopes)
+    if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape (H,) = ({heads},) or (B, H) = ({batch}, {heads}), "
+            f"got {tuple(alibi_slopes.shape)}"
+        )
+    require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
+    require_device("alibi_slopes", alibi_slopes, "q", q)
+
+
+def require_no_grad(what: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors whose gradient autograd would ask for: `what` has no backward pass."""
+    import torch
+
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise UnsupportedProblemError(
+                f"{name} must not require a gradient, {what} has no backward pass: call it under "
+                "torch.no_grad() or detach it"
+            )
 
 
 def _side(number: int) -> int:

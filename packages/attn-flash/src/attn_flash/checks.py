@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_core import checks
+from attn_core import arguments, checks
 from attn_core.eager import needs_grad
 from attn_core.errors import UnsupportedProblemError
 from attn_core.recording import each_time
@@ -218,14 +218,7 @@ def _check_score_terms(q: torch.Tensor, k: torch.Tensor, batch: int, options: Op
     slopes, bias = options.alibi_slopes, options.attn_bias
     key_mask, sinks = options.key_mask, options.sinks
     if slopes is not None:
-        checks.require_tensor("alibi_slopes", slopes)
-        if tuple(slopes.shape) not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"alibi_slopes must have shape (H,) = ({heads},) or (B, H) = ({batch}, {heads}), "
-                f"got {tuple(slopes.shape)}"
-            )
-        checks.require_dtype("alibi_slopes", slopes, (torch.float32,))
-        checks.require_device("alibi_slopes", slopes, "q", q)
+        arguments.require_slopes(slopes, batch, heads, q)
         _refuse_gradient("alibi_slopes", slopes)
     if bias is not None:
         whole = (batch, heads, len_q, len_k)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_core import checks
-from attn_core.errors import UnsupportedProblemError
+from attn_core import arguments, checks
 from attn_flash.rotary_checks import check_tables, require_values
 
+WHAT = "attention with a KV cache"
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,10 +80,13 @@ def kvcache_problem(
     room = capacity(k_cache, cache.block_table)
     _check_new_tokens(q, k_cache, v_cache, k, v, room)
     _check_rotary(q, k, rotary_cos, rotary_sin, room)
-    _check_alibi_slopes(q, alibi_slopes)
+    if alibi_slopes is not None:
+        arguments.require_slopes(alibi_slopes, q.shape[0], q.shape[2], q)
     problem = describe(q, k_cache, v_cache, k, cache.block_table, rotary_cos, window, softcap)
     _check_lengths(cache, problem, k_cache.shape[0])
-    require_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, alibi_slopes=alibi_slopes)
+    arguments.require_no_grad(
+        WHAT, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, alibi_slopes=alibi_slopes
+    )
     return problem
 
 
@@ -263,20 +266,6 @@ def _check_rotary(
         )
 
 
-def _check_alibi_slopes(q: torch.Tensor, alibi_slopes: torch.Tensor | None) -> None:
-    if alibi_slopes is None:
-        return
-    checks.require_tensor("alibi_slopes", alibi_slopes)
-    batch, _, heads, _ = q.shape
-    if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"alibi_slopes must have shape (H,) = ({heads},) or (B, H) = ({batch}, {heads}), "
-            f"got {tuple(alibi_slopes.shape)}"
-        )
-    checks.require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
-    checks.require_device("alibi_slopes", alibi_slopes, "q", q)
-
-
 def _check_lengths(cache: Cache, problem: KVCacheProblem, cache_rows: int) -> None:
     """Check values where reading them waits for no device."""
     room = problem.capacity - problem.new
@@ -303,15 +292,3 @@ def _entries_in_use(cache: Cache, problem: KVCacheProblem) -> Iterator[tuple[str
         pages = -(-(length + problem.new) // problem.page_size)
         first = 0 if cache.leftpad is None else int(cache.leftpad[b]) // problem.page_size
         yield f"block_table[{row}]", cache.block_table[row, first:pages]
-
-
-def require_no_grad(**tensors: torch.Tensor | None) -> None:
-    """Refuse tensors whose gradient autograd would ask for: serving has no backward pass."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise UnsupportedProblemError(
-                f"{name} must not require a gradient, attention with a KV cache has no backward "
-                "pass: call it under torch.no_grad() or detach it"
-            )

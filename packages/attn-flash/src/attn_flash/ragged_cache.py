@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attn_core.arguments import require_no_grad
 from attn_core.checks import (
     flag,
     may_read_values,
@@ -67,7 +68,7 @@ def check(
     if cu_seqlens_q is not None:
         require_rank("q", q, "(T_q, H, D)")
         check_starts("cu_seqlens_q", cu_seqlens_q, "q", q)
-        kvcache_checks.require_no_grad(q=q)
+        require_no_grad(kvcache_checks.WHAT, q=q)
         q = q.new_empty((cu_seqlens_q.shape[0] - 1, 1, *q.shape[1:]))
     if cu_seqlens_k_new is not None:
         if k is None or v is None:
@@ -77,7 +78,7 @@ def check(
         check_starts("cu_seqlens_k_new", cu_seqlens_k_new, "k", k)
         require_shape("cu_seqlens_k_new", cu_seqlens_k_new, "(B + 1,)", (q.shape[0] + 1,))
         require_shape("v", v, "(T_new, H_KV, D_v)", (*k.shape[:2], v.shape[-1]))
-        kvcache_checks.require_no_grad(k=k, v=v)
+        require_no_grad(kvcache_checks.WHAT, k=k, v=v)
         k, v = (x.new_empty((q.shape[0], 0, *x.shape[1:])) for x in (k, v))
     kvcache_checks.kvcache_problem(
         q, k_cache, v_cache, k, v, None, None, cache, None, (-1, -1), 0.0

@@ -80,7 +80,7 @@ def attention_problem(
         if scale is not None:
             _check_scale(name, scale, k_cache)
     if options.alibi_slopes is not None:
-        _check_alibi_slopes(options.alibi_slopes, q, block_tables)
+        arguments.require_slopes(options.alibi_slopes, sequences, q.shape[1], q)
     if options.sinks is not None:
         checks.require_shape("sinks", options.sinks, "(H,)", (q.shape[1],))
         checks.require_dtype("sinks", options.sinks, (torch.float32, q.dtype))
@@ -93,7 +93,8 @@ def attention_problem(
         _check_tree_mask(options.tree_mask, q)
     if options.shared_prefix:
         _check_shared_prefix(options)
-    require_no_grad(
+    arguments.require_no_grad(
+        "a paged cache",
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
@@ -168,7 +169,8 @@ def append_problem(
             _check_scale(name, scale, k_cache)
     if options.rotary is not None:
         _check_rotary(options.rotary, k)
-    require_no_grad(
+    arguments.require_no_grad(
+        "a paged cache",
         k=k,
         v=v,
         k_cache=k_cache,
@@ -207,18 +209,6 @@ def rotary(
             f"{' and '.join(missing)}"
         )
     return Rotary(cos, sin, positions, interleaved)
-
-
-def require_no_grad(**tensors: torch.Tensor | None) -> None:
-    """Refuse tensors whose gradient autograd would ask for: serving has no backward pass."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise UnsupportedProblemError(
-                f"{name} must not require a gradient, a paged cache has no backward pass: call "
-                "under torch.no_grad() or detach it"
-            )
 
 
 def window(
@@ -341,20 +331,6 @@ def _check_tables(
     for name, tensor in integers.items():
         checks.require_dtype(name, tensor, (torch.int32,))
         checks.require_device(name, tensor, "q", q)
-
-
-def _check_alibi_slopes(
-    alibi_slopes: torch.Tensor, q: torch.Tensor, block_tables: torch.Tensor
-) -> None:
-    checks.require_tensor("alibi_slopes", alibi_slopes)
-    heads, sequences = q.shape[1], block_tables.shape[0]
-    if tuple(alibi_slopes.shape) not in ((heads,), (sequences, heads)):
-        raise ValueError(
-            f"alibi_slopes must have shape (H,) = ({heads},) or (B, H) = ({sequences}, {heads}), "
-            f"got {tuple(alibi_slopes.shape)}"
-        )
-    checks.require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
-    checks.require_device("alibi_slopes", alibi_slopes, "q", q)
 
 
 def _check_lengths(
