@@ -697,7 +697,7 @@ def emulation(*modules: str) -> Iterator[list[types.ModuleType]]:
     from triton.language import core
 
     replaced = _stand_ins()
-    names = (*replaced, *modules)
+    names = (*replaced, "attn_core.tiles.hopper", *modules)
     before = {name: sys.modules.get(name) for name in names}
     aggregate = core._aggregate
     try:

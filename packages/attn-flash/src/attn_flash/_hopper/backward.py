@@ -30,19 +30,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at, record
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.primitives import (
-    accumulator_layout,
-    arrive_at,
     columns,
-    exp2,
     keep_branch,
     load_ragged_rows,
     load_row,
     load_rows,
-    meet_at,
-    record,
     reduce_add,
     store_ragged_rows,
     store_rows,

@@ -26,15 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.hopper import accumulator_layout, exp2, record
 from attn_flash._hopper import problem as host
 from attn_flash._hopper.descriptors import Rows, addressable
-from attn_flash._hopper.primitives import (
-    accumulator_layout,
-    exp2,
-    load_rows,
-    record,
-    store_rows,
-)
+from attn_flash._hopper.primitives import load_rows, store_rows
 
 _ROWS = gl.constexpr(64)  # of a tile and, at most, of a piece
 _CONSUMERS = gl.constexpr(2)

@@ -25,21 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.hopper import accumulator_layout, arrive_at_stage, exp2, meet_at_stage, record
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper import problem as host
 from attn_flash._hopper.backward import _crosses_edge, _mask
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
-from attn_flash._hopper.primitives import (
-    accumulator_layout,
-    arrive_at_stage,
-    exp2,
-    keep_branch,
-    load_row,
-    load_rows,
-    meet_at_stage,
-    record,
-    store_rows,
-)
+from attn_flash._hopper.primitives import keep_branch, load_row, load_rows, store_rows
 
 ROWS = gl.constexpr(64)  # of every tile
 _STAGES = gl.constexpr(2)

@@ -32,23 +32,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
-from attn_flash._hopper import problem
-from attn_flash._hopper.descriptors import Rows
-from attn_flash._hopper.primitives import (
+from attn_core.tiles.hopper import (
     accumulator_layout,
     arrive_at,
     arrive_at_stage,
     exp2,
-    load_ragged_rows,
-    load_rows,
     meet_at,
     meet_at_stage,
     record,
-    store_ragged_rows,
-    store_rows,
+    scale_rows,
 )
+from attn_flash._hopper import problem
+from attn_flash._hopper.descriptors import Rows
+from attn_flash._hopper.primitives import load_ragged_rows, load_rows, store_ragged_rows, store_rows
 from attn_flash._hopper.schedules import Schedule
-from attn_flash._hopper.softmax import ROWS, scale_rows, store_lse, thread_sums
+from attn_flash._hopper.softmax import ROWS, store_lse, thread_sums
 
 # Named barriers; those below 6 are the compiler's.
 _K_EMPTY = gl.constexpr(6)  # and the next two

@@ -14,12 +14,6 @@ def thread_sums(p):
 
 
 @gluon.jit
-def scale_rows(x, factor):
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    return x * gl.expand_dims(gl.convert_layout(factor, LAYOUT, assert_trivial=True), 1)
-
-
-@gluon.jit
 def store_lse(lse_ptr, m_i, l_i, row, M, scale_log2):
     """Write lse of those of ROWS queries from `row` that are among the M of a head.
 

@@ -21,19 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_paged._hopper.primitives import (
-    PANEL,
-    Blocks,
+from attn_core.tiles.hopper import (
     accumulator_layout,
     arrive_at_stage,
-    ceil_div,
     exp2,
-    let_next_kernel_start,
     meet_at_stage,
-    panel,
     record,
     scale_rows,
 )
+from attn_paged._hopper.primitives import PANEL, Blocks, ceil_div, let_next_kernel_start, panel
 from attn_paged._hopper.support import BLOCK_N
 from attn_paged._triton import problem, worklist
 from attn_paged._triton.merge import Parts

@@ -16,13 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.hopper import exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
     closed,
-    exp2,
     load_bias,
     load_lse,
     load_mask,

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.hopper import exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.redo import redo
@@ -29,7 +30,6 @@ from attn_triangle._hopper.tiles import (
     LOG2_E,
     SEES_NONE,
     WG_ROWS,
-    exp2,
     key_blocks,
     load_keys,
     load_rows,

@@ -30,14 +30,6 @@ CLOSED = gl.constexpr(float(2**110))  # an lse that makes all probabilities 0
 
 
 @gluon.jit
-def exp2(x):
-    """2 ** x in one instruction: gl.exp2 would add two for denormals."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def load_wide(buf, LAYOUT: gl.constexpr):
     """Read a tile in float32. Of bfloat16 a number takes one instruction, by Triton's cast more."""
     x = buf.load(LAYOUT)
