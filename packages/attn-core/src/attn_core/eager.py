@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,28 +71,26 @@ def signature(args: Sequence[Any]) -> Signature | None:
     Beside metadata and numbers the key holds which tensors begin at the same address, whether
     gradients are recorded, and what torch allows: TF32, and sums in any order.
     """
-    types = tuple(map(type, args))
-    tensors = [arg for arg in args if type(arg) in _TENSORS]
+    tensors: list[torch.Tensor] = []
+    pointers: list[int] = []
+    key: list[Any] = []
+    misaligned = 0
     try:
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]
+        for arg in args:
+            kind = type(arg)
+            if kind in _TENSORS:
+                pointer = arg.data_ptr()
+                tensors.append(arg)
+                pointers.append(pointer)
+                misaligned |= pointer % _ALIGNMENT
+                key += (kind, arg.shape, arg.stride(), arg.dtype, arg.device, arg.requires_grad)
+                key.append(pointers.index(pointer))
+            else:
+                key += (kind, _by_value(arg) if kind in _SEQUENCES else arg)
     except RuntimeError:  # of a sparse or nested tensor, which the call itself is to refuse
         return None
-    if functools.reduce(operator.or_, pointers, 0) % _ALIGNMENT:
-        return None
-    others = [arg for arg in args if type(arg) not in _TENSORS]
-    if not _SEQUENCES.isdisjoint(types):
-        others = [_by_value(arg) if type(arg) in _SEQUENCES else arg for arg in others]
-    key = (
-        types,
-        *others,
-        *described,
-        *map(pointers.index, pointers),
-        torch.is_grad_enabled(),
-        allows_tf32(),
-        torch._C._get_deterministic_algorithms(),
-    )
-    return Signature(key, tensors, pointers)
+    key += (torch.is_grad_enabled(), allows_tf32(), torch._C._get_deterministic_algorithms())
+    return None if misaligned else Signature(tuple(key), tensors, pointers)
 
 
 def _is_only_observed() -> bool:

@@ -40,7 +40,7 @@ def repeatable(function: _Function) -> _Function:
         The same function. Calls that autograd differentiates are repeated where it does so in one
         operator, whose tensors are those of the call.
     """
-    replayed = Replayed(function, _environment)
+    replayed = Replayed(function, environment.of_a_call)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -106,10 +106,6 @@ class Replayed:
         if len(self._known) >= _MAX_REMEMBERED:
             self._known.clear()
         self._known[key] = value
-
-
-def _environment() -> Hashable:
-    return environment.backend(), environment.checks_values()
 
 
 def _launches_here(tensor: Any) -> bool:
