@@ -99,6 +99,16 @@ def test_eager_path_does_not_enter_the_dispatcher(x, monkeypatch):
         operator(x, 2.0)
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_records_the_operator(requires_grad):
+    x = torch.randn(3, 4, requires_grad=requires_grad)
+    traced = torch.jit.trace(lambda x: operator(x, 2.0), x)
+    assert [node.kind() for node in traced.graph.findAllNodes(NAME)] == [NAME]
+    other = torch.randn(5, 6)
+    assert torch.equal(traced(other), 2 * other)
+
+
 def test_no_gradient_is_recorded_without_need(x):
     with torch.no_grad():
         assert not operator(x, 2.0).requires_grad

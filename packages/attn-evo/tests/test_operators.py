@@ -61,6 +61,15 @@ def test_opcheck_prefix_sum(exclusive):
     )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_a_trace_runs_other_lengths(causal):
+    traced = torch.jit.trace(lambda v: evo_attention(v, causal), torch.zeros(1, 2, 5, 4))
+    v = random_tensor((2, 2, 9, 4), seed="v")
+    assert torch.equal(traced(v), evo_attention(v, causal))
+
+
 def test_gradcheck(causal, make_weights):
     v = random_tensor((1, 2, 4, 2), seed="v", dtype=torch.float64)
     inputs = with_grad((v, *make_weights("w", 2, torch.float64)))

@@ -42,7 +42,7 @@ class Observer(TorchDispatchMode):
 
 
 def is_plain_eager(args: Sequence[Any]) -> bool:
-    """Whether nothing watches the call: no compiler, mode, transform or tensor subclass.
+    """Whether nothing watches the call: no compiler, tracer, mode, transform or tensor subclass.
 
     Its arguments are tensors as such, None, names, dtypes, numbers and lists of numbers. No tensor
     is negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and the
@@ -53,6 +53,7 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
         and forward_ad._current_level < 0
         and (torch._C._len_torch_dispatch_stack() == 0 or _is_only_observed())
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
         and (_PLAIN.issuperset(map(type, args)) or all(map(_is_plain, args)))
         and not any(arg.is_neg() for arg in args if type(arg) in _TENSORS)
     )

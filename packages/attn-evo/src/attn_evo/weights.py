@@ -75,7 +75,7 @@ class EvoWeights(NamedTuple):
         EvoWeights
             The same at every call. Its matrices are one tensor, and so are its biases.
         """
-        if not isinstance(head_dim, torch.SymInt):
+        if not isinstance(head_dim, torch.SymInt) and not torch.jit.is_tracing():
             require_positive("head_dim", head_dim)
         matrix = torch.eye(head_dim, dtype=dtype, device=device)
         zeros = torch.zeros(head_dim, dtype=dtype, device=device)
