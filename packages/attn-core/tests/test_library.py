@@ -109,6 +109,14 @@ def test_a_trace_records_the_operator(requires_grad):
     assert torch.equal(traced(other), 2 * other)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batches_of_gradients_are_computed_one_by_one(x):
+    out = operator(x, 2.0)
+    (dx,) = torch.autograd.grad(out, x, torch.ones(5, *out.shape), is_grads_batched=True)
+    assert torch.equal(dx, torch.full((5, *x.shape), 2.0))
+    assert calls == ["forward", *["backward"] * 5]
+
+
 def test_no_gradient_is_recorded_without_need(x):
     with torch.no_grad():
         assert not operator(x, 2.0).requires_grad

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,17 +47,22 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
 
     Its arguments are tensors as such, None, names, dtypes, numbers and lists of numbers. No tensor
     is negated by a mark alone, as ``x.conj().imag`` is: kernels would not see it, and the
-    dispatcher negates its memory.
+    dispatcher negates its memory. Nor does one stand for a batch, as those of
+    ``torch.autograd.grad(is_grads_batched=True)`` do.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and (torch._C._len_torch_dispatch_stack() == 0 or _is_only_observed())
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and (_PLAIN.issuperset(map(type, args)) or all(map(_is_plain, args)))
-        and not any(arg.is_neg() for arg in args if type(arg) in _TENSORS)
+    is_watched = (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and not _is_only_observed())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     )
+    if is_watched or not (_PLAIN.issuperset(map(type, args)) or all(map(_is_plain, args))):
+        return False
+    for arg in args:
+        if type(arg) in _TENSORS and (arg.is_neg() or is_legacy_batchedtensor(arg)):
+            return False
+    return True
 
 
 def needs_grad(args: Sequence[Any]) -> bool:
