@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import settings
@@ -221,6 +224,26 @@ def test_a_batch_of_replaced_blocks_is_refused(change):
         cache.append(sequence, 1)
     with pytest.raises(ValueError, match=f"blocks of its sequence {sequence} have been"):
         cache.attend(0, torch.randn(0, 4, 8), batch)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["copy", "pickle"],
+)
+def test_a_copy_goes_its_own_way(duplicate):
+    cache = make_cache(num_layers=2)
+    sequence = cache.allocate([1, 2, 3, 4, 5])
+    k, _ = fill(cache, [sequence])
+    other = duplicate(cache)
+    other.append(sequence, [6])
+    new_k, _ = fill(other, [sequence])
+    assert torch.equal(read(other, sequence)[0], torch.cat((k, new_k)))
+    other.free(other.allocate([1, 2, 3, 4, 9]))
+    assert (cache.length(sequence), other.length(sequence)) == (5, 6)
+    assert torch.equal(read(cache, sequence)[0], k)
+    for each in (cache, other):
+        each.check_invariants()
 
 
 def test_a_batch_of_a_freed_sequence_is_refused():

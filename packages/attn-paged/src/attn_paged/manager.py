@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from attn_core.checks import flag
 from attn_paged._pool import ROOT, Pool, PrefixIndex
@@ -95,6 +96,14 @@ class BlockManager:
         self._prefixes = PrefixIndex()
         self._sequences: dict[int, _Sequence] = {}
         self._num_named = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy begins with: all but the lock, of which it makes its own."""
+        with self.lock:
+            return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     @property
     def num_free_blocks(self) -> int:
