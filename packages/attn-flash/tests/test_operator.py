@@ -236,3 +236,20 @@ def test_a_named_backend_is_refused_before_the_graph_runs(backend, reason, monke
     q, k, v = (x.detach() for x in make_inputs())
     with pytest.raises(Exception, match=f"backend.*{reason}"):
         compiled(q, k, v, backend=backend)
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_torch_may_ask_for_the_same_bits(is_asked, monkeypatch):
+    asked = []
+
+    def attention(q, k, v, *rest):
+        asked.append(Options(*rest[:-1]).deterministic)
+        return FORWARD(q, k, v, *rest)
+
+    monkeypatch.setattr(ops, "attention", attention)
+    torch.use_deterministic_algorithms(is_asked)
+    try:
+        flash_attn_func(*make_inputs())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [is_asked]

@@ -72,8 +72,9 @@ def flash_attn_func(
     alibi_slopes : Tensor, shape (H,) or (B, H), float32, optional
         ``slope * |i + N - M - j|`` is subtracted from the score of query i and key j.
     deterministic : bool, default False
-        Gradients must have the same bits every time. On backends "torch" and "triton" they have
-        with either value; on "hopper" order costs up to 8 % of the speed of the backward pass.
+        Gradients must have the same bits every time, as under
+        ``torch.use_deterministic_algorithms``. On backends "torch" and "triton" they have with
+        either value; on "hopper" order costs up to 8 % of the speed of the backward pass.
     return_attn_probs : bool, default False
         Also return lse and probs.
     attn_bias : Tensor, optional
@@ -600,7 +601,8 @@ def _options(
         window_right=right,
         softcap=arguments.softcap(softcap),
         dropout_p=dropout_p,
-        deterministic=flag("deterministic", deterministic),
+        deterministic=flag("deterministic", deterministic)
+        or torch.are_deterministic_algorithms_enabled(),
         **ragged,
     )
 
