@@ -15,6 +15,7 @@ from benchmarks.providers.base import (
     Expected,
     Provider,
     Subject,
+    Tasks,
     compiled,
     error_limit,
     leaf,
@@ -104,6 +105,21 @@ def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
     return Call(forward, leaves, inputs.dout)
 
 
+def _our_kernels(case: Case) -> Tasks:
+    """One run of the lengths that share their kernels compiles those."""
+    kind = (case.dtype, case["D"], case["causal"])
+    return {("triton", *kind): functools.partial(_compile_ours, case)}
+
+
+def _compile_ours(case: Case, inputs: Inputs) -> None:
+    call = _ours("triton", case, inputs)
+    torch.autograd.grad(call.forward(), call.inputs, call.grad_out)
+
+
+def _nothing_compiled(case: Case) -> Tasks:
+    return {}
+
+
 def _compiled(case: Case, inputs: Inputs) -> Call:
     compute = compiled(attention)
     leaves = _leaves(case, inputs)
@@ -131,8 +147,14 @@ def _evo_attn(case: Case, inputs: Inputs) -> Call:
 SUBJECT = Subject(
     package="attn-evo",
     providers=(
-        Provider("triton", functools.partial(_ours, "triton"), "ours"),
-        Provider("torch", functools.partial(_ours, "torch"), "ours", devices=("cpu", "cuda")),
+        Provider("triton", functools.partial(_ours, "triton"), "ours", compiles=_our_kernels),
+        Provider(
+            "torch",
+            functools.partial(_ours, "torch"),
+            "ours",
+            devices=("cpu", "cuda"),
+            compiles=_nothing_compiled,
+        ),
         Provider("torch.compile", _compiled),
         Provider("evo-attn", _evo_attn, module="evo_attn", distribution="evo-attn"),
     ),
@@ -141,4 +163,5 @@ SUBJECT = Subject(
     flops=flops,
     traffic=traffic,
     x_axis="L",
+    warm=True,
 )
