@@ -181,6 +181,27 @@ def tune(
     return config
 
 
+def time_launch(launch: Callable[[TileConfig], object], config: TileConfig) -> float:
+    """Return the milliseconds of one launch of a Triton kernel on its GPU.
+
+    Parameters
+    ----------
+    launch : callable
+        Starts the kernel with the tiles it is given. ``functools.partial(time_launch, launch)`` is
+        what `pick` and `tune` measure with.
+    config : TileConfig
+        The tiles.
+
+    Returns
+    -------
+    float
+        The mean of about 20 ms of launches.
+    """
+    from triton.testing import do_bench
+
+    return float(do_bench(lambda: launch(config), warmup=5, rep=20))
+
+
 def measured(table: Table, device: torch.device) -> dict[Key, TileConfig]:
     """Return the rows that were measured on `device`, in this process or another one.
 

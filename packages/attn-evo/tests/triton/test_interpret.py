@@ -168,7 +168,7 @@ def test_tuning_runs_both_passes_and_keeps_the_fastest(
         return float(config != fastest)
 
     monkeypatch.setattr(configs, "_pick", PICK)
-    monkeypatch.setattr(configs, "_milliseconds", milliseconds)
+    monkeypatch.setattr(configs, "time_launch", milliseconds)
     for name in ("FORWARD", "BACKWARD"):
         table = dataclasses.replace(getattr(configs, name), rows={}, candidates=[*others, fastest])
         monkeypatch.setattr(configs, name, table)

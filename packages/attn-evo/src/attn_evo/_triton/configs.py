@@ -15,7 +15,7 @@ import torch
 
 from attn_core.device import triton_version
 from attn_core.tiling import padded_head_dim
-from attn_core.tuning import Table, TileConfig, pick
+from attn_core.tuning import Table, TileConfig, pick, time_launch
 from attn_evo import environment
 from attn_evo._triton import problem
 from attn_evo._triton.problem import SMALL_SHARED_MEMORY
@@ -188,11 +188,5 @@ def _pick(table: Table, v: torch.Tensor, causal: bool, launch: Launch | None) ->
     head_dim, block_d = v.shape[-1], padded_head_dim(v.shape[-1])
     shape = "causal" if causal else "full"
     key = (block_d, v.element_size(), shape if head_dim == block_d else "padded")
-    measure = None if launch is None else functools.partial(_milliseconds, launch)
+    measure = None if launch is None else functools.partial(time_launch, launch)
     return pick(table, v.device, key, measure, environment.tune_mode())
-
-
-def _milliseconds(launch: Launch, config: TileConfig) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(lambda: launch(config), warmup=5, rep=20))

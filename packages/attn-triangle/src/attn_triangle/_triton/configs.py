@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from attn_core.tiling import padded_head_dim
-from attn_core.tuning import Key, Table, TileConfig, pick
+from attn_core.tuning import Key, Table, TileConfig, pick, time_launch
 
 BUCKETS = (64, 128, 256, 512, 1024)
 _SHORTEST, _LONGEST = BUCKETS[0], BUCKETS[-1]
@@ -93,10 +93,4 @@ def key_of(q: torch.Tensor, k: torch.Tensor) -> Key:
 
 def tiles(table: Table, q: torch.Tensor, k: torch.Tensor, launch: Launch) -> TileConfig:
     """Choose the tiles of one launch, which `launch` can make for a trial."""
-    return pick(table, q.device, key_of(q, k), functools.partial(_milliseconds, launch))
-
-
-def _milliseconds(launch: Launch, config: TileConfig) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(lambda: launch(config), warmup=5, rep=20))
+    return pick(table, q.device, key_of(q, k), functools.partial(time_launch, launch))
