@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attn_paged import PagedKVCache
 from attn_paged.huggingface import ContinuousBatching, cache_for
 
 transformers = pytest.importorskip("transformers")
@@ -121,3 +122,52 @@ def test_bad_requests_are_named(model):
         ContinuousBatching(model, cache_for(model, 4, 4, num_layers=1))
     with pytest.raises(ValueError, match="paged_cache and paged_batch must be passed"):
         model(torch.tensor([[1, 2]]))
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def new_model(name, **sizes):
+    return getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SMALL, **sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    "name, sizes, message",
+    [
+        ("Bloom", {"n_head": 4}, "model must take its attention from AttentionInterface"),
+        ("Mamba", {"state_size": 4}, "model must remember keys and values alone"),
+        (
+            "Llama",
+            HEADS,
+            r"model must have layers of .*, LlamaForCausalLM has \['chunked_attention'\]",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_models_that_would_generate_something_else_are_refused(name, sizes, message):
+    model = new_model(name, **sizes)
+    if name == "Llama":
+        model.config.layer_types = ["full_attention", "chunked_attention"]
+    cache = PagedKVCache(8, 4, heads_kv=2, head_dim=8, num_layers=2)
+    with pytest.raises(ValueError, match=message):
+        ContinuousBatching(model, cache)
+
+
+def test_a_layer_that_attends_twice_is_refused():
+    model = new_model("DiffLlama", **HEADS).eval()
+    batching = ContinuousBatching(model, cache_for(model, 8, 4))
+    batching.add([1, 2, 3], 2)
+    with pytest.raises(ValueError, match="a layer must attend once, layer 0 attends again"):
+        batching.step()
+
+
+def test_a_layer_that_writes_nothing_is_noticed():
+    model = new_model("Llama", **HEADS).eval()
+    batching = ContinuousBatching(model, cache_for(model, 8, 4))
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    batching.add([1, 2, 3], 2)
+    with pytest.raises(RuntimeError, match="model must write keys and values of all layers"):
+        batching.step()

@@ -30,6 +30,7 @@ __all__ = [
 
 IMPLEMENTATION = "attn_paged"
 """Name under which transformers knows the attention of this package."""
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,8 @@ class ContinuousBatching:
     Raises
     ------
     ValueError
-        The cache does not fit the model.
+        The cache does not fit the model, or the model's layers are not all attention that is chosen
+        by name and sees all past tokens or a window of them.
     ModuleNotFoundError
         transformers is not installed.
 
@@ -105,8 +107,7 @@ class ContinuousBatching:
                 f"cache must have the model's {model.config.num_hidden_layers} layers, got "
                 f"{cache.num_layers}"
             )
-        register()
-        model.set_attn_implementation(IMPLEMENTATION)
+        _take_over(model)
         self.cache = cache
         self.num_preemptions = 0
         self._model = model
@@ -179,6 +180,7 @@ class ContinuousBatching:
             return {}
         batch = self.cache.batch([_named(request) for request in self._running], self._chunk)
         tokens = [token for request in self._running for token in self._unwritten(request)]
+        written = self._written()
         logits = self._model(
             input_ids=torch.tensor([tokens], device=self.cache.device),
             position_ids=batch.positions[None],
@@ -187,6 +189,8 @@ class ContinuousBatching:
             paged_cache=self.cache,
             paged_batch=batch,
         ).logits[0]
+        if any(before == now for before, now in zip(written, self._written(), strict=True)):
+            raise RuntimeError("model must write keys and values of all layers, it left some out")
         chosen = self._choose(logits).tolist()
         for request, token in zip(self._running, chosen, strict=True):
             if self.cache.written(_named(request)) == len(request.tokens):
@@ -249,6 +253,9 @@ class ContinuousBatching:
         except OutOfBlocksError:
             self.cache.free(sequence)
             request.sequence = None
+
+    def _written(self) -> list[int]:
+        return [self.cache.written(_named(request)) for request in self._running]
 
     def _unwritten(self, request: _Request) -> list[int]:
         start = self.cache.written(_named(request))
@@ -360,12 +367,15 @@ def paged_attention_forward(
     Raises
     ------
     ValueError
-        The model is not called by `ContinuousBatching`, or asks for dropout or a mask.
+        The model is not called by `ContinuousBatching`, asks for dropout or a mask, or attends
+        twice in one layer.
     """
     if paged_cache is None or paged_batch is None:
         raise ValueError("paged_cache and paged_batch must be passed to the model, got None")
     if attention_mask is not None or dropout:
         raise ValueError("attention_mask must be None and dropout 0 over a paged cache")
+    if module.layer_idx not in paged_batch._unwritten_layers:
+        raise ValueError(f"a layer must attend once, layer {module.layer_idx} attends again")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     paged_cache.write(module.layer_idx, k, v, paged_batch)
     out = paged_cache.attend(
@@ -378,6 +388,22 @@ def paged_attention_forward(
         sinks=s_aux,
     )
     return out[None], None
+
+
+def _take_over(model: Any) -> None:
+    """Let a model call the attention of this package; refuse one that would not generate by it."""
+    name = type(model).__name__
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(f"model must remember keys and values alone, {name} has another state too")
+    others = {*(getattr(model.config, "layer_types", None) or ())} - _LAYER_TYPES
+    if others:
+        raise ValueError(
+            f"model must have layers of {sorted(_LAYER_TYPES)}, {name} has {sorted(others)}"
+        )
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(f"model must take its attention from AttentionInterface, {name} does not")
 
 
 def _named(request: _Request) -> int:
