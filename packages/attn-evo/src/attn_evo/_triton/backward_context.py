@@ -12,6 +12,7 @@ from attn_evo._triton.backward_work import Work, tiles_of
 from attn_evo._triton.tiles import (
     CONTEXT,
     DCONTEXT,
+    chunk_of_program,
     is_kept,
     load_state,
     rounded,
@@ -41,10 +42,7 @@ def _attention_backward_context_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     mask_ptr += b * stride_mb
     dtype: tl.constexpr = dv_ptr.dtype.element_ty
 
@@ -63,10 +61,8 @@ def _attention_backward_context_kernel(
         row = drows_ptr + pid_bh.to(tl.int64) * HEAD_DIM
         dcontext_i = tl.load(row + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
 
-    first = pid_c * tiles_per_chunk
-    last = tl.minimum(first + tiles_per_chunk, num_tiles) - 1
-    for step in range(last - first + 1):
-        tile = last - step
+    for step in range(last - first):
+        tile = last - 1 - step
         start = tile * BLOCK_M
         dv_ptrs, mask = values_ptrs(dv_ptr, pid_bh, start, L, HEAD_DIM, BLOCK_M, BLOCK_D)
         dv = tl.load(dv_ptrs, mask=mask, other=0.0).to(tl.float32) + dcontext_i[None, :]

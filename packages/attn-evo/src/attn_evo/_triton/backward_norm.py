@@ -18,6 +18,7 @@ from attn_evo._triton.tiles import (
     W_F,
     add_column_sums,
     bias_rows,
+    chunk_of_program,
     column_sums,
     linear,
     load_tokens,
@@ -70,10 +71,7 @@ def _attention_backward_norm_kernel(
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * stride_mb
     dout_ptr += b * stride_dob + h * stride_doh
@@ -87,8 +85,7 @@ def _attention_backward_norm_kernel(
     ones = triangle(BLOCK_M, dtype, False)
     dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     sums = no_column_sums(BLOCK_D)
-    first = pid_c * tiles_per_chunk
-    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+    for tile in range(first, last):
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,

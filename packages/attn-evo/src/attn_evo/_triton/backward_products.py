@@ -13,6 +13,7 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     add_column_sums,
+    chunk_of_program,
     column_sums,
     load_tokens,
     no_column_sums,
@@ -37,10 +38,7 @@ def _attention_backward_products_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * stride_mb
 
@@ -49,8 +47,7 @@ def _attention_backward_products_kernel(
     dw_q = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     dw_l = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     sums = no_column_sums(BLOCK_D)
-    first = pid_c * tiles_per_chunk
-    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+    for tile in range(first, last):
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
@@ -106,17 +103,13 @@ def _attention_backward_final_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     dtype: tl.constexpr = v_ptr.dtype.element_ty
 
     offs_m = tl.arange(0, BLOCK_M)
     dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    first = pid_c * tiles_per_chunk
-    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+    for tile in range(first, last):
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, v_ptr, 0, start, L,

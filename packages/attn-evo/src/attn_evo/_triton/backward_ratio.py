@@ -16,6 +16,7 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     bias_rows,
+    chunk_of_program,
     inverse_counts,
     inverse_denominator,
     linear,
@@ -48,10 +49,7 @@ def _attention_backward_ratio_kernel(
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * stride_mb
 
@@ -79,8 +77,7 @@ def _attention_backward_ratio_kernel(
         if pid_c == 0:
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, 0, BLOCK_D)
             tl.store(row + offs_d, context)
-    first = pid_c * tiles_per_chunk
-    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+    for tile in range(first, last):
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,

@@ -17,6 +17,7 @@ from attn_evo._triton.tiles import (
     W_G,
     add_column_sums,
     bias_rows,
+    chunk_of_program,
     column_sums,
     inverse_counts,
     linear,
@@ -60,10 +61,7 @@ def _attention_backward_stat_kernel(
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * stride_mb
     dtype: tl.constexpr = v_ptr.dtype.element_ty
@@ -83,10 +81,8 @@ def _attention_backward_stat_kernel(
         )  # fmt: skip
     dw_g = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     sums = no_column_sums(BLOCK_D)
-    first = pid_c * tiles_per_chunk
-    last = tl.minimum(first + tiles_per_chunk, num_tiles) - 1
-    for step in range(last - first + 1):
-        tile = last - step
+    for step in range(last - first):
+        tile = last - 1 - step
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,

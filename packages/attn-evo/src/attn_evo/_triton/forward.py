@@ -37,6 +37,7 @@ from attn_evo._triton.tiles import (
     W_Q,
     add_column_sums,
     bias_rows,
+    chunk_of_program,
     gated_values,
     inverse_counts,
     inverse_denominator,
@@ -198,10 +199,7 @@ def _attention_stat_kernel(
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * stride_mb
 
@@ -216,8 +214,7 @@ def _attention_stat_kernel(
             sums_ptr, stride_sk, stride_sb, stride_sh, stride_sd, b, h, CONTEXT, HEAD_DIM, BLOCK_D
         )
     acc = tl.zeros([BLOCK_D], tl.float32)
-    first = pid_c * tiles_per_chunk
-    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+    for tile in range(first, last):
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,
@@ -276,10 +273,7 @@ def _attention_output_kernel(
     WEIGHTS_STAY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid_bh = tl.program_id(0) // num_chunks
-    pid_c = tl.program_id(0) % num_chunks
-    b = (pid_bh // H).to(tl.int64)
-    h = (pid_bh % H).to(tl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * stride_mb
     dtype: tl.constexpr = v_ptr.dtype.element_ty
@@ -311,8 +305,7 @@ def _attention_output_kernel(
             HEAD_DIM, HAS_STATE, IS_NVIDIA, BLOCK_D,
         )  # fmt: skip
 
-    first = pid_c * tiles_per_chunk
-    for tile in range(first, tl.minimum(first + tiles_per_chunk, num_tiles)):
+    for tile in range(first, last):
         start = tile * BLOCK_M
         v = load_tokens(
             v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L,

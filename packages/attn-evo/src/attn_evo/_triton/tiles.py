@@ -38,6 +38,18 @@ MOST_STAYING_BIASES = tl.constexpr(64)  # BLOCK_D: three wider ones fill a tile'
 
 
 @triton.jit
+def chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk):
+    """Which sequence (of all, batch and head) and chunk a program owns, and its tiles' range."""
+    pid_bh = tl.program_id(0) // num_chunks
+    pid_c = tl.program_id(0) % num_chunks
+    b = (pid_bh // H).to(tl.int64)
+    h = (pid_bh % H).to(tl.int64)
+    first = pid_c * tiles_per_chunk
+    last = tl.minimum(first + tiles_per_chunk, num_tiles)
+    return pid_bh, pid_c, b, h, first, last
+
+
+@triton.jit
 def reciprocal(x, IS_NVIDIA: tl.constexpr):
     if IS_NVIDIA:
         return tl.inline_asm_elementwise(
