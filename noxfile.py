@@ -55,6 +55,7 @@ DEVICES = ("cpu", "cuda", "hip", "vulkan")
 OTHER_TESTS = ("benchmarks/tests", "ci/tests", "demos/tests", "docs/tests")
 APT_FAILED = 100
 CPU_TESTS = "not gpu and not interpret and not compile"
+SANITIZED = "m65-n65 or m129-n129 or test_ragged_sequences"
 # The default changes in Triton 3.10, and with it the last bits of results.
 RUN_ENV = {"TRITON_DEFAULT_FP_FUSION": "1"}
 LINTED = ("noxfile.py", "benchmarks", "ci", "demos", "docs", "packages")
@@ -95,6 +96,25 @@ def tests_compile(session: nox.Session, stack: str) -> None:
 def tests_cuda(session: nox.Session) -> None:
     """Run the GPU tests on CUDA; -- --allow-missing skips where there is no device."""
     run_tests(session, DEFAULT_STACK, "gpu", "--device=cuda")
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run small GPU tests of attn-flash's Hopper kernels under compute-sanitizer, if it is there.
+
+    ``-- --tool=racecheck`` picks another of its tools than memcheck.
+    """
+    if shutil.which("compute-sanitizer") is None:
+        session.error("compute-sanitizer of the CUDA toolkit must be on the PATH")
+    tool = session.posargs or ["--tool=memcheck"]
+    env = install(session, DEFAULT_STACK, *package_group("test"))
+    session.run(
+        *("compute-sanitizer", *tool, "--target-processes=all", "--error-exitcode=1"),
+        *(python(session), "-m", "pytest", "-m", "gpu", "--device=cuda", "-k", SANITIZED),
+        "packages/attn-flash/tests/hopper",
+        env={**env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        external=True,
+    )
 
 
 @nox.session(name="tests-rocm")
