@@ -1,5 +1,6 @@
 """The device functions, each in a small kernel under Triton's interpreter."""
 
+import functools
 import math
 
 import pytest
@@ -15,9 +16,10 @@ tiles = pytest.importorskip("attn_core.tiles")
 
 from attn_core.tiles.dropout import draw_words, keep_tile  # noqa: E402
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks  # noqa: E402
-from attn_core.tiles.merge import merge_states  # noqa: E402
+from attn_core.tiles.merge import take_in_parts  # noqa: E402
 from attn_core.tiles.offsets import load_tile, tile_offsets  # noqa: E402
 from attn_core.tiles.softmax import (  # noqa: E402
+    LOG2_E,
     finish_softmax,
     online_softmax,
     online_softmax_masked,
@@ -28,25 +30,34 @@ pytestmark = pytest.mark.interpret
 
 
 @triton.jit
-def merge_kernel(out_a, lse_a, out_b, lse_b, out, lse, M: tl.constexpr, D: tl.constexpr):
+def merge_kernel(
+    parts, parts_lse, out, lse, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
     rows = tl.arange(0, M)
-    cells = rows[:, None] * D + tl.arange(0, D)[None, :]
-    merged, merged_lse = merge_states(
-        tl.load(out_a + cells), tl.load(lse_a + rows), tl.load(out_b + cells), tl.load(lse_b + rows)
-    )
-    tl.store(out + cells, merged)
+    columns = tl.arange(0, D)
+    m_i = tl.full([M], -float("inf"), tl.float32)
+    l_i = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    for start in range(0, S, BLOCK_S):
+        places = (start + tl.arange(0, BLOCK_S))[None, :] * M + rows[:, None]
+        tile = tl.load(parts + places[:, :, None] * D + columns[None, None, :])
+        m_i, l_i, acc = take_in_parts(m_i, l_i, acc, tl.load(parts_lse + places) * LOG2_E, tile)
+    merged, merged_lse = finish_softmax(m_i, l_i, acc)
+    tl.store(out + rows[:, None] * D + columns[None, :], merged)
     tl.store(lse + rows, merged_lse)
 
 
-def test_merge_states_is_its_torch_twin():
-    out_a, out_b = (random_tensor((16, 8), seed=seed) for seed in "ab")
-    lse_a, lse_b = (random_tensor((16,), seed=seed, scale=20.0) for seed in "cd")
-    lse_a[:2], lse_b[1:3] = -math.inf, -math.inf
+@pytest.mark.parametrize("block_s", [1, 2, 4])
+def test_parts_merge_as_whole_tensors_do(block_s):
+    parts = random_tensor((4, 16, 8), seed="parts")
+    parts_lse = random_tensor((4, 16), seed="lse", scale=20.0)
+    parts_lse[:, 1] = parts_lse[0, 2] = parts_lse[3, 3] = -math.inf
     out, lse = torch.empty(16, 8), torch.empty(16)
-    merge_kernel[(1,)](out_a, lse_a, out_b, lse_b, out, lse, M=16, D=8)
-    expected, expected_lse = merge_attention_states(
-        out_a[None, :, None], lse_a[None, None], out_b[None, :, None], lse_b[None, None]
-    )
+    stale = parts.masked_fill(parts_lse[..., None] == -math.inf, math.nan)
+    merge_kernel[(1,)](stale, parts_lse, out, lse, M=16, S=4, D=8, BLOCK_S=block_s)
+    states = zip(parts[:, None, :, None], parts_lse[:, None, None], strict=True)
+    expected, expected_lse = functools.reduce(lambda a, b: merge_attention_states(*a, *b), states)
     torch.testing.assert_close(out, expected[0, :, 0])
     torch.testing.assert_close(lse, expected_lse[0, 0])
     assert out[1].eq(0).all()

@@ -1,27 +1,23 @@
-"""Partial attention states merged by their natural-log LSE.
+"""Parts of attention put together: a part is a key whose score is its lse, its value its output.
 
-A state is (out, lse) over some of the keys, out normalised over them; lse is -inf where a query
-sees none of them. The twin for whole tensors is `attn_core.merge.merge_attention_states`.
+Outputs are normalised over the keys of their part. The twin for whole tensors is
+`attn_core.merge.merge_attention_states`.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def merge_lse(lse_a, lse_b):
-    """Return the lse of both sets of keys together and the share of each set in the sum."""
-    pivot = tl.maximum(lse_a, lse_b)
-    pivot = tl.where(pivot == -float("inf"), 0.0, pivot)
-    weight_a = tl.exp(lse_a - pivot)
-    weight_b = tl.exp(lse_b - pivot)
-    total = weight_a + weight_b
-    divisor = tl.where(total == 0.0, 1.0, total)
-    return pivot + tl.log(total), weight_a / divisor, weight_b / divisor
+from attn_core.tiles.softmax import online_softmax_masked
 
 
 @triton.jit
-def merge_states(out_a, lse_a, out_b, lse_b):
-    """Merge two tiles of states, out [BLOCK_M, D] and lse [BLOCK_M]; return out and lse."""
-    lse, share_a, share_b = merge_lse(lse_a, lse_b)
-    return share_a[:, None] * out_a + share_b[:, None] * out_b, lse
+def take_in_parts(m_i, l_i, acc, parts_lse, parts):
+    """Take BLOCK_S parts of each row into the state of an online softmax.
+
+    parts_lse [BLOCK_M, BLOCK_S] is in units of log2, parts are [BLOCK_M, BLOCK_S, BLOCK_D]. What a
+    part without keys holds, whose lse is -inf, does not matter.
+    """
+    has_keys = parts_lse > -float("inf")
+    m_i, l_i, alpha, p = online_softmax_masked(m_i, l_i, parts_lse, 1.0, has_keys)
+    parts = tl.where(has_keys[:, :, None], parts, 0.0)
+    return m_i, l_i, acc * alpha[:, None] + tl.sum(p[:, :, None] * parts, 1)
