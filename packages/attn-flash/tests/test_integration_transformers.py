@@ -291,6 +291,13 @@ def test_weights_are_refused():
         hook.attention_forward(torch.nn.Identity(), q, q, q, None, cache=object())
 
 
+def test_a_model_that_computes_attention_by_itself_is_refused():
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.BloomForCausalLM._from_config(config, attn_implementation=hook.NAME)
+    with pytest.raises(UnsupportedProblemError, match="BloomModel does not take its attention"):
+        model(tokens())
+
+
 def test_names_that_transformers_keeps_are_refused():
     with pytest.raises(ValueError, match='name must not contain "flash"'):
         hook.register("attn_flash")

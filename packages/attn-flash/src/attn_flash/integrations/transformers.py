@@ -12,6 +12,7 @@ sequence; masks of any other pattern are handed on as they are.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -168,14 +169,21 @@ def attention_mask(
     local_size, allow_is_causal_skip, allow_is_bidirectional_skip
         As there.
     **kwargs
-        Handed on to it.
+        Handed on to it; `config` among them is the model's.
 
     Returns
     -------
     Tensor or None
         None where causality and the window say everything, (B, N) bool where there is padding
         besides, else (B, 1, M, N) bool.
+
+    Raises
+    ------
+    UnsupportedProblemError
+        The model computes attention by itself, and would take None for a mask that hides nothing.
     """
+    if not torch.compiler.is_compiling():
+        _require_interface(type(kwargs.get("config")))
     is_plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if not is_plain or not _ends_together(q_length, q_offset, kv_length, kv_offset):
         masks = _transformers("masking_utils")
@@ -205,6 +213,20 @@ def attention_mask(
 
 def _transformers(module: str = "") -> Any:
     return importlib.import_module(f"transformers.{module}".rstrip("."))
+
+
+@functools.cache
+def _require_interface(config: type) -> None:
+    """Refuse the configuration of a model that does not call `attention_forward`."""
+    models = _transformers("models.auto.modeling_auto").MODEL_MAPPING
+    model = models.get(config, None)
+    can_be_set = getattr(model, "_can_set_attn_implementation", None)  # since transformers 4.56
+    if can_be_set is None or model._supports_attention_backend or can_be_set():
+        return
+    raise UnsupportedProblemError(
+        f"{model.__name__} does not take its attention from AttentionInterface: "
+        'use attention "eager"'
+    )
 
 
 def _ends_together(
