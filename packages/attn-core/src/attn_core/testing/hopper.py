@@ -421,11 +421,15 @@ def _atomic_add(pointer: Pointer, value: int, sem: str | None = None) -> int:
         return before
 
 
+_INSTRUCTIONS = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal}
+
+
 def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> Any:
     instruction = code.partition(";")[0].split()
-    if instruction[0].startswith("ex2."):
-        with np.errstate(over="ignore"):
-            return _Tensor(np.exp2(args[0].array.astype(np.float32)))
+    compute = _INSTRUCTIONS.get(instruction[0].partition(".")[0])
+    if compute is not None:
+        with np.errstate(over="ignore", divide="ignore"):
+            return _Tensor(compute(args[0].array.astype(np.float32)))
     if instruction[0] == "cp.async.bulk.wait_group":
         _Tma.store_wait(int(instruction[1]))
         return _finish_writes()

@@ -74,6 +74,22 @@ def exp2(x):
 
 
 @gluon.jit
+def log2(x):
+    """The logarithm by the hardware's instruction alone: right to about 2**-22."""
+    return gl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def reciprocal(x):
+    """1 / x by the hardware's instruction alone: right to one unit in the last place."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def scale_rows(x, factor):
     """Multiply each row of a tile by its factor."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
