@@ -183,7 +183,7 @@ def attention_mask(
         The model computes attention by itself, and would take None for a mask that hides nothing.
     """
     if not torch.compiler.is_compiling():
-        _require_interface(type(kwargs.get("config")))
+        _require_interface(type(kwargs.get("config")))  # type: ignore[arg-type]
     is_plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if not is_plain or not _ends_together(q_length, q_offset, kv_length, kv_offset):
         masks = _transformers("masking_utils")
