@@ -202,6 +202,7 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Call:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     _require_top_left(case)
+    _require_kernel(backend, case, inputs.q.device)
     attend = functools.partial(
         F.scaled_dot_product_attention,
         is_causal=case["causal"],
@@ -212,6 +213,16 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Call:
     # With one backend allowed torch raises where that one cannot run, and never takes another.
     pinned = functools.partial(sdpa_kernel, getattr(SDPBackend, backend))
     return _heads_first(case, inputs, attend, pinned)
+
+
+def _require_kernel(backend: str, case: Case, device: torch.device) -> None:
+    """Refuse what torch has no such kernel for on a GPU."""
+    if device.type == "cpu":
+        return
+    if backend == "EFFICIENT_ATTENTION" and case["H"] != case["H_KV"]:
+        raise UnsupportedProblemError("it has no shared key heads")
+    if backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION") and case.dtype == torch.float32:
+        raise UnsupportedProblemError("it takes float16 and bfloat16 alone")
 
 
 def _flex(case: Case, inputs: Inputs) -> Call:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attn_core import UnsupportedProblemError
 from attn_flash.reference import visible
 from benchmarks import checking
 from benchmarks.problems import Case, load
@@ -68,6 +69,19 @@ def test_reference_agrees_with_autograd(case):
     assert [one.name for one in expected] == ["out", "dq", "dk", "dv"]
     for one, actual in zip(expected, (out, *grads), strict=True):
         torch.testing.assert_close(one.part(actual), one.value, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "backend, sizes, reason",
+    [
+        ("EFFICIENT_ATTENTION", {"H": 4, "H_KV": 2}, "it has no shared key heads"),
+        ("CUDNN_ATTENTION", {}, "it takes float16 and bfloat16 alone"),
+        ("FLASH_ATTENTION", {}, "it takes float16 and bfloat16 alone"),
+    ],
+)
+def test_kernels_that_torch_does_not_have_are_unsupported(backend, sizes, reason):
+    with pytest.raises(UnsupportedProblemError, match=reason):
+        flash._require_kernel(backend, make_case(**sizes), torch.device("cuda"))
 
 
 def test_large_problems_are_checked_in_the_corners():
