@@ -31,8 +31,11 @@ def _hopper_supports(op: str, problem: TriangleProblem | GateProblem) -> str | N
     info = device_info(problem.device)
     if info.arch != "sm_90":
         return f"it is made for compute capability 9.0, not for {info.arch or info.type}"
-    if triton_version() != _HOPPER_TRITON:
-        return f"its kernels are tried with Triton 3.6 alone, got {triton_version()}"
+    version = triton_version()
+    if version is None:
+        return triton_refusal(problem.device)
+    if version != _HOPPER_TRITON:
+        return f"its kernels are written for Gluon of triton 3.6, got {version[0]}.{version[1]}"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return "it computes in float16 and bfloat16"
     return None if isinstance(problem, GateProblem) else _hopper_refusal(problem)
