@@ -27,8 +27,6 @@ from benchmarks.providers.base import PASSES, Subject
 from benchmarks.runner import Runner
 from benchmarks.timing import Effort
 
-_WARMING_SHARE = 0.35  # of the time budget
-
 
 def main(arguments: Sequence[str]) -> int:
     start = time.monotonic()
@@ -66,7 +64,7 @@ def _measure(
     budget = float("inf") if options.budget is None else options.budget
     if device.type == "cuda" and subject.warm:
         progress.say(f"compiling ahead in {options.warm} processes")
-        late = warm.run(arguments, options.warm, budget * _WARMING_SHARE)
+        late = warm.run(arguments, options.warm, budget * subject.warming_share)
         progress.say(f"compiled ahead, but for {late} processes that were not done in time")
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     result = results.new_result(subject, device, settings)

@@ -67,9 +67,12 @@ def work(
 def tasks(
     subject: Subject, cases: Sequence[Case], device: torch.device, names: Sequence[str]
 ) -> dict[Hashable, tuple[Provider, Case, Callable[[object], object]]]:
-    """Return what there is to compile, by name, with the first case that needs it."""
+    """Return what there is to compile, by name, with the first case that needs it.
+
+    Whole runs take longer than parts of one, so they come first.
+    """
     found: dict[Hashable, tuple[Provider, Case, Callable[[object], object]]] = {}
-    for provider in subject.providers:
+    for provider in sorted(subject.providers, key=lambda provider: provider.compiles is not None):
         for case in cases:
             if provider in subject.chosen(case, device, names):
                 for name, compile_part in provider.tasks(case).items():

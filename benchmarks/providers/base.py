@@ -157,6 +157,7 @@ class Subject:
     memory: bool = False  # measure what a call allocates, too
     floor: Callable[[Case, str], float | None] = lambda case, pass_: None  # ms, of the hardware
     warm: bool = False  # worth compiling ahead of the measurement
+    warming_share: float = 0.35  # of the time budget
 
     def chosen(self, case: Case, device: torch.device, names: Sequence[str] = ()) -> list[Provider]:
         """Return the providers of one case: those named, else all but the optional ones."""

@@ -18,6 +18,7 @@ from benchmarks.providers.base import (
     Expected,
     Provider,
     Subject,
+    Tasks,
     compiled,
     error_limit,
     leaf,
@@ -121,8 +122,17 @@ def traffic(case: Case, pass_: str) -> float:
 def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
     from attn_flash import flash_attn_func
 
+    q, k, v = (leaf(tensor, wants_grad(case)) for tensor in inputs[:3])
+    options = _options(case, inputs)
+    return Call(
+        lambda: flash_attn_func(q, k, v, backend=backend, **options), (q, k, v), inputs.dout
+    )
+
+
+def _options(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """How attn-flash is told of the term."""
     state = torch.tensor([_SEED, _OFFSET], device=inputs.q.device)
-    options: dict[str, Any] = {
+    return {
         "plain": {},
         "softcap": {"softcap": _SOFTCAP},
         "alibi": {"alibi_slopes": inputs.term},
@@ -131,10 +141,30 @@ def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
         "key-mask": {"key_mask": inputs.term},
         "dropout": {"dropout_p": _DROPPED, "rng_state": state},
     }[case["term"]]
-    q, k, v = (leaf(tensor, wants_grad(case)) for tensor in inputs[:3])
-    return Call(
-        lambda: flash_attn_func(q, k, v, backend=backend, **options), (q, k, v), inputs.dout
-    )
+
+
+def _our_kernels(case: Case) -> Tasks:
+    return {
+        ("triton", case.id, part): functools.partial(_compile_ours, part, case)
+        for part in case.passes
+    }
+
+
+def _compile_ours(part: str, case: Case, inputs: Inputs) -> None:
+    from attn_flash import ops
+    from attn_flash.options import Options
+
+    q, k, v, dout, _ = inputs
+    options = Options(scale=case["D"] ** -0.5, **_options(case, inputs))
+    if part == "forward":
+        ops.attention(q, k, v, *options, "triton")
+        return
+    lse = torch.zeros(ops.lse_shape(q), device=q.device)
+    ops.attention_backward(dout, None, q, k, v, dout, lse, False, *options, "triton")
+
+
+def _nothing_compiled(case: Case) -> Tasks:
+    return {}
 
 
 def _flex(case: Case, inputs: Inputs) -> Call:
@@ -191,12 +221,18 @@ def _heads_first(
 SUBJECT = Subject(
     package="attn-flash-terms",
     providers=(
-        Provider("triton", functools.partial(_ours, "triton"), "ours", "attn_flash"),
+        Provider(
+            "triton",
+            functools.partial(_ours, "triton"),
+            "ours",
+            "attn_flash",
+            compiles=_our_kernels,
+        ),
         Provider(
             "torch", functools.partial(_ours, "torch"), "ours", "attn_flash", devices=("cpu",)
         ),
         Provider("flex", _flex),
-        Provider("efficient", _efficient),
+        Provider("efficient", _efficient, compiles=_nothing_compiled),
     ),
     make_inputs=make_inputs,
     reference=reference,
@@ -204,4 +240,5 @@ SUBJECT = Subject(
     traffic=traffic,
     x_axis="M",
     warm=True,
+    warming_share=0.45,
 )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import checking
+from benchmarks import checking, warm
 from benchmarks.problems import load
 from benchmarks.providers import flash_terms
 from benchmarks.providers.base import Call
@@ -54,3 +54,27 @@ def test_torch_takes_masks_and_biases_alone(case):
             flash_terms._efficient(case, inputs)
     else:
         flash_terms._efficient(case, inputs)
+
+
+def test_kernels_of_both_passes_compile_side_by_side():
+    cases = load("attn-flash-terms", "gpu")
+    names = list(warm.tasks(flash_terms.SUBJECT, cases, torch.device("cuda"), ()))
+    assert names[0][0] == "flex"  # what takes longest
+    for case in cases:
+        assert {("triton", case.id, "forward"), ("triton", case.id, "backward")} < set(names)
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_parts_are_what_a_run_compiles(part, monkeypatch):
+    from attn_flash import ops
+
+    case = next(case for case in CASES if case["term"] == "bias")
+    inputs = flash_terms.make_inputs(case, torch.device("cpu"))
+    calls = []
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(ops, name, lambda *args, name=name: calls.append((name, args)))
+    flash_terms._compile_ours(part, case, inputs)
+    ((name, args),) = calls
+    assert name == {"forward": "attention", "backward": "attention_backward"}[part]
+    assert args[-1] == "triton"
+    assert any(x is inputs.term for x in args)
