@@ -69,8 +69,10 @@ def test_environment_takes_the_place_of_auto_alone(registry, monkeypatch):
     monkeypatch.setenv("ATTN_BACKEND", "")
     assert backends.resolve(registry.op, registry.Problem()) == "triton"
     monkeypatch.setenv("ATTN_BACKEND", "tensorflow")
-    with pytest.raises(BackendUnavailableError, match="got 'tensorflow'"):
+    with pytest.raises(BackendUnavailableError, match="got 'tensorflow' from ATTN_BACKEND$"):
         backends.resolve(registry.op, registry.Problem())
+    with pytest.raises(BackendUnavailableError, match="got 'abacus'$"):
+        backends.resolve(registry.op, registry.Problem(), "abacus")
 
 
 def test_backend_without_backward_is_for_inference(registry):

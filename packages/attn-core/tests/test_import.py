@@ -35,3 +35,13 @@ def test_import_writes_nothing_and_ignores_the_environment(tmp_path, monkeypatch
     monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path / "cache"))
     imported("import attn_core, attn_core.tuning")
     assert not (tmp_path / "cache").exists()
+
+
+def test_names_are_listed_before_they_are_imported():
+    code = (
+        "import sys, attn_core; "
+        "print({*attn_core.__all__} <= {*dir(attn_core)}, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert printed.split() == ["True", "False"]

@@ -40,3 +40,7 @@ def __getattr__(name: str) -> object:
     value: object = getattr(importlib.import_module(f"attn_core.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -246,8 +246,10 @@ def _resolve(op: str, problem: Problem, requested: str) -> str:
     if requested != AUTO:
         candidates = [backend for backend in candidates if backend.name == requested]
         if not candidates:
+            origin = f" from {environment.BACKEND}" if requested == environment.backend() else ""
             raise BackendUnavailableError(
                 f"backend must be one of {[AUTO, *available(op)]} for {op}, got {requested!r}"
+                f"{origin}"
             )
     refusals = []
     for backend in candidates:
