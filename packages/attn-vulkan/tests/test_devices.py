@@ -10,6 +10,8 @@ from attn_vulkan import Features, LoaderNotFound, VulkanError, devices
 FEATURES_16BIT_STORAGE = 1000083000
 FEATURES_FLOAT16 = 1000082000
 FEATURES_BUFFER_ADDRESS = 1000257000
+FEATURES_1_2 = 51
+SCALAR_LAYOUT = (0,) * 31 + (1,)
 FEATURES_BFLOAT16 = 1000141000
 FEATURES_MATRIX = 1000506000
 FEATURES_MATRIX2 = 1000593000
@@ -23,11 +25,13 @@ FEATURE_NAMES = (
     "cooperative_matrix",
     "cooperative_matrix2",
     "buffer_device_address",
+    "scalar_layout",
 )
 EVERY_FEATURE = {
     FEATURES_16BIT_STORAGE: (1, 1, 0, 0),
     FEATURES_FLOAT16: (1, 0),
     FEATURES_BUFFER_ADDRESS: (1, 0, 0),
+    FEATURES_1_2: SCALAR_LAYOUT,
     FEATURES_BFLOAT16: (1, 0, 0),
     FEATURES_MATRIX: (1, 0),
     FEATURES_MATRIX2: (0, 0, 1, 1, 1, 0, 0),
@@ -72,6 +76,7 @@ def test_every_feature(use_loader, fake_device):
     [
         (FEATURES_FLOAT16, (0, 1), "float16"),
         (FEATURES_BUFFER_ADDRESS, (0, 1, 1), "buffer_device_address"),
+        (FEATURES_1_2, (1,) * 31 + (0, 1), "scalar_layout"),
         (FEATURES_BFLOAT16, (0, 1, 1), "bfloat16"),
         (FEATURES_MATRIX, (0, 1), "cooperative_matrix"),
         (FEATURES_MATRIX2, (1, 1, 0, 1, 1, 1, 1), "cooperative_matrix2"),
@@ -113,7 +118,7 @@ def test_processors(use_loader, fake_device, extension, stype, words, count):
 def test_a_flag_without_its_extension_is_not_asked_for(use_loader, fake_device):
     use_loader(fake_device(features=EVERY_FEATURE))
     assert devices()[0].features == Features(
-        float16=True, buffer_device_address=True, storage16=True
+        float16=True, buffer_device_address=True, storage16=True, scalar_layout=True
     )
 
 

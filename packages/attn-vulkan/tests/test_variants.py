@@ -72,3 +72,19 @@ def test_rows_stay_in_memory_where_caches_hold_them(dim, tile):
     assert not variants.forward(gpu("cpu"), "scalar", problem, 0.125).constants[-1]
     unaligned = dataclasses.replace(problem, is_aligned=False)
     assert not variants.forward(gpu(), "scalar", unaligned, 0.125).constants[-1]
+
+
+@pytest.mark.parametrize(
+    "missing,words",
+    [
+        ("buffer_device_address", "bufferDeviceAddress"),
+        ("int64", "shaderInt64"),
+        ("scalar_layout", "scalarBlockLayout"),
+    ],
+)
+def test_a_device_that_lacks_what_every_shader_needs(missing, words):
+    needs = {"buffer_device_address": True, "int64": True, "scalar_layout": True}
+    device = dataclasses.replace(gpu(), features=Features(**needs))
+    assert variants.refusal(device, "float32") is None
+    device = dataclasses.replace(gpu(), features=Features(**{**needs, missing: False}))
+    assert words in variants.refusal(device, "float32")

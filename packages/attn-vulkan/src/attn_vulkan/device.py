@@ -50,6 +50,8 @@ class Features:
         Buffers of 16-bit numbers, which float16 and bfloat16 tensors are.
     int64 : bool
         64-bit integers in shaders, for offsets into large tensors.
+    scalar_layout : bool
+        Structures in buffers without padding.
     subgroup_shuffle : bool
         Invocations of a subgroup read one another's registers.
     subgroup_size_control : bool
@@ -71,6 +73,7 @@ class Features:
     buffer_device_address: bool = False
     storage16: bool = False
     int64: bool = False
+    scalar_layout: bool = False
     subgroup_shuffle: bool = False
     subgroup_size_control: bool = False
     memory_model: bool = False
@@ -266,6 +269,7 @@ def _features(instance: Instance, handle: int, version: int) -> Features:
     arithmetic = ask(vk.VkPhysicalDeviceShaderFloat16Int8Features())
     address = ask(vk.VkPhysicalDeviceBufferDeviceAddressFeatures())
     memory_model = ask(vk.VkPhysicalDeviceVulkanMemoryModelFeatures())
+    version_1_2 = ask(vk.VkPhysicalDeviceVulkan12Features())
     bfloat16 = ask(vk.VkPhysicalDeviceShaderBfloat16FeaturesKHR(), "VK_KHR_shader_bfloat16")
     matrix = ask(vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(), "VK_KHR_cooperative_matrix")
     matrix2 = ask(vk.VkPhysicalDeviceCooperativeMatrix2FeaturesNV(), "VK_NV_cooperative_matrix2")
@@ -287,6 +291,7 @@ def _features(instance: Instance, handle: int, version: int) -> Features:
         buffer_device_address=bool(address.bufferDeviceAddress),
         storage16=bool(storage.storageBuffer16BitAccess),
         int64=bool(instance.fill_features(handle, None).shaderInt64),
+        scalar_layout=bool(version_1_2.scalarBlockLayout),
         subgroup_shuffle=bool(operations & vk.VK_SUBGROUP_FEATURE_SHUFFLE_BIT),
         subgroup_size_control=bool(sizes.subgroupSizeControl and sizes.computeFullSubgroups),
         memory_model=bool(memory_model.vulkanMemoryModel),

@@ -141,6 +141,7 @@ def refusal(device: Device, dtype: str) -> str | None:
     for name, words in (
         ("buffer_device_address", "pointers to buffers (bufferDeviceAddress)"),
         ("int64", "64-bit integers in shaders (shaderInt64)"),
+        ("scalar_layout", "buffers without padding (scalarBlockLayout)"),
     ):
         if not getattr(features, name):
             return f"{device.name} lacks {words}"

@@ -6,12 +6,11 @@ import atexit
 import contextlib
 import ctypes
 import functools
-import itertools
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_uint64, c_void_p
 
 from attn_vulkan._vk import registry as vk
 from attn_vulkan._vk.errors import DeviceLostError, VulkanError
@@ -21,6 +20,7 @@ from attn_vulkan.device import NO_DEVICE, Device, devices
 from attn_vulkan.parameters import Parameters
 from attn_vulkan.quirks import usable
 from attn_vulkan.runtime.commands import Commands, Submission
+from attn_vulkan.runtime.creation import compute_family, create_device
 from attn_vulkan.runtime.memory import Memory
 from attn_vulkan.runtime.pipelines import Pipelines
 
@@ -31,14 +31,6 @@ _WAIT_NANOSECONDS = 2**63
 # Polling a semaphore sees a short kernel end sooner than the driver's wait, which sleeps.
 _POLLS = 200
 _LANES = 32
-_EXTENSIONS = {
-    "VK_KHR_cooperative_matrix": "cooperative_matrix",
-    "VK_NV_cooperative_matrix2": "cooperative_matrix2",
-    "VK_KHR_shader_bfloat16": "bfloat16",
-    "VK_EXT_external_memory_host": "external_memory_host",
-    "VK_KHR_external_memory_fd": "external_memory_fd",
-    "VK_KHR_external_semaphore_fd": "external_semaphore_fd",
-}
 
 _contexts: dict[int, Context] = {}
 _open_lock = threading.Lock()
@@ -65,7 +57,7 @@ class Context:
         self._physical = instance.physical_devices()[device.index]
         properties = instance.properties(self._physical)
         self.timestamp_nanoseconds: float = properties.limits.timestampPeriod
-        self.family = self._compute_family()
+        self.family = compute_family(instance, self._physical)
         self.host_alignment = self._host_alignment()
         self._lock = threading.Lock()  # of the queue and of what follows
         self._submitted = 0
@@ -73,7 +65,7 @@ class Context:
         self._idle: list[Commands] = []
         self._users = 0
         self.is_closed = False
-        self.handle = self._create_device(self.family)
+        self.handle = create_device(instance, self._physical, self.device, self.family)
         self.functions = self._functions()
         try:
             queue = c_void_p()
@@ -208,7 +200,7 @@ class Context:
             commands.destroy()
         self._idle.clear()
         self.pipelines.destroy()
-        self.memory.destroy()
+        self.memory.trim()
         self.functions.vkDestroySemaphore(self.handle, self._semaphore, None)
         self.functions.vkDestroyDevice(self.handle, None)
         self._instance.destroy()
@@ -284,42 +276,6 @@ class Context:
         )
         self.functions.vkWaitSemaphores(self.handle, ctypes.addressof(info), _WAIT_NANOSECONDS)
 
-    def _compute_family(self) -> int:
-        families = self._instance.queue_families(self._physical)
-        for index, family in enumerate(families):
-            if family.queueFlags & vk.VK_QUEUE_COMPUTE_BIT:
-                return index
-        raise VulkanError(f"{self.device.name} has no queue for compute")
-
-    def _create_device(self, family: int) -> int:
-        priority = c_float(1.0)
-        queue = vk.VkDeviceQueueCreateInfo(
-            queueFamilyIndex=family, queueCount=1, pQueuePriorities=ctypes.addressof(priority)
-        )
-        offered = self._instance.extensions(self._physical)
-        names = [
-            name.encode()
-            for name, feature in _EXTENSIONS.items()
-            if name in offered and getattr(self.device.features, feature)
-        ]
-        if "VK_KHR_portability_subset" in offered:  # must be enabled where it is offered
-            names.append(b"VK_KHR_portability_subset")
-        pointers = (c_char_p * len(names))(*names)
-        features = _enabled_features(self.device)
-        info = vk.VkDeviceCreateInfo(
-            pNext=ctypes.addressof(features[0]),
-            queueCreateInfoCount=1,
-            pQueueCreateInfos=ctypes.addressof(queue),
-            enabledExtensionCount=len(names),
-            ppEnabledExtensionNames=ctypes.addressof(pointers),
-        )
-        handle = c_void_p()
-        self._instance.functions.vkCreateDevice(
-            self._physical, ctypes.addressof(info), None, ctypes.addressof(handle)
-        )
-        assert handle.value is not None
-        return handle.value
-
     def _functions(self) -> Functions:
         lookup = self._instance.functions.vkGetDeviceProcAddr
 
@@ -391,50 +347,3 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
-
-
-def _enabled_features(device: Device) -> list[vk.Tagged]:
-    """The chain of features to switch on, each structure pointing at the next."""
-    features = device.features
-    chain: list[vk.Tagged] = [
-        vk.VkPhysicalDeviceFeatures2(),
-        vk.VkPhysicalDeviceVulkan12Features(
-            shaderFloat16=features.float16,
-            scalarBlockLayout=True,
-            timelineSemaphore=True,
-            bufferDeviceAddress=True,
-            vulkanMemoryModel=features.memory_model,
-        ),
-        vk.VkPhysicalDevice16BitStorageFeatures(storageBuffer16BitAccess=features.storage16),
-    ]
-    chain[0].features.shaderInt64 = True
-    if features.subgroup_size_control:
-        chain.append(
-            vk.VkPhysicalDeviceSubgroupSizeControlFeatures(
-                subgroupSizeControl=True, computeFullSubgroups=True
-            )
-        )
-    if features.bfloat16:
-        chain.append(
-            vk.VkPhysicalDeviceShaderBfloat16FeaturesKHR(
-                shaderBFloat16Type=True,
-                shaderBFloat16CooperativeMatrix=features.cooperative_matrix,
-            )
-        )
-    if features.cooperative_matrix:
-        chain.append(vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True))
-    if features.cooperative_matrix2:
-        chain.append(
-            vk.VkPhysicalDeviceCooperativeMatrix2FeaturesNV(
-                cooperativeMatrixWorkgroupScope=True,
-                cooperativeMatrixFlexibleDimensions=True,
-                cooperativeMatrixReductions=True,
-                cooperativeMatrixConversions=True,
-                cooperativeMatrixPerElementOperations=True,
-                cooperativeMatrixTensorAddressing=True,
-                cooperativeMatrixBlockLoads=True,
-            )
-        )
-    for structure, following in itertools.pairwise(chain):
-        structure.pNext = ctypes.addressof(following)
-    return chain

@@ -135,10 +135,6 @@ class Memory:
         for buffer in kept:
             self._destroy(buffer)
 
-    def destroy(self) -> None:
-        """Destroy everything that was released."""
-        self.trim()
-
     def _create(self, size: int, kind: str) -> Buffer:
         with self._new_buffer(kind, size, 0) as (buffer, required):
             type_index = self._type(required.memoryTypeBits, _PREFERENCES[kind])
