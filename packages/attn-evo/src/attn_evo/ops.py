@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_core import backends
-from attn_core.library import Operator
+from attn_core.library import Function, Operator
 from attn_evo import reference
 from attn_evo.checks import attention_problem, prefix_sum_problem
 from attn_evo.weights import EvoWeights
@@ -71,7 +71,7 @@ def _attention_backward_fake(
     return call.v.new_empty(call.v.shape), _empty_sums(call), *dweights
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[..., Any], *args: Any
@@ -163,7 +163,7 @@ def _prefix_sum_fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-class _PrefixSum(torch.autograd.Function):
+class _PrefixSum(Function):
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[..., torch.Tensor], x: torch.Tensor, *static: Any

@@ -15,7 +15,7 @@ import torch
 
 from attn_core import backends
 from attn_core.dtypes import accumulator_dtype
-from attn_core.library import Operator
+from attn_core.library import Function, Operator
 from attn_flash import options, reference
 from attn_flash.checks import describe
 from attn_flash.options import Options
@@ -80,7 +80,7 @@ def _attention_backward_fake(
     )
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[..., Any], static: tuple[Any, ...], *tensors: Any
@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
 def _attention_autograd(compute: Callable[..., Any], *args: Any) -> Any:
     # Autograd looks at each of its arguments: numbers go in one.
     static, tensors = args[_FIRST_STATIC:], args[:_FIRST_STATIC]
-    return _Attention.apply(compute, static, *tensors)  # type: ignore[no-untyped-call]
+    return _Attention.apply(compute, static, *tensors)
 
 
 _BIAS = 3 + Options._fields.index("attn_bias")

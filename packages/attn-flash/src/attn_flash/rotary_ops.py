@@ -14,7 +14,7 @@ import torch
 
 from attn_core import backends
 from attn_core.eager import is_plain_eager
-from attn_core.library import Operator
+from attn_core.library import Function, Operator
 from attn_flash.rotary_checks import describe
 
 ROTATE = "attn_flash::rotate"
@@ -64,7 +64,7 @@ def _rotate_inplace_fake(*_: Any) -> None:
     return None
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any

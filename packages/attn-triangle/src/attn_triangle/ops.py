@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from attn_core import backends
-from attn_core.library import Operator
+from attn_core.library import Function, Operator
 from attn_triangle import checks, reference
 from attn_triangle.layout import new_heads_last, new_lse, new_unwanted
 
@@ -95,7 +95,7 @@ def _attention_backward_fake(
     )
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[..., Any], *args: Any
@@ -202,7 +202,7 @@ def _gate_backward_fake(
     return out.new_empty(out.shape), logits.new_empty(logits.shape)
 
 
-class _Gate(torch.autograd.Function):
+class _Gate(Function):
     @staticmethod
     def forward(
         ctx: Any,
