@@ -173,6 +173,21 @@ def test_prefix_sum_compiles_and_fits(target, dim, columns, dtype, use_target, m
         assert compiled.spills == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_hopper_prefix_sum_fits(reverse, dtype, use_target, monkeypatch):
+    from attn_evo._hopper import prefix_sum as hopper
+
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    recorder = record_launches(hopper.launch_columns, monkeypatch)
+    x = torch.empty(32, 16384, 192, dtype=dtype, device="meta")
+    prefix_sum.prefix_sum(x, 1, reverse, reverse)
+    compiled = recorder.compile("sm_90")
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    assert compiled.spills == 0
+
+
 @pytest.mark.parametrize("table", [configs.FORWARD, configs.BACKWARD], ids=lambda t: t.name)
 def test_no_shipped_row_is_left_out(table, use_target):
     cases = {(configs.padded_head_dim(case.D), case.dtype.itemsize) for case in CASES["sm_90"]}

@@ -272,7 +272,9 @@ def test_compile(device, make_case):
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
-    "shape, dim", [((2, 4, 5000, 64), -2), ((3, 7, 129), -1), ((4097, 5), 0)], ids=str
+    "shape, dim",
+    [((2, 4, 5000, 64), -2), ((3, 1537, 192), 1), ((3, 7, 129), -1), ((4097, 5), 0)],
+    ids=str,
 )
 def test_prefix_sum(shape, dim, reverse, dtype, device):
     x = random_tensor(shape, seed="x", dtype=dtype, device=device).requires_grad_()
@@ -282,6 +284,18 @@ def test_prefix_sum(shape, dim, reverse, dtype, device):
     for actual, source, back in ((out, x.detach(), reverse), (dx, dout, not reverse)):
         plain, exact = (reference.prefix_sum(y, dim, True, back) for y in (source, source.double()))
         assert_within_budget(actual, plain, exact, factor=8.0)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+def test_prefix_sum_of_columns_between_others(dtype, device):
+    """What Hopper's own kernel copies by 16 bytes, and what begins 2 bytes later."""
+    x = random_tensor((2, 1000, 64), seed="x", dtype=dtype, device=device)
+    expected = prefix_sum(x, 1, backend=BACKEND)
+    for first in (64, 65):
+        packed = x.new_full((2, 1000, 192), torch.nan)
+        part = packed[:, :, first : first + 64]
+        part.copy_(x)
+        torch.testing.assert_close(prefix_sum(part, 1, backend=BACKEND), expected)
 
 
 def test_prefix_sums_of_repeated_runs_have_the_same_bits(device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from attn_core.device import device_info, triton_version
@@ -12,6 +14,7 @@ HEAD_DIMS = (64, 128)
 BLOCK_M = 64  # tokens of a tile
 HELD_DIM = 64  # of the widest heads whose kernels hold gradients of weights in their registers
 _UNIT = 16  # bytes that one copy into shared memory moves
+_MOST_STRIDE = 1 << 22  # elements between rows: within a tile of prefix sums int32 counts them
 
 
 def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
@@ -31,6 +34,23 @@ def takes_backward(v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_stat
     """Whether the kernels take the gradients of values, causal or not."""
     is_taken = v.dtype == torch.bfloat16 and takes(v, has_mask, has_state)
     return is_taken and _is_copied_in_units(dout)
+
+
+def takes_columns(x: torch.Tensor, out: torch.Tensor, strides: Sequence[Sequence[int]]) -> bool:
+    """Whether the kernel takes prefix sums of columns in multiples of 64, neighbours in x.
+
+    `strides` are those of x and out as the kernel takes them, of rows and columns last.
+    """
+    starts = [tensor.data_ptr() for tensor in (x, out)]
+    starts += [stride * x.element_size() for *outer, _ in strides for stride in outer]
+    return (
+        all(stride_c == 1 for *_, stride_c in strides)
+        and x.element_size() == 2
+        and not any(start % _UNIT for start in starts)
+        and max(stride_n for *_, stride_n, _ in strides) < _MOST_STRIDE
+        and device_info(x.device).arch == "sm_90"
+        and triton_version() in TRITON_VERSIONS
+    )
 
 
 def _is_copied_in_units(v: torch.Tensor) -> bool:

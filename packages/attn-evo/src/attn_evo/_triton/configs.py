@@ -115,6 +115,7 @@ HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
 }
 PREFIX_SUM = TileConfig(32, 64, 4, 2)
 PREFIX_SUM_COLUMNS = TileConfig(256, 64, 4, 1)
+HOPPER_PREFIX_SUM_COLUMNS = TileConfig(512, 64, 4, 1)
 
 
 def forward_tiles(

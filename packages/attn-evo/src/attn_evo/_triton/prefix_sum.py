@@ -24,13 +24,14 @@ import triton.language as tl
 from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_evo._hopper import support
 from attn_evo._triton import configs, problem
 from attn_evo._triton.tiles import sum_rows
 
 _CHUNK = 2048  # elements of a chunk, unless there are too many or SMs are idle
 _BLOCK_RUN = tl.constexpr(16)  # elements of a run
-_GROUP = tl.constexpr(16)  # tiles whose sums a program adds up
-_PUBLISHED = tl.constexpr(1 << 32)
+GROUP = tl.constexpr(16)  # tiles whose sums a program adds up
+PUBLISHED = tl.constexpr(1 << 32)
 _OUTER_DIMS = 3  # dimensions beside that of the sum and that of the columns
 
 
@@ -64,7 +65,7 @@ class _Layout(NamedTuple):
 
 
 @triton.jit
-def _outer_offset(index, size_1, size_2, stride_0, stride_1, stride_2):
+def outer_offset(index, size_1, size_2, stride_0, stride_1, stride_2):
     """Offset of one index over the three outer dimensions."""
     i_2 = index % size_2
     i_1 = index // size_2 % size_1
@@ -89,7 +90,7 @@ def _prefix_sum_chunks_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C - pid_c * BLOCK_C
     first = pid_chunk.to(tl.int64) * tiles_per_chunk * BLOCK_N
-    x_ptr += _outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
+    x_ptr += outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
     x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc + first * stride_xn
     x_offs = tile_offsets(offs_n, stride_xn, offs_c, stride_xc)
 
@@ -122,9 +123,9 @@ def _prefix_sum_scan_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C - pid_c * BLOCK_C
-    x_ptr += _outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
+    x_ptr += outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
     x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc
-    out_ptr += _outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)
+    out_ptr += outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)
     out_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_oc
     x_offs = tile_offsets(offs_n, stride_xn, offs_c, stride_xc)
     out_offs = tile_offsets(offs_n, stride_on, offs_c, stride_oc)
@@ -149,17 +150,17 @@ def _prefix_sum_scan_kernel(
 
 
 @triton.jit
-def _published(x):
+def published(x):
     """Numbers in float32, each in a word that tells that it is there."""
-    return (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | _PUBLISHED
+    return (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | PUBLISHED
 
 
 @triton.jit
 def _await_published(ptrs, mask):
     """The numbers of words [rows, columns], once all are there; 0 where the mask is not set."""
-    words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
+    words = tl.load(ptrs, mask=mask, other=PUBLISHED, volatile=True)
     while tl.min(tl.min(words >> 32, 1), 0) == 0:
-        words = tl.load(ptrs, mask=mask, other=_PUBLISHED, volatile=True)
+        words = tl.load(ptrs, mask=mask, other=PUBLISHED, volatile=True)
     return words.to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -181,9 +182,9 @@ def _prefix_sum_columns_kernel(
     outer = (column // (C // BLOCK_C)).to(tl.int64)
     tile = num_tiles - 1 - place if REVERSE else place
     start = tile.to(tl.int64) * BLOCK_N
-    x_ptr += _outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
+    x_ptr += outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
     x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc + start * stride_xn
-    out_ptr += _outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)
+    out_ptr += outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)
     out_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_oc + start * stride_on
 
     # A tile [runs, BLOCK_RUN, BLOCK_C]: what lies in one thread is summed up without the others.
@@ -197,19 +198,19 @@ def _prefix_sum_columns_kernel(
     runs = tl.sum(x, 1)
     total = tl.sum(runs, 0)
 
-    num_groups = tl.cdiv(num_tiles, _GROUP)
+    num_groups = tl.cdiv(num_tiles, GROUP)
     words_ptr += column.to(tl.int64) * (num_tiles + num_groups) * BLOCK_C
-    tl.store(words_ptr + place * BLOCK_C + offs_c, _published(total))
-    group = place // _GROUP
+    tl.store(words_ptr + place * BLOCK_C + offs_c, published(total))
+    group = place // GROUP
     # The tiles of the group before this one, and in the first row all groups before.
-    offs_row = tl.arange(0, _GROUP)
-    rows = tl.where(offs_row == 0, num_tiles + group - 1, group * _GROUP + offs_row - 1)
+    offs_row = tl.arange(0, GROUP)
+    rows = tl.where(offs_row == 0, num_tiles + group - 1, group * GROUP + offs_row - 1)
     wanted = (rows < place) | ((offs_row == 0) & (offs_row < group))
     ptrs = words_ptr + tile_offsets(rows, BLOCK_C, offs_c, 1)
     carry = tl.sum(_await_published(ptrs, wanted[:, None] & (offs_c < BLOCK_C)[None, :]), 0)
-    if place % _GROUP == _GROUP - 1:
+    if place % GROUP == GROUP - 1:
         row = words_ptr + (num_tiles + group) * BLOCK_C
-        tl.store(row + offs_c, _published(carry + total))
+        tl.store(row + offs_c, published(carry + total))
 
     carries = tl.cumsum(runs, 0, reverse=REVERSE) - runs + carry[None, :]
     out = tl.cumsum(x, 1, reverse=REVERSE) + carries[:, None, :]
@@ -250,13 +251,17 @@ def _sum_columns(
     x: torch.Tensor, out: torch.Tensor, layout: _Layout, flags: dict[str, bool]
 ) -> None:
     C = layout.columns.size
-    config = configs.PREFIX_SUM_COLUMNS
+    launch, config = _launch_columns, configs.PREFIX_SUM_COLUMNS
+    if support.takes_columns(x, out, layout.strides):
+        from attn_evo._hopper import prefix_sum as hopper
+
+        launch, config = hopper.launch_columns, configs.HOPPER_PREFIX_SUM_COLUMNS
     num_columns = C // config.block_n * layout.num_outer
     num_tiles = tiling.ceil_div(layout.sequence.size, config.block_m)
-    rows = num_tiles + tiling.ceil_div(num_tiles, _GROUP.value)
+    rows = num_tiles + tiling.ceil_div(num_tiles, GROUP.value)
     words = x.new_zeros((num_columns, rows, config.block_n), dtype=torch.int64)
     x_strides, out_strides = layout.strides
-    _launch_columns(
+    launch(
         num_columns * num_tiles,
         strides=layout.strides,
         args=(x, *x_strides, words, out, *out_strides, *layout.sizes, num_columns, num_tiles),
