@@ -39,6 +39,7 @@ TABLES = {
     "forward": configs.FORWARD,
     "forward_terms": configs.FORWARD_TERMS,
     "dq": configs.BACKWARD_DQ,
+    "dq_window": configs.BACKWARD_DQ_WINDOW,
     "dk_dv": configs.BACKWARD_DK_DV,
     "dk_dv_terms": configs.BACKWARD_DK_DV_TERMS,
     "dk_dv_bias": configs.BACKWARD_DK_DV_BIAS,
@@ -110,6 +111,7 @@ HOPPER = [
     Case(torch.bfloat16, 128, OPEN),
     Case(torch.float16, 64, (128, 64), group=4, dlse=True),
     Case(torch.float16, 111),
+    Case(torch.bfloat16, 128, (256, 0)),
 ]
 # The kernel for the gradient of a bias, with the tiles of every head dimension.
 BIAS = [

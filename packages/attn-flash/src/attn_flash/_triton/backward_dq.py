@@ -266,7 +266,9 @@ def query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, options):
     terms = problem.score_terms(q, size, options)
     left, right = options.window
     dq = ragged.new_gradient(q, options.cu_seqlens_q)
-    config = configs.tiles(configs.BACKWARD_DQ, q, size, options.window)
+    is_short = configs.is_short_window(options)
+    table = configs.BACKWARD_DQ_WINDOW if is_short else configs.BACKWARD_DQ
+    config = configs.tiles(table, q, size, options.window)
     num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out, dout, dq))
     dbias_strides = (0, 0, 0) if dbias is None else dbias.stride()[:3]

@@ -14,6 +14,7 @@ from attn_flash._triton.problem import Size
 from attn_flash.options import Options
 
 SHORT = 1024  # tokens
+SHORT_WINDOW = 512  # tokens
 _SHAPES = ("short", "causal", "full")
 
 
@@ -93,6 +94,14 @@ BACKWARD_DQ = Table(
     default=TileConfig(64, 32, 4, 2),
     candidates=FORWARD.candidates,
     sources=("attn_flash._triton.backward_dq",),
+)
+# Of a short window, small tiles compute less that is outside.
+BACKWARD_DQ_WINDOW = Table(
+    "attn_flash.backward_dq_window",
+    rows={**BACKWARD_DQ.rows, **_rows("sm_90", (128, "any", TileConfig(64, 64, 4, 2)))},
+    default=BACKWARD_DQ.default,
+    candidates=BACKWARD_DQ.candidates,
+    sources=BACKWARD_DQ.sources,
 )
 BACKWARD_DK_DV = Table(
     "attn_flash.backward_dk_dv",
@@ -179,6 +188,12 @@ def modifies_scores(options: Options) -> bool:
     """Whether kernels do more to scores than scaling and softmax: tables of terms are for these."""
     modifiers = {"alibi_slopes", "attn_bias", "key_mask", "softcap", "dropout_p"}
     return not modifiers.isdisjoint(options.features())
+
+
+def is_short_window(options: Options) -> bool:
+    """Whether queries see so few keys that it matters how many a tile adds to them."""
+    left, right = options.window
+    return left >= 0 and right >= 0 and left + right < SHORT_WINDOW
 
 
 def tiles(table: Table, q: torch.Tensor, size: Size, window: tuple[int, int]) -> TileConfig:
