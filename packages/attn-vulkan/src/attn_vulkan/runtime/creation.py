@@ -1,4 +1,4 @@
-"""Creating a VkDevice: the queue family, the extensions and the features that are switched on."""
+"""Creating a device: its queue family, and the extensions and features that are switched on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compute_family(instance: Instance, physical: int) -> int:
 
 
 def create_device(instance: Instance, physical: int, device: Device, family: int) -> int:
-    """Return a VkDevice with one queue of `family` and what `device` has of features."""
+    """Return the handle of a device with one queue of `family` and the features of `device`."""
     priority = c_float(1.0)
     queue = vk.VkDeviceQueueCreateInfo(
         queueFamilyIndex=family, queueCount=1, pQueuePriorities=ctypes.addressof(priority)
