@@ -298,6 +298,18 @@ def test_a_model_that_computes_attention_by_itself_is_refused():
         model(tokens())
 
 
+@pytest.mark.parametrize("side", ["none", "right"])
+def test_a_model_made_for_eager_gets_all_from_its_mask(side):
+    """Layers of Splinter do not say that they are not causal."""
+    sizes = {name: SMALL[name] for name in SMALL if not name.startswith("num_key")}
+    model = transformers.SplinterModel(transformers.SplinterConfig(**sizes)).eval()
+    ids, mask, outputs = tokens(), padding(side), []
+    for implementation in ("eager", hook.NAME):
+        model.config._attn_implementation = implementation
+        outputs.append(model(ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
 def test_names_that_transformers_keeps_are_refused():
     with pytest.raises(ValueError, match='name must not contain "flash"'):
         hook.register("attn_flash")

@@ -175,19 +175,20 @@ def attention_mask(
     -------
     Tensor or None
         None where causality and the window say everything, (B, N) bool where there is padding
-        besides, else (B, 1, M, N) bool.
+        besides, else (B, 1, M, N) bool; added to the scores where the model is made for attention
+        "eager" alone.
 
     Raises
     ------
     UnsupportedProblemError
         The model computes attention by itself, and would take None for a mask that hides nothing.
     """
-    if not torch.compiler.is_compiling():
-        _require_interface(type(kwargs.get("config")))  # type: ignore[arg-type]
-    is_plain = allow_is_causal_skip or allow_is_bidirectional_skip
+    needs_all = _is_made_for_eager(type(kwargs.get("config")))
+    is_plain = not needs_all and (allow_is_causal_skip or allow_is_bidirectional_skip)
     if not is_plain or not _ends_together(q_length, q_offset, kv_length, kv_offset):
         masks = _transformers("masking_utils")
-        mask: torch.Tensor | None = masks.sdpa_mask(
+        make = masks.eager_mask if needs_all else masks.sdpa_mask
+        mask: torch.Tensor | None = make(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -215,14 +216,23 @@ def _transformers(module: str = "") -> Any:
     return importlib.import_module(f"transformers.{module}".rstrip("."))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_made_for_eager(config: type) -> bool:
+    """Whether a mask has to tell a model all: layers may compute attention, or not say if causal.
+
+    A model none of whose layers calls `attention_forward` is refused.
+    """
+    return _reads_whole_masks(config)
+
+
 @functools.cache
-def _require_interface(config: type) -> None:
-    """Refuse the configuration of a model that does not call `attention_forward`."""
-    models = _transformers("models.auto.modeling_auto").MODEL_MAPPING
-    model = models.get(config, None)
+def _reads_whole_masks(config: type) -> bool:
+    model: Any = _transformers("models.auto.modeling_auto").MODEL_MAPPING.get(config, None)
     can_be_set = getattr(model, "_can_set_attn_implementation", None)  # since transformers 4.56
-    if can_be_set is None or model._supports_attention_backend or can_be_set():
-        return
+    if can_be_set is None or model._supports_attention_backend or model._supports_sdpa:
+        return False
+    if can_be_set():
+        return True
     raise UnsupportedProblemError(
         f"{model.__name__} does not take its attention from AttentionInterface: "
         'use attention "eager"'
