@@ -17,7 +17,13 @@ tiles = pytest.importorskip("attn_core.tiles")
 from attn_core.tiles.dropout import draw_words, keep_tile  # noqa: E402
 from attn_core.tiles.masks import is_visible, key_blocks, query_blocks  # noqa: E402
 from attn_core.tiles.merge import take_in_parts  # noqa: E402
-from attn_core.tiles.offsets import load_tile, tile_offsets  # noqa: E402
+from attn_core.tiles.offsets import (  # noqa: E402
+    head_offsets,
+    load_head,
+    load_tile,
+    store_head,
+    tile_offsets,
+)
 from attn_core.tiles.softmax import (  # noqa: E402
     LOG2_E,
     finish_softmax,
@@ -179,6 +185,24 @@ def test_load_tile_reads_zero_outside(rows, cols):
     expected = torch.zeros(16, 16)
     expected[:rows, :cols] = x[:rows, :cols]
     assert torch.equal(out.T, expected)
+
+
+@triton.jit
+def heads_kernel(x, out, rows, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tile = load_head(x + head_offsets(offs, HEAD_DIM, 1, BLOCK_D), offs < rows, True, HEAD_DIM)
+    tl.static_assert(tile.shape[1] == BLOCK_D)
+    store_head(out + head_offsets(offs, 1, BLOCK, BLOCK_D), 2 * tile, offs < rows, HEAD_DIM)
+
+
+@pytest.mark.parametrize("head_dim", [16, 13, 1])
+def test_heads_are_loaded_and_stored_without_padding(head_dim):
+    rows = 9
+    x = random_tensor((rows, head_dim), seed="x")
+    out = torch.full((16, 16), torch.nan)
+    heads_kernel[(1,)](x, out, rows, head_dim, BLOCK=16, BLOCK_D=16)
+    assert torch.equal(out[:head_dim, :rows].T, 2 * x)
+    assert out.isnan().sum() == out.numel() - x.numel()
 
 
 @triton.jit

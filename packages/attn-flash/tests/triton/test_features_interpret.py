@@ -32,6 +32,7 @@ FEATURES = {
     "alibi": {"alibi_slopes": torch.linspace(0.1, 1.0, H)},
     "alibi-batch": {"alibi_slopes": torch.linspace(0.1, 1.0, B * H).reshape(B, H)},
     "bias": {"attn_bias": tensor("bias", B, H, M, N)},
+    "bias-of-float64": {"attn_bias": tensor("bias", B, 1, M, N, dtype=torch.float64)},
     "bias-of-a-head": {"attn_bias": tensor("bias", 1, H, M, N)},
     "bias-of-keys": {"attn_bias": tensor("bias", B, 1, 1, N)},
     "bias-of-queries": {"attn_bias": tensor("bias", 1, H, M, 1)},
@@ -97,6 +98,7 @@ def check(q, k, v, options):
         assert (x is None) == (z is None), name
         if x is not None:
             assert x.shape == z.shape
+            assert name != "dbias" or x.dtype == bias.dtype
             # Few numbers with few roundings each: their largest error is luck.
             assert_within_budget(x, y, z, name=name, factor=4.0 if x.numel() > 16 else 16.0)
 

@@ -48,6 +48,7 @@ def attention_backward(
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
+    options = problem.with_narrow_bias(options)
     terms = problem.score_terms(q, size, options)
     dbias = None if bias is None else _expanded_dbias(bias, q, size, options)
     dq = query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, options)
@@ -55,7 +56,7 @@ def attention_backward(
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape)
     elif bias is not None:
-        dbias = bias_gradient(dout, q, k, v, rows, size, terms, options)
+        dbias = bias_gradient(dout, q, k, v, rows, size, terms, options).to(bias.dtype)
     return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows)
 
 

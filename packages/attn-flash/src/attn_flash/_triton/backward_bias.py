@@ -13,7 +13,7 @@ from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
-from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.offsets import head_offsets, load_head
 from attn_flash._triton import configs, problem
 from attn_flash._triton.scores import (
     BOOLEAN,
@@ -74,12 +74,6 @@ def _attention_backward_bias_kernel(
     tile_b = pid // num_n // num_m // num_h
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
-    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
-    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
     HAS_WINDOW: tl.constexpr = HAS_LEFT or HAS_RIGHT
     # Keys past the end need no mask where they gather nothing that is stored, queries never do:
     # their lse reads as +inf.
@@ -125,14 +119,14 @@ def _attention_backward_bias_kernel(
         h_kv = h // GROUP
         k_head = k_ptr + b * stride_kb + h_kv * stride_kh + (first_k + start_n) * stride_kn
         v_head = v_ptr + b * stride_vb + h_kv * stride_vh + (first_k + start_n) * stride_vn
-        q_ptrs = q_head + tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
-        do_ptrs = do_head + tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
-        k_ptrs = k_head + tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-        v_ptrs = v_head + tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
-        q = load_tile(q_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
-        do = load_tile(do_ptrs, mask_m, mask_dv, True, PAD_DV)  # [BLOCK_M, BLOCK_DV]
-        k = load_tile(k_ptrs, mask_n, mask_d, True, PAD_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptrs, mask_n, mask_dv, True, PAD_DV)  # [BLOCK_N, BLOCK_DV]
+        q_ptrs = q_head + head_offsets(offs_m, stride_qm, stride_qd, BLOCK_D)
+        do_ptrs = do_head + head_offsets(offs_m, stride_dom, stride_dod, BLOCK_DV)
+        k_ptrs = k_head + head_offsets(offs_n, stride_kn, stride_kd, BLOCK_D)
+        v_ptrs = v_head + head_offsets(offs_n, stride_vn, stride_vd, BLOCK_DV)
+        q = load_head(q_ptrs, mask_m, True, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+        do = load_head(do_ptrs, mask_m, True, HEAD_DIM_V)  # [BLOCK_M, BLOCK_DV]
+        k = load_head(k_ptrs, mask_n, True, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        v = load_head(v_ptrs, mask_n, True, HEAD_DIM_V)  # [BLOCK_N, BLOCK_DV]
         row_ptrs = rows_ptr + 2 * (head_row + rows)
         lse_log2 = tl.load(row_ptrs, mask=mask_m, other=float("inf"))
         delta = tl.load(row_ptrs + 1, mask=mask_m, other=0.0)

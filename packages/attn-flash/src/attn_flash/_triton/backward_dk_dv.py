@@ -10,7 +10,7 @@ from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, query_blocks
-from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.offsets import head_offsets, load_head, load_tile, store_head
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.scores import (
@@ -102,18 +102,12 @@ def _accumulate_dk_dv(
     """
     offs_m = tl.arange(0, BLOCK_M)
     offs_key = start_n + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
-    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
-    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
     # A bias in registers of its own would make the program spill.
     STARTS_FROM_BIAS: tl.constexpr = HAS_BIAS > 0 and SOFTCAP == 0
     HAS_BIAS_LEFT: tl.constexpr = 0 if STARTS_FROM_BIAS else HAS_BIAS
     IS_BOOLEAN: tl.constexpr = (HAS_BIAS_LEFT == BOOLEAN) | (HAS_KEY_MASK == BOOLEAN)
-    q_offs = tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
-    do_offs = tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
+    q_offs = head_offsets(offs_m, stride_qm, stride_qd, BLOCK_D)
+    do_offs = head_offsets(offs_m, stride_dom, stride_dod, BLOCK_DV)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     do_ptr += tl.cast(lo, tl.int64) * stride_dom
     bias_rows = offs_m
@@ -128,8 +122,8 @@ def _accumulate_dk_dv(
         next_bias = tl.load(bias_ptr + bias_offs, mask=bias_rows < M - lo, other=0)
     for start_m in range(lo, hi, BLOCK_M):
         mask_m = offs_m < M - start_m
-        q = load_tile(q_ptr + q_offs, mask_m, mask_d, IS_TAIL, PAD_D)  # [BLOCK_M, BLOCK_D]
-        do = load_tile(do_ptr + do_offs, mask_m, mask_dv, IS_TAIL, PAD_DV)  # [BLOCK_M, BLOCK_DV]
+        q = load_head(q_ptr + q_offs, mask_m, IS_TAIL, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+        do = load_head(do_ptr + do_offs, mask_m, IS_TAIL, HEAD_DIM_V)  # [BLOCK_M, BLOCK_DV]
         lse_log2, delta = _load_pairs(row_ptr, start_m + offs_m, mask_m, IS_TAIL, BLOCK_M)
         bias_t = 0.0
         if HAS_BIAS > 0:
@@ -232,17 +226,13 @@ def _attention_backward_dk_dv_kernel(
         first_key += first_k
 
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     mask_n = offs_n < N - start_n
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
     k_ptr += b * stride_kb + h_kv * stride_kh + first_key * stride_kn
-    k_ptrs = k_ptr + tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-    k = load_tile(k_ptrs, mask_n, mask_d, True, HEAD_DIM != BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    k_ptrs = k_ptr + head_offsets(offs_n, stride_kn, stride_kd, BLOCK_D)
+    k = load_head(k_ptrs, mask_n, True, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
     v_ptr += b * stride_vb + h_kv * stride_vh + first_key * stride_vn
-    v_ptrs = v_ptr + tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
-    v = load_tile(v_ptrs, mask_n, mask_dv, True, HEAD_DIM_V != BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    v_ptrs = v_ptr + head_offsets(offs_n, stride_vn, stride_vd, BLOCK_DV)
+    v = load_head(v_ptrs, mask_n, True, HEAD_DIM_V)  # [BLOCK_N, BLOCK_DV]
 
     lo, full_lo, full_hi, hi = query_blocks(
         start_n, M, N, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -297,14 +287,12 @@ def _attention_backward_dk_dv_kernel(
 
     if HAS_DROPOUT:
         dv *= keep_scale
-    mask = mask_n[:, None] & mask_d[None, :]
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + first_key * stride_dkn
-    dk_ptrs = dk_ptr + tile_offsets(offs_n, stride_dkn, offs_d, stride_dkd)
-    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    mask = mask_n[:, None] & mask_dv[None, :]
+    dk_ptrs = dk_ptr + head_offsets(offs_n, stride_dkn, stride_dkd, BLOCK_D)
+    store_head(dk_ptrs, dk * scale, mask_n, HEAD_DIM)
     dv_ptr += b * stride_dvb + h_kv * stride_dvh + first_key * stride_dvn
-    dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dvn, offs_dv, stride_dvd)
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    dv_ptrs = dv_ptr + head_offsets(offs_n, stride_dvn, stride_dvd, BLOCK_DV)
+    store_head(dv_ptrs, dv, mask_n, HEAD_DIM_V)
 
 
 _launch = Launcher(_attention_backward_dk_dv_kernel, check=problem.require_narrow_tiles)

@@ -10,7 +10,7 @@ from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
-from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.offsets import head_offsets, load_head, store_head
 from attn_core.tiles.softmax import LOG2_E
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
@@ -47,15 +47,9 @@ def _accumulate_dq(
     # fmt: on
     """Add dS K over the key blocks in [lo, hi)."""
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
-    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
-    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
     IS_BOOLEAN: tl.constexpr = (HAS_BIAS == BOOLEAN) | (HAS_KEY_MASK == BOOLEAN)
-    k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-    v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
+    k_offs = head_offsets(offs_n, stride_kn, stride_kd, BLOCK_D)
+    v_offs = head_offsets(offs_n, stride_vn, stride_vd, BLOCK_DV)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
     if HAS_BIAS > 0:
@@ -74,8 +68,8 @@ def _accumulate_dq(
         words = draw_words(seed, offset, b, h, rows, lo, BLOCK_M, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         mask_n = offs_n < N - start_n
-        k = load_tile(k_ptr + k_offs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + v_offs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
+        k = load_head(k_ptr + k_offs, mask_n, MASKED, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        v = load_head(v_ptr + v_offs, mask_n, MASKED, HEAD_DIM_V)  # [BLOCK_N, BLOCK_DV]
         bias, key_mask = 0.0, 0.0
         if HAS_BIAS > 0:
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
@@ -172,22 +166,16 @@ def _attention_backward_dq_kernel(
         v_ptr += first_k * stride_vn
 
     offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     mask_m = offs_m < M - start_m
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
-    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
-    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
     q_ptr += b * stride_qb + h * stride_qh + first_row * stride_qm
-    q_ptrs = q_ptr + tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
-    q = load_tile(q_ptrs, mask_m, mask_d, True, PAD_D)  # [BLOCK_M, BLOCK_D]
+    q_ptrs = q_ptr + head_offsets(offs_m, stride_qm, stride_qd, BLOCK_D)
+    q = load_head(q_ptrs, mask_m, True, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     do_ptr += b * stride_dob + h * stride_doh + first_row * stride_dom
-    do_ptrs = do_ptr + tile_offsets(offs_m, stride_dom, offs_dv, stride_dod)
-    do = load_tile(do_ptrs, mask_m, mask_dv, True, PAD_DV)  # [BLOCK_M, BLOCK_DV]
+    do_ptrs = do_ptr + head_offsets(offs_m, stride_dom, stride_dod, BLOCK_DV)
+    do = load_head(do_ptrs, mask_m, True, HEAD_DIM_V)  # [BLOCK_M, BLOCK_DV]
     out_ptr += b * stride_ob + h * stride_oh + first_row * stride_om
-    out_ptrs = out_ptr + tile_offsets(offs_m, stride_om, offs_dv, stride_od)
-    out = load_tile(out_ptrs, mask_m, mask_dv, True, PAD_DV)  # [BLOCK_M, BLOCK_DV]
+    out_ptrs = out_ptr + head_offsets(offs_m, stride_om, stride_od, BLOCK_DV)
+    out = load_head(out_ptrs, mask_m, True, HEAD_DIM_V)  # [BLOCK_M, BLOCK_DV]
 
     row = head_row + start_m + offs_m
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -252,9 +240,8 @@ def _attention_backward_dq_kernel(
         )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
-    dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dqm, offs_d, stride_dqd)
-    mask = mask_m[:, None] & mask_d[None, :]
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    dq_ptrs = dq_ptr + head_offsets(offs_m, stride_dqm, stride_dqd, BLOCK_D)
+    store_head(dq_ptrs, dq * scale, mask_m, HEAD_DIM)
 
 
 _launch = Launcher(_attention_backward_dq_kernel, check=problem.require_narrow_tiles)

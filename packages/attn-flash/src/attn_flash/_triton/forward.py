@@ -8,7 +8,7 @@ from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, key_blocks
-from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiles.offsets import head_offsets, load_head, store_head
 from attn_core.tiles.scores import first_state
 from attn_core.tiles.softmax import finish_softmax, online_softmax
 from attn_core.tiles.swizzle import tile_of_head
@@ -50,15 +50,9 @@ def _attend(
     # fmt: on
     """Attend to the key blocks in [lo, hi), with or without looking at the mask."""
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
-    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
-    PAD_DV: tl.constexpr = HEAD_DIM_V != BLOCK_DV
     IS_ADDED: tl.constexpr = (HAS_BIAS == ADDED) | (HAS_KEY_MASK == ADDED)
-    k_offs = tile_offsets(offs_n, stride_kn, offs_d, stride_kd)
-    v_offs = tile_offsets(offs_n, stride_vn, offs_dv, stride_vd)
+    k_offs = head_offsets(offs_n, stride_kn, stride_kd, BLOCK_D)
+    v_offs = head_offsets(offs_n, stride_vn, stride_vd, BLOCK_DV)
     if PAGE_SIZE == 0:
         k_ptr += tl.cast(lo, tl.int64) * stride_kn
         v_ptr += tl.cast(lo, tl.int64) * stride_vn
@@ -77,7 +71,7 @@ def _attend(
     IS_AHEAD: tl.constexpr = AHEAD and not MASKED
     next_products = 0.0
     if IS_AHEAD:
-        k = load_tile(k_ptr + k_offs, offs_n < N - lo, mask_d, True, PAD_D)
+        k = load_head(k_ptr + k_offs, offs_n < N - lo, True, HEAD_DIM)
         next_products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         k_ptr += tl.where(lo + BLOCK_N < hi, BLOCK_N, 0) * stride_kn
     for start_n in range(lo, hi, BLOCK_N):
@@ -87,12 +81,12 @@ def _attend(
                 table_ptr, stride_tn, start_n + offs_n, mask_n,
                 stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE,
             )  # fmt: skip
-            k_ptrs = k_ptr + (k_rows[:, None] + offs_d[None, :] * stride_kd)
-            v_ptrs = v_ptr + (v_rows[:, None] + offs_dv[None, :] * stride_vd)
+            k_ptrs = k_ptr + (k_rows[:, None] + tl.arange(0, BLOCK_D)[None, :] * stride_kd)
+            v_ptrs = v_ptr + (v_rows[:, None] + tl.arange(0, BLOCK_DV)[None, :] * stride_vd)
         else:
             k_ptrs, v_ptrs = k_ptr + k_offs, v_ptr + v_offs
-        k = load_tile(k_ptrs, mask_n, mask_d, MASKED, PAD_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptrs, mask_n, mask_dv, MASKED, PAD_DV)  # [BLOCK_N, BLOCK_DV]
+        k = load_head(k_ptrs, mask_n, MASKED, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        v = load_head(v_ptrs, mask_n, MASKED, HEAD_DIM_V)  # [BLOCK_N, BLOCK_DV]
         bias, key_mask = 0.0, 0.0
         if HAS_BIAS > 0:
             bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
@@ -163,15 +157,12 @@ def _attend_rows(
     # fmt: on
     """Compute BLOCK_M rows of one head; the pointers are those of the head."""
     offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     rows = start_m + offs_m
     mask_m = offs_m < M - start_m
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < HEAD_DIM_V
     first_row = start_m.to(tl.int64)
-    q_ptrs = q_ptr + first_row * stride_qm + tile_offsets(offs_m, stride_qm, offs_d, stride_qd)
-    q = load_tile(q_ptrs, mask_m, mask_d, True, HEAD_DIM != BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q_ptr += first_row * stride_qm
+    q_ptrs = q_ptr + head_offsets(offs_m, stride_qm, stride_qd, BLOCK_D)
+    q = load_head(q_ptrs, mask_m, True, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     if NEGATE_Q:  # a running maximum needs a scale that is not negative
         q = -q
 
@@ -228,8 +219,9 @@ def _attend_rows(
     else:
         out, lse = finish_softmax(m_i, l_i, acc)
     tl.store(lse_ptr + rows, lse, mask=mask_m)
-    out_ptrs = out_ptr + first_row * stride_om + tile_offsets(offs_m, stride_om, offs_dv, stride_od)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_dv[None, :])
+    out_ptr += first_row * stride_om
+    out_ptrs = out_ptr + head_offsets(offs_m, stride_om, stride_od, BLOCK_DV)
+    store_head(out_ptrs, out, mask_m, HEAD_DIM_V)
 
 
 # fmt: off
@@ -330,7 +322,7 @@ def attention(
     out, lse = ragged.new_outputs(q, size, options.cu_seqlens_q)
     if size.B * size.M * size.H == 0:
         return out, lse
-    options = problem.with_added_bias(q, size, options)
+    options = problem.with_added_bias(q, size, problem.with_narrow_bias(options))
     left, right = options.window
     config = configs.tiles(_tiles_table(options), q, size, options.window)
     num_tiles = tiling.ceil_div(size.M, config.block_m)

@@ -66,6 +66,14 @@ def starts(options: Options) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
+def with_narrow_bias(options: Options) -> Options:
+    """Make float32 of a float64 bias: kernels add no finer, and have no memory for its tiles."""
+    bias = options.attn_bias
+    if bias is None or bias.dtype != torch.float64:
+        return options
+    return options._replace(attn_bias=bias.float())
+
+
 def with_added_bias(q: torch.Tensor, size: Size, options: Options) -> Options:
     """Make 0 and -inf of a boolean bias, where so many scores share it that this costs little.
 
