@@ -24,7 +24,7 @@ _REQUIRED = ("q", "k_cache", "v_cache", "block_tables", "context_lens")
 
 
 class _Sizes(NamedTuple):
-    """Keys and queries of each sequence, H, H_KV, D, D_v and the block size."""
+    """Keys and queries of each sequence, H, H_KV, D, D_v, the block size and rows of no sequence."""
 
     lens_k: tuple[int, ...]
     lens_q: tuple[int, ...]
@@ -33,12 +33,14 @@ class _Sizes(NamedTuple):
     head_dim: int = 64
     head_dim_v: int = 64
     block_size: int = 16
+    padding: int = 0
 
     def __str__(self) -> str:
         lens_q, lens_k = ("x".join(map(str, lens)) for lens in (self.lens_q, self.lens_k))
         return (
             f"m{lens_q}-n{lens_k}-h{self.heads}-kv{self.heads_kv}-d{self.head_dim}"
             f"-dv{self.head_dim_v}-block{self.block_size}"
+            + f"-padded{self.padding}" * bool(self.padding)
         )
 
 
@@ -49,7 +51,7 @@ def _make_attention(
     block_tables, num_blocks = _make_tables(sizes)
     slots = (num_blocks, sizes.block_size, sizes.heads_kv)
     shapes = {
-        "q": (sum(sizes.lens_q), sizes.heads, sizes.head_dim),
+        "q": (sum(sizes.lens_q) + sizes.padding, sizes.heads, sizes.head_dim),
         "k_cache": (*slots, sizes.head_dim),
         "v_cache": (*slots, sizes.head_dim_v),
         "alibi_slopes": (sizes.heads,),
@@ -195,6 +197,7 @@ CASES = (
     _attention_case("prefill", _Sizes((129,), (129,))),
     _attention_case("chunk", _Sizes((200, 66), (65, 64))),
     _attention_case("mixed", _MIXED),
+    _attention_case("mixed", _Sizes((20, 3), (5, 0), padding=3)),
     _attention_case("queries-without-keys", _Sizes((5, 0), (9, 3))),
     _attention_case("full", _MIXED, causal=False),
     _attention_case("window", _MIXED, window_size=(17, 0)),

@@ -94,33 +94,13 @@ def paged_attention(
     tokens, heads, _ = q.shape
     out = q.new_empty((tokens, heads, v_cache.shape[3]))
     lse = q.new_empty((heads, tokens), dtype=torch.float32)
-    if not tokens:
+    if options.cu_seqlens_q is not None:  # tokens may belong to no sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if not tokens or not len(context_lens):
         return out, lse
-    cu_seqlens_q, alibi_slopes, sinks = (
-        options.cu_seqlens_q,
-        options.alibi_slopes,
-        options.sinks,
-    )
-    is_ragged = cu_seqlens_q is not None
-    # Packed sequences are rows of one batch; without cu_seqlens_q each token is its own batch.
-    where = 0 if is_ragged else 1
-    tensors = {
-        "q": q.unsqueeze(where),
-        "k": k_cache,
-        "v": v_cache,
-        "out": out.unsqueeze(where),
-        "lse": lse.unsqueeze(0) if is_ragged else lse.t().unsqueeze(2),
-        "blocks": block_tables,
-        "lens_k": context_lens.contiguous(),
-    }
-    if cu_seqlens_q is not None:
-        tensors["cu_q"] = cu_seqlens_q.contiguous()
-    if alibi_slopes is not None:
-        tensors["slopes"] = alibi_slopes.expand(len(context_lens), heads)
-    if sinks is not None:
-        tensors["sinks"] = sinks.float().contiguous()
-    arrays = _arrays(**tensors)
-    bounds = [0, 1] if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    arrays = _paged_arrays(q, k_cache, v_cache, out, lse, block_tables, context_lens, options)
+    bounds = [0, 1] if options.cu_seqlens_q is None else options.cu_seqlens_q.tolist()
     problem = Problem(
         dtype=_dtype_name(q),
         batches=len(context_lens),
@@ -132,13 +112,44 @@ def paged_attention(
         head_dim_v=v_cache.shape[3],
         window=options.window,
         softcap=options.softcap,
-        has_slopes=alibi_slopes is not None,
-        has_sinks=sinks is not None,
+        has_slopes="slopes" in arrays,
+        has_sinks="sinks" in arrays,
         block_size=k_cache.shape[1],
         is_aligned=launch.are_aligned(arrays),
     )
     _forward(q.device, problem, arrays, options.scale)
     return out, lse
+
+
+def _paged_arrays(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: Any,
+) -> dict[str, Array]:
+    """Packed sequences are rows of one batch; without cu_seqlens_q each token is its own batch."""
+    is_ragged = options.cu_seqlens_q is not None
+    where = 0 if is_ragged else 1
+    tensors = {
+        "q": q.unsqueeze(where),
+        "k": k_cache,
+        "v": v_cache,
+        "out": out.unsqueeze(where),
+        "lse": lse.unsqueeze(0) if is_ragged else lse.t().unsqueeze(2),
+        "blocks": block_tables,
+        "lens_k": context_lens.contiguous(),
+    }
+    if is_ragged:
+        tensors["cu_q"] = options.cu_seqlens_q.contiguous()
+    if options.alibi_slopes is not None:
+        tensors["slopes"] = options.alibi_slopes.expand(len(context_lens), q.shape[1])
+    if options.sinks is not None:
+        tensors["sinks"] = options.sinks.float().contiguous()
+    return _arrays(**tensors)
 
 
 def _forward(
