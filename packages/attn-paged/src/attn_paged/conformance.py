@@ -24,7 +24,7 @@ _REQUIRED = ("q", "k_cache", "v_cache", "block_tables", "context_lens")
 
 
 class _Sizes(NamedTuple):
-    """Keys and queries of each sequence, H, H_KV, D, D_v, the block size and rows of no sequence."""
+    """Keys and queries of each sequence, H, H_KV, D, D_v, block size, rows of no sequence."""
 
     lens_k: tuple[int, ...]
     lens_q: tuple[int, ...]
@@ -37,10 +37,10 @@ class _Sizes(NamedTuple):
 
     def __str__(self) -> str:
         lens_q, lens_k = ("x".join(map(str, lens)) for lens in (self.lens_q, self.lens_k))
+        padded = f"-padded{self.padding}" if self.padding else ""
         return (
             f"m{lens_q}-n{lens_k}-h{self.heads}-kv{self.heads_kv}-d{self.head_dim}"
-            f"-dv{self.head_dim_v}-block{self.block_size}"
-            + f"-padded{self.padding}" * bool(self.padding)
+            f"-dv{self.head_dim_v}-block{self.block_size}{padded}"
         )
 
 
