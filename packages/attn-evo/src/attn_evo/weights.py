@@ -75,7 +75,8 @@ class EvoWeights(NamedTuple):
         EvoWeights
             The same at every call. Its matrices are one tensor, and so are its biases.
         """
-        if not isinstance(head_dim, torch.SymInt) and not torch.jit.is_tracing():
+        is_traced = torch._C._get_tracing_state() is not None
+        if not isinstance(head_dim, torch.SymInt) and not is_traced:
             require_positive("head_dim", head_dim)
         matrix = torch.eye(head_dim, dtype=dtype, device=device)
         zeros = torch.zeros(head_dim, dtype=dtype, device=device)
