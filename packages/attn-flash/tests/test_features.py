@@ -478,3 +478,18 @@ def test_slopes_and_dropout_are_as_precise_as_the_scores():
     probs = torch.softmax(scores, -1) * keep / (1.0 - dropout["dropout_p"])
     values = v.repeat_interleave(H // H_KV, dim=2)
     torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", probs, values))
+
+
+def test_queries_that_a_bias_hides_all_keys_from_have_gradients_zero_of_any_order():
+    leaves = [x.requires_grad_() for x in qkv()]
+    bias = torch.zeros(1, 1, M, N, dtype=torch.float64)
+    bias[..., 2, :] = -math.inf
+    bias.requires_grad_()
+    out = flash_attn_func(*leaves, attn_bias=bias)
+    first = torch.autograd.grad(out.square().sum(), [*leaves, bias], create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), [*leaves, bias])
+    for dq, dk, dv, dbias in (first, second):
+        assert not dq[:, 2].any()
+        assert not dbias[..., 2, :].any()
+        assert dk.isfinite().all()
+        assert dv.isfinite().all()

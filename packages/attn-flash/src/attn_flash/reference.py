@@ -76,6 +76,8 @@ def attention(
             is_bool = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
     scores = scores.to(q.dtype)
+    # Where a whole row is -inf, autograd would multiply zeros by NaN.
+    scores = scores.masked_fill(scores == -torch.inf, -torch.inf)
     terms = scores
     if sinks is not None:
         column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)

@@ -44,7 +44,7 @@ def attention_backward(
     size = problem.size(q, k, v, options)
     bias, sinks = options.attn_bias if needs_dbias else None, options.sinks
     if size.B * size.M * size.H * size.N == 0:
-        return _empty_gradients(dlse, q, k, v, bias, sinks)
+        return _empty_gradients(dlse, lse, q, k, v, bias, sinks)
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
@@ -60,11 +60,12 @@ def attention_backward(
     return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows)
 
 
-def _empty_gradients(dlse, q, k, v, bias, sinks):
-    """Gradients where no query has a key: a sink alone is what its lse is."""
+def _empty_gradients(dlse, lse, q, k, v, bias, sinks):
+    """Gradients where no query has a key: a sink alone is its lse, but for tokens of no sequence."""
     grads = [None if x is None else x.new_zeros(x.shape) for x in (q, k, v, bias, sinks)]
     if sinks is not None and dlse is not None:
-        grads[4] = dlse.sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)
+        of_sinks = dlse.where(lse != -torch.inf, 0.0).sum(-1)  # [B, H] or [H]
+        grads[4] = of_sinks.sum_to_size(sinks.shape).to(sinks.dtype)
     return tuple(grads)
 
 
