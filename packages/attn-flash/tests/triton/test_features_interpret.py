@@ -186,6 +186,17 @@ def test_ragged(name, window):
         check(q, k, v, options._replace(seqused_k=used))
 
 
+def test_tokens_of_no_sequence_give_sinks_nothing():
+    starts_q, starts_k = torch.tensor([[0, 2], [0, 0]], dtype=torch.int32)
+    q, k, v = tensor("q", 4, H, D), tensor("k", 0, H_KV, D), tensor("v", 0, H_KV, D_V)
+    options = Options(
+        sinks=tensor("sinks", H), cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=2
+    )
+    dout, dlse = torch.ones(4, H, D_V), torch.ones(H, 4)
+    *_, dsinks = run_kernels(q, k, v, options, dout, dlse, False)
+    assert dsinks.tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize("page_size", [5, 16])
 def test_pages(page_size):
     starts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 22], [0, 37, 40])]

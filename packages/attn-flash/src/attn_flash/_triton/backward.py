@@ -61,7 +61,7 @@ def attention_backward(
 
 
 def _empty_gradients(dlse, lse, q, k, v, bias, sinks):
-    """Gradients where no query has a key: a sink alone is its lse, but for tokens of no sequence."""
+    """Gradients where no query has a key: where it is in a sequence, a sink alone is its lse."""
     grads = [None if x is None else x.new_zeros(x.shape) for x in (q, k, v, bias, sinks)]
     if sinks is not None and dlse is not None:
         of_sinks = dlse.where(lse != -torch.inf, 0.0).sum(-1)  # [B, H] or [H]
