@@ -93,7 +93,7 @@ def attention(
     query, key, value : Tensor, shape (B, M, H, D), (B, N, H_KV, D) and (B, N, H_KV, D_v)
         Heads last.
     attn_mask : Tensor, optional
-        Boolean or added to the scores: padding (B, N), or what broadcasts to (B, H, M, N).
+        Boolean or added to the scores: padding (B, N), else what broadcasts to (B, H, M, N).
     dropout_p, is_causal, scale, enable_gqa
         As in torch's scaled_dot_product_attention.
     return_lse : bool, default False
@@ -128,7 +128,8 @@ def attention(
     if is_causal:
         window, key, value = sdpa.upper_left(query.shape[1], key, value, dim=1)
     if attn_mask is not None and attn_mask.dim() == 2:
-        attn_mask = attn_mask[:, None, None]
+        is_padding = attn_mask.shape == (query.shape[0], key.shape[1])
+        attn_mask = attn_mask[:, None, None] if is_padding else attn_mask[None, None]
     return attend(
         query, key, value, scale=scale, window=window, dropout_p=dropout_p, mask=attn_mask
     )
