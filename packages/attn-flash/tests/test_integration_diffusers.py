@@ -49,7 +49,9 @@ def test_grouped_heads():
     check(*inputs(heads_kv=2), enable_gqa=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1, 14), (2, 4, 9, 14), (4, 9, 14), (9, 14), (1, 14)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 14), (2, 4, 9, 14), (4, 9, 14), (9, 14), (1, 14)], ids=str
+)
 def test_masks(shape):
     mask = torch.randn(shape)
     check(*inputs(14), attn_mask=mask)
