@@ -136,16 +136,7 @@ def _attention_backward(
     first_batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     if dlse is None and _fits_cpu_kernel(q, k, v, options):
-        # In float32: it adds up gradients in the dtype of its inputs, one block after another.
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_for_cpu_kernel(*(x.to(accumulator_dtype(x.dtype)) for x in (dout, q, k, v, out))),
-            lse,
-            0.0,
-            options.window[1] == 0,
-            scale=options.scale,
-        )
-        dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
-        return dq, dk, dv, None, None
+        return *_cpu_kernel_backward(dout, q, k, v, out, lse, options), None, None
     grouped, keys, values, douts = _grouped(q, k), _keys(k), _keys(v), _grouped(dout, k)
     dq = q.new_zeros(q.shape)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
@@ -182,6 +173,24 @@ def _attention_backward(
         None if dbias is None or bias is None else dbias.to(bias.dtype),
         None if dsinks is None or sinks is None else dsinks.to(sinks.dtype),
     )
+
+
+def _cpu_kernel_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv by torch's kernel, which adds up in the dtype of its inputs: in float32."""
+    inputs = (x.to(accumulator_dtype(x.dtype)) for x in (dout, q, k, v, out))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_for_cpu_kernel(*inputs), lse, 0.0, options.window[1] == 0, scale=options.scale
+    )
+    dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
+    return dq, dk, dv
 
 
 def _signed_probabilities(
