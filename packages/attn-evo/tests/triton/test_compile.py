@@ -115,12 +115,12 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", support.HEAD_DIMS)
 def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
-    from attn_evo._hopper import output, stat  # of Gluon, which the lowest Triton has not
+    from attn_evo._hopper import output, stat, stat_wide  # of Gluon, which the lowest Triton lacks
 
     use_target("sm_90")
     monkeypatch.setattr(support, "device_info", problem.device_info)
     record_launches(LAUNCHERS["sums"], monkeypatch)
-    stat_launcher = LAUNCHERS["stat"] if dim == 128 else stat._launch_stat
+    stat_launcher = {64: stat, 128: stat_wide}[dim]._launch_stat
     launchers = stat_launcher, output._launch_output[dim]
     recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
     launch(Case(dtype, dim), "output")
@@ -133,7 +133,7 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dim", support.HEAD_DIMS)
 def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
-    from attn_evo._hopper import backward_gate, backward_norm, backward_stat, stat
+    from attn_evo._hopper import backward_gate, backward_norm, backward_stat, stat, stat_wide
     from attn_evo._triton import backward_products, backward_total
 
     use_target("sm_90")
@@ -141,7 +141,7 @@ def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
     measured = [backward_norm._launch_norm, backward_gate._launch_gate]
     measured += [backward_stat._launch_stat] if causal else [backward_total._launch_rows]
     measured += [backward_products._launch_final] if dim > support.HELD_DIM else []
-    for launcher in (*LAUNCHERS.values(), stat._launch_stat):
+    for launcher in (*LAUNCHERS.values(), stat._launch_stat, stat_wide._launch_stat):
         record_launches(launcher, monkeypatch)
     recorders = [record_launches(launcher, monkeypatch) for launcher in measured]
     launch(Case(torch.bfloat16, dim, causal), "backward")

@@ -41,6 +41,7 @@ from attn_evo._hopper.tiles import (
     with_sign,
 )
 from attn_evo._triton import configs, problem
+from attn_evo._triton.tiles import chunk_of_program
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
@@ -74,12 +75,7 @@ def _attention_backward_gate_kernel(
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, 16], dtype)
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
     COLUMNS: gl.constexpr = gl.SliceLayout(1, column_accumulators(D))
-    pid_bh = gl.program_id(0) // num_chunks
-    pid_c = gl.program_id(0) % num_chunks
-    first = pid_c * tiles_per_chunk
-    last = gl.minimum(first + tiles_per_chunk, num_tiles)
-    b = (pid_bh // H).to(gl.int64)
-    h = (pid_bh % H).to(gl.int64)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh + (first * BLOCK_M).to(gl.int64) * stride_vl
     token = (pid_bh.to(gl.int64) * L + first * BLOCK_M) * D
     half_ratio_ptr += token

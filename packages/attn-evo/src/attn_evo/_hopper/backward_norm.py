@@ -56,6 +56,7 @@ from attn_evo._hopper.tiles import (
     with_sign,
 )
 from attn_evo._triton import configs, problem
+from attn_evo._triton.tiles import chunk_of_program
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
@@ -99,13 +100,8 @@ def _attention_backward_norm_kernel(
     HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_M], dtype)
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
     COLUMNS: gl.constexpr = gl.SliceLayout(1, column_accumulators(D))
-    pid_bh = gl.program_id(0) // num_chunks
-    pid_c = gl.program_id(0) % num_chunks
-    first = pid_c * tiles_per_chunk
-    last = gl.minimum(first + tiles_per_chunk, num_tiles)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     stat_head = (num_heads + pid_bh).to(gl.int64)  # of tables [4, B * H, rows, D]
-    b = (pid_bh // H).to(gl.int64)
-    h = (pid_bh % H).to(gl.int64)
     v_ptr += b * stride_vb + h * stride_vh + (first * BLOCK_M).to(gl.int64) * stride_vl
     dout_ptr += b * stride_dob + h * stride_doh + (first * BLOCK_M).to(gl.int64) * stride_dol
     token = (pid_bh.to(gl.int64) * L + first * BLOCK_M) * D

@@ -36,6 +36,7 @@ from attn_evo._hopper.tiles import (
     sum_rows,
 )
 from attn_evo._triton import configs, problem
+from attn_evo._triton.tiles import chunk_of_program
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
@@ -61,14 +62,9 @@ def _attention_backward_stat_kernel(
     TRIANGLE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_M], dtype)
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
     COLUMNS: gl.constexpr = gl.SliceLayout(1, column_accumulators(D))
-    pid_bh = gl.program_id(0) // num_chunks
-    pid_c = gl.program_id(0) % num_chunks
-    first = pid_c * tiles_per_chunk
-    last = gl.minimum(first + tiles_per_chunk, num_tiles)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     head = pid_bh.to(gl.int64)
     heads = num_heads.to(gl.int64)
-    b = (pid_bh // H).to(gl.int64)
-    h = (pid_bh % H).to(gl.int64)
     token = (head * L + (last - 1) * BLOCK_M) * D
     v_ptr += b * stride_vb + h * stride_vh + ((last - 1) * BLOCK_M).to(gl.int64) * stride_vl
     dstat_ptr += token

@@ -6,6 +6,7 @@ import torch
 
 from attn_evo._hopper.output import attention_output
 from attn_evo._hopper.stat import attention_stat
+from attn_evo._hopper.stat_wide import attention_stat_wide
 from attn_evo._triton import configs, forward, problem
 from attn_evo.weights import EvoWeights
 
@@ -25,8 +26,7 @@ def running_sums(
     call: problem.Call, weights: EvoWeights, sums_after: torch.Tensor
 ) -> problem.Scratch:
     """As `_triton.forward.running_sums`, with `causal`."""
-    if call.flags["HEAD_DIM"] == 128:
-        return forward.running_sums(call, weights, True, sums_after)
     scratch = forward.sums_of_values(call, weights)
-    attention_stat(call, scratch, sums_after)
+    stat = {64: attention_stat, 128: attention_stat_wide}[call.flags["HEAD_DIM"]]
+    stat(call, scratch, sums_after)
     return scratch

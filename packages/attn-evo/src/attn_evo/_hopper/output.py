@@ -52,6 +52,7 @@ from attn_evo._hopper.tiles import (
     twice_gated,
 )
 from attn_evo._triton import configs, problem
+from attn_evo._triton.tiles import chunk_of_program
 
 _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
 
@@ -92,12 +93,9 @@ def _attention_output_kernel(
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
-    pid_bh = gl.program_id(0) // num_chunks
-    pid_c = gl.program_id(0) % num_chunks
-    first = pid_c * tiles_per_chunk
-    last = gl.minimum(first + tiles_per_chunk, num_tiles)
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     stat_head = (num_heads + pid_bh).to(gl.int64)  # of tables [4, B * H, rows, D]
-    v_ptr += (pid_bh // H).to(gl.int64) * stride_vb + (pid_bh % H).to(gl.int64) * stride_vh
+    v_ptr += b * stride_vb + h * stride_vh
     v_ptr += (first * BLOCK_M).to(gl.int64) * stride_vl
     out_ptr += (pid_bh.to(gl.int64) * L + first * BLOCK_M) * D
     contexts_ptr += (pid_bh.to(gl.int64) * num_tiles + first) * D

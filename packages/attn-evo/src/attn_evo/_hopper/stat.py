@@ -32,12 +32,13 @@ from attn_evo._hopper.tiles import (
     twice_gated,
 )
 from attn_evo._triton import configs, problem
+from attn_evo._triton.tiles import chunk_of_program
 
 _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
 
 
 @gluon.jit
-def _store_partial_sums(gated, parts):
+def store_partial_sums(gated, parts):
     """Store the sums of the rows of [64, 64] that share a thread, [32, 64]."""
     sums = gl.sum(gl.reshape(gated, [4, 2, 8, 64]), 1)
     parts.store(gl.reshape(sums, [32, 64]))
@@ -58,11 +59,8 @@ def _attention_stat_kernel(
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COLUMNS: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
     PAIR: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
-    pid_bh = gl.program_id(0) // num_chunks
-    pid_c = gl.program_id(0) % num_chunks
-    first = pid_c * tiles_per_chunk
-    last = gl.minimum(first + tiles_per_chunk, num_tiles)
-    v_ptr += (pid_bh // H).to(gl.int64) * stride_vb + (pid_bh % H).to(gl.int64) * stride_vh
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
+    v_ptr += b * stride_vb + h * stride_vh
     v_ptr += (first * BLOCK_M).to(gl.int64) * stride_vl
     row = (pid_bh.to(gl.int64) * num_tiles + first) * D
     contexts_ptr += row
@@ -133,10 +131,10 @@ def _attention_stat_kernel(
         logit_1 = start_linear(mean, weight, bias, BLOCK_M, D)
         logit_0 = warpgroup_mma_wait(2, deps=(logit_0,))
         values = v_0.load(accumulators(D)).to(gl.float32)
-        _store_partial_sums(twice_gated(values, logit_0, dtype == gl.bfloat16), parts.index(0))
+        store_partial_sums(twice_gated(values, logit_0, dtype == gl.bfloat16), parts.index(0))
         logit_1 = warpgroup_mma_wait(0, deps=(logit_1,))
         values = v_1.load(accumulators(D)).to(gl.float32)
-        _store_partial_sums(twice_gated(values, logit_1, dtype == gl.bfloat16), parts.index(1))
+        store_partial_sums(twice_gated(values, logit_1, dtype == gl.bfloat16), parts.index(1))
         both = parts._reinterpret(gl.float32, [64, D], PARTS).load(COLUMNS)
         totals = gl.sum(gl.reshape(both, [2, 32, D]), 1) * 0.5
         totals = gl.convert_layout(totals, PAIR)
