@@ -42,7 +42,6 @@ TABLES = {
     "dq_window": configs.BACKWARD_DQ_WINDOW,
     "dk_dv": configs.BACKWARD_DK_DV,
     "dk_dv_terms": configs.BACKWARD_DK_DV_TERMS,
-    "dk_dv_bias": configs.BACKWARD_DK_DV_BIAS,
     "bias": configs.BACKWARD_BIAS,
 }
 # Bytes that 16-bit kernels of sm_90 may spill, by BLOCK_D: mostly dk_dv, and padded heads.
@@ -76,6 +75,7 @@ class Case(NamedTuple):
             "alibi": {"alibi_slopes": torch.empty(4, device="meta")},
             "key_mask": {"key_mask": torch.empty(2, self.S, dtype=torch.bool, device="meta")},
             "bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").to(self.dtype)},
+            "float64-bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").double()},
             "bool-bias": {"attn_bias": torch.empty(1, 1, self.S, self.S, device="meta").bool()},
             "bias-of-queries": {
                 "attn_bias": torch.empty(1, 4, self.S, 1, device="meta").to(self.dtype)
@@ -128,6 +128,7 @@ TERMS = [
         for term in ("bias", "bool-bias")
     ),
     *(Case(torch.bfloat16, 64, OPEN, term=term) for term in ("softcap", "alibi", "dropout")),
+    Case(torch.bfloat16, 128, OPEN, term="float64-bias"),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 

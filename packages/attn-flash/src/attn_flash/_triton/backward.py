@@ -48,10 +48,10 @@ def attention_backward(
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
-    options = problem.with_narrow_bias(options)
+    options = problem.with_added_bias(q, size, problem.with_narrow_bias(options))
     terms = problem.score_terms(q, size, options)
     dbias = None if bias is None else _expanded_dbias(bias, q, size, options)
-    dq = query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, options)
+    dq = query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options)
     dk, dv = key_gradients(dout, q, k, v, rows, size, terms, options)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape)

@@ -299,11 +299,10 @@ _launch = Launcher(_attention_backward_dk_dv_kernel, check=problem.require_narro
 
 
 def _dk_dv_table(options):
-    if options.attn_bias is not None:
-        return configs.BACKWARD_DK_DV_BIAS
-    if options.alibi_slopes is not None:
-        return configs.BACKWARD_DK_DV_TERMS
-    return configs.BACKWARD_DK_DV
+    takes_registers = {"attn_bias", "alibi_slopes", "dropout_p"}
+    if takes_registers.isdisjoint(options.features()):
+        return configs.BACKWARD_DK_DV
+    return configs.BACKWARD_DK_DV_TERMS
 
 
 def key_gradients(dout, q, k, v, rows, size, terms, options):

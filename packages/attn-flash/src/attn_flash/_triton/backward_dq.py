@@ -247,10 +247,8 @@ def _attention_backward_dq_kernel(
 _launch = Launcher(_attention_backward_dq_kernel, check=problem.require_narrow_tiles)
 
 
-def query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, options):
+def query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options):
     """Compute dq, and fill `rows` for the other kernels and `dbias` (B, H, M, N) if it is there."""
-    options = problem.with_added_bias(q, size, options)
-    terms = problem.score_terms(q, size, options)
     left, right = options.window
     dq = ragged.new_gradient(q, options.cu_seqlens_q)
     is_short = configs.is_short_window(options)

@@ -127,34 +127,10 @@ BACKWARD_DK_DV = Table(
     ],
     sources=("attn_flash._triton.backward_dk_dv",),
 )
-# ALiBi computes with positions, for which smaller tiles leave the registers.
+# Positions, a bias and random numbers take registers, which tiles of fewer queries leave.
 BACKWARD_DK_DV_TERMS = Table(
     "attn_flash.backward_dk_dv_terms",
-    rows={
-        **_LARGE_TILES,
-        **_rows(
-            "sm_90",
-            (16, "any", TileConfig(64, 64, 4, 3)),
-            (32, "any", TileConfig(64, 64, 4, 3)),
-            (64, "any", TileConfig(64, 64, 4, 3)),
-            (128, "any", TileConfig(32, 64, 4, 2)),
-            (256, "any", TileConfig(64, 64, 8, 2)),
-        ),
-    },
-    default=BACKWARD_DK_DV.default,
-    candidates=BACKWARD_DK_DV.candidates,
-    sources=BACKWARD_DK_DV.sources,
-)
-BACKWARD_DK_DV_BIAS = Table(
-    "attn_flash.backward_dk_dv_bias",
-    rows={
-        **BACKWARD_DK_DV.rows,
-        **_rows(
-            "sm_90",
-            (128, "short", TileConfig(32, 128, 8, 2)),
-            (128, "causal", TileConfig(64, 128, 8, 3)),
-        ),
-    },
+    rows={**BACKWARD_DK_DV.rows, **_rows("sm_90", (128, "any", TileConfig(32, 128, 8, 3)))},
     default=BACKWARD_DK_DV.default,
     candidates=BACKWARD_DK_DV.candidates,
     sources=BACKWARD_DK_DV.sources,
