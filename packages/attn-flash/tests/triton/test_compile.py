@@ -75,7 +75,9 @@ class Case(NamedTuple):
             "alibi": {"alibi_slopes": torch.empty(4, device="meta")},
             "key_mask": {"key_mask": torch.empty(2, self.S, dtype=torch.bool, device="meta")},
             "bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").to(self.dtype)},
-            "float64-bias": {"attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").double()},
+            "float64-bias": {
+                "attn_bias": torch.empty(1, 4, self.S, self.S, device="meta").double()
+            },
             "bool-bias": {"attn_bias": torch.empty(1, 1, self.S, self.S, device="meta").bool()},
             "bias-of-queries": {
                 "attn_bias": torch.empty(1, 4, self.S, 1, device="meta").to(self.dtype)
