@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import math
+import threading
+from concurrent import futures
 
 import pytest
 import torch
@@ -166,6 +168,27 @@ def test_plugin_adds_backends(registry, plugins):
     registry.add("torch")
     assert backends.available(registry.op) == ["plugin", "torch"]
     assert backends.resolve(registry.op, registry.Problem()) == "plugin"
+
+
+def test_threads_wait_for_plugins(registry, plugins):
+    plugin = backends.Backend("plugin", {registry.op: "math:sqrt"}, 3, lambda op, problem: None)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def load():
+        assert backends.available(registry.op) == ["torch"]  # a plug-in may ask
+        begun.set()
+        may_end.wait(10)
+        return lambda: [plugin]
+
+    plugins.append(EntryPoint("slow", load))
+    registry.add("torch")
+    with futures.ThreadPoolExecutor(2) as threads:
+        first = threads.submit(backends.available, registry.op)
+        assert begun.wait(10)
+        second = threads.submit(backends.available, registry.op)
+        assert not futures.wait([second], 0.1).done
+        may_end.set()
+        assert first.result() == second.result() == ["plugin", "torch"]
 
 
 @pytest.mark.parametrize("stage", ["import", "call"])

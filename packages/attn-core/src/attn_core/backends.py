@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Verdict:
 _backends: dict[tuple[str, str], Backend] = {}
 _examples: dict[str, Callable[[torch.device], Problem]] = {}
 _plugins_loaded = False
+_plugins_lock = threading.Lock()
+_thread = threading.local()
 
 
 def register(backend: Backend) -> None:
@@ -110,7 +113,7 @@ def registered() -> dict[str, list[str]]:
     """Every known backend by name, with the operators it implements."""
     _load_plugins()
     ops: dict[str, list[str]] = {}
-    for op, name in _backends:
+    for op, name in list(_backends):
         ops.setdefault(name, []).append(op)
     return ops
 
@@ -279,7 +282,7 @@ def _named(op: str, name: str) -> Backend:
 
 def _candidates(op: str) -> list[Backend]:
     _load_plugins()
-    found = [backend for (name, _), backend in _backends.items() if name == op]
+    found = [backend for (name, _), backend in list(_backends.items()) if name == op]
     return sorted(found, key=lambda backend: -backend.priority)
 
 
@@ -290,16 +293,26 @@ def _refusal(backend: Backend, op: str, problem: Problem) -> str | None:
 
 
 def _load_plugins() -> None:
+    """Register what other distributions bring; threads that come meanwhile wait for all of it."""
     global _plugins_loaded
-    if _plugins_loaded:
+    if _plugins_loaded or getattr(_thread, "is_loading", False):  # a plug-in may ask, too
         return
-    _plugins_loaded = True
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+    with _plugins_lock:
+        if _plugins_loaded:
+            return
+        _thread.is_loading = True
         try:
-            plugin: Iterable[Backend] = entry_point.load()()
-            for backend in plugin:
-                register(backend)
-        except Exception as error:  # a broken plug-in must not take the others down
-            warnings.warn(
-                f"attention backend {entry_point.name!r} is broken: {error}", stacklevel=2
-            )
+            for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+                _load_plugin(entry_point)
+        finally:
+            _thread.is_loading = False
+            _plugins_loaded = True
+
+
+def _load_plugin(entry_point: importlib.metadata.EntryPoint) -> None:
+    try:
+        plugin: Iterable[Backend] = entry_point.load()()
+        for backend in plugin:
+            register(backend)
+    except Exception as error:  # a broken plug-in must not take the others down
+        warnings.warn(f"attention backend {entry_point.name!r} is broken: {error}", stacklevel=2)
