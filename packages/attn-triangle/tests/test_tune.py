@@ -45,7 +45,8 @@ def run(*arguments):
 
 def test_every_problem_is_measured_and_kept(calls, capsys):
     assert run("--min-n", "50", "--max-n", "65", "--d", "8,32", "--h", "2") == 0
-    assert calls == [(1, 2, n, n, d) for d in (8, 32) for n in (64, 128)]
+    gradients = 2  # of queries, keys and values, and of the bias
+    assert calls == [(1, 2, n, n, d) for d in (8, 32) for n in (64, 128) for _ in range(gradients)]
     printed = capsys.readouterr().out
     assert "n64-h2-d32-bfloat16" in printed
     assert "64 x 128" in printed
@@ -57,16 +58,16 @@ def test_every_problem_is_measured_and_kept(calls, capsys):
 
 
 def test_measured_problems_are_skipped_unless_forced(calls):
-    for arguments, expected in ((), 1), ((), 1), (("--force",), 2):
+    for arguments, expected in ((), 2), ((), 2), (("--force",), 4):
         run("--min-n", "64", "--max-n", "64", *arguments)
         assert len(calls) == expected
 
 
 def test_all_dtypes(calls):
     run("--min-n", "16", "--max-n", "16", "--h", "1", "--dtype", "all")
-    assert len(calls) == 2  # float16 and bfloat16 share their rows
+    assert len(calls) == 4  # float16 and bfloat16 share their rows
     run("--min-n", "16", "--max-n", "16", "--h", "1", "--dtype", "all", "--force")
-    assert len(calls) == 5
+    assert len(calls) == 10
 
 
 def test_nothing_to_tune_without_a_gpu(capsys):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from attn_core.testing.compilation import compile_ahead
+from attn_core.testing.compilation import compile_ahead, record_launches
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
@@ -146,3 +146,20 @@ def test_kernels_fit_and_overlap_their_products(case, name, launches, tmp_path):
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     assert compiled.registers == launch.maxnreg
     assert not re.search(r"C75\d\d", remarks(compiled, tmp_path))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_small_kernels_compile(case, monkeypatch):
+    launchers = (redo._launch, rows._launch, rows._launch_unseeing)
+    recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
+    q = torch.empty(1, 4, 384, 384, case.D, dtype=case.dtype, device="meta")
+    bias = torch.empty(1, 4, 384, 384, dtype=case.bias_dtype, device="meta")
+    mask = torch.empty(1, 384, 384, dtype=torch.bool, device="meta")
+    lse = torch.empty(q.shape[:-1], device="meta")
+    redo.redo(q, q, q, bias, mask, q, lse, 0.1, "mean")
+    rows.deltas(q, q, lse, zeroed=lse)
+    rows.add_unseeing(q, q, lse)
+    for recorder in recorders:
+        compiled = recorder.compile("sm_90")
+        assert compiled.fits
+        assert compiled.spills == 0

@@ -17,6 +17,8 @@ from attn_core.device import triton_version
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_core.testing import hopper as emulator
 from attn_triangle import _backends, reference
+from attn_triangle._triton import short
+from attn_triangle.layout import new_heads_last
 
 pytestmark = [
     pytest.mark.interpret,
@@ -149,7 +151,8 @@ def atomic_add(pointer, value, sem):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The modules of the backend on an emulated GPU of `SMS` multiprocessors."""
+    """The backend's modules on an emulated GPU of `SMS` multiprocessors, for rows of any length."""
+    monkeypatch.setattr(short, "LONGEST", 0)
     monkeypatch.setattr(emulator, "_LATENESS", 5e-4)
     with emulator.emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
         modules = dict(zip(MODULES, found, strict=True))
@@ -243,3 +246,14 @@ def test_scores_of_which_the_first_tile_is_no_guide(hopper):
     bias[..., 2, :128] = -torch.inf
     bias[..., 3, 128:] = 300.0
     check(hopper, case, [q, k, v, bias])
+
+
+def test_sums_use_the_memory_of_a_later_result(hopper):
+    lent = new_heads_last(torch.empty(1, 2, 3, 8, 16, dtype=torch.float16))
+    inside, beyond = (hopper.problem.scratch((2, n, 32), lent) for n in (6, 7))
+    assert inside.dtype == beyond.dtype == torch.float32
+    assert inside.shape == (2, 6, 32)
+    assert beyond.shape == (2, 7, 32)
+    assert inside.nbytes == lent.nbytes
+    assert inside.data_ptr() == lent.data_ptr()
+    assert beyond.untyped_storage().data_ptr() != lent.untyped_storage().data_ptr()

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from attn_core import replay
 from attn_core.device import device_info
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_triangle import UnsupportedProblemError, reference, triangle_attention
 from attn_triangle._hopper import configs
+from attn_triangle._triton import short
 
 pytestmark = pytest.mark.gpu
 
@@ -92,6 +94,8 @@ CASES = [
     Case(D=24, dtype=HALF, bias_dtype=HALF),
     Case(D=8, dtype=HALF, bias_dtype=FLOAT, std=10.0, deterministic=False),
     Case(D=16, masked_rows="zero", mask="random"),
+    Case(H=4, R=40, M=128, N=128),
+    Case(R=9, M=100, N=128, D=16, masked_rows="zero", mask="random", dtype=HALF, bias_dtype=HALF),
 ]
 
 
@@ -286,8 +290,11 @@ def test_what_it_does_not_take_is_refused(change, reason, device):
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "det"])
-def test_few_scores(deterministic, device, monkeypatch):
-    """The forward pass of any GPU, the gradients of this one."""
+@pytest.mark.parametrize("few_scores", [0, 4 * 128**3], ids=["hopper", "any-gpu"])
+def test_short_rows_by_the_kernels_of_long_ones(few_scores, deterministic, device, monkeypatch):
+    monkeypatch.setattr(short, "LONGEST", 0)
+    monkeypatch.setattr(configs, "FEW_SCORES", few_scores)
+    replay.forget()
     case = Case(H=4, R=128, M=128, N=128, deterministic=deterministic)
-    monkeypatch.setattr(configs, "FEW_SCORES", 4 * 128**3)
     check(case, case.inputs(device), case.make_mask(device), device)
+    replay.forget()

@@ -11,7 +11,7 @@ from attn_core.testing.compilation import TARGETS, record_launches
 
 pytest.importorskip("triton")
 
-from attn_triangle._triton import backward, configs, dbias, dk_dv, dq, forward, keys
+from attn_triangle._triton import backward, configs, dbias, dk_dv, dq, forward, keys, short
 
 pytestmark = pytest.mark.compile
 
@@ -97,6 +97,22 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != torch.float32:
         assert compiled.spills <= MAX_SPILLS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "case", [Case(torch.bfloat16, 32), Case(torch.float16, 16, False)], ids=str
+)
+def test_short_rows_compile_and_fit(case, target, use_target, monkeypatch):
+    use_target(target)
+    launch = record_launches(short._launch, monkeypatch)
+    record_launches(dbias._launch_sum, monkeypatch)
+    q = torch.empty(1, 128, 128, 4, case.D, dtype=case.dtype, device="meta").permute(0, 3, 1, 2, 4)
+    bias = torch.empty(1, 4, 128, 128, dtype=case.dtype, device="meta")
+    lse = bias.float()
+    mask = torch.empty(1, 128, 128, dtype=torch.bool, device="meta") if case.has_mask else None
+    short.short_backward(q, lse, q, q, q, bias, mask, q, lse, 0.1, "mean")
+    assert launch.compile(target).fits
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ from attn_triangle import reference
 
 pytest.importorskip("triton")
 
-from attn_triangle._triton import backward, configs, dbias, forward, problem
+from attn_triangle._triton import backward, configs, dbias, forward, problem, short
 
 pytestmark = pytest.mark.interpret
 
@@ -70,8 +71,9 @@ class Case(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 16 by 16, so that few tokens make several blocks."""
+    """Tiles of 16 by 16, so that few tokens make several blocks, and no row is a short one."""
     use_tiles(monkeypatch, TileConfig(BLOCK, BLOCK))
+    monkeypatch.setattr(short, "LONGEST", 0)
 
 
 def use_tiles(monkeypatch, config, rows=2):
@@ -136,6 +138,25 @@ def check(case, inputs=None, mask=None, *, scale=None, with_dlse=False, dout=Non
 @pytest.mark.parametrize("mask", ["none", "random", "rows", "added"])
 def test_results_and_gradients(mask, masked_rows, dtype):
     check(Case(H=2, mask=mask, masked_rows=masked_rows, dtype=dtype), with_dlse=True)
+
+
+SHORT = [
+    Case(H=2, M=70, N=90, mask="rows", dtype=torch.float16),
+    Case(B=2, R=5, M=128, N=64, D=16, mask="none", dtype=torch.float16),
+    Case(R=2, M=33, N=128, D=24, masked_rows="zero", mask="rows", dtype=torch.float16),
+    Case(R=1, M=1, N=65, D=32, mask="padded", dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_short_rows(case, monkeypatch):
+    # Programs of a few rows, the last of fewer.
+    info = dataclasses.replace(short.device_info("cpu"), num_sms=4)
+    monkeypatch.setattr(short, "device_info", lambda device: info)
+    monkeypatch.setattr(short, "LONGEST", 128)
+    inputs = case.inputs()
+    inputs[3][:, :, -1] = -torch.inf  # a query without keys
+    check(case, inputs, with_dlse=True)
 
 
 LENGTHS = [(1, 2), (15, 16), (16, 17), (16, 16), (31, 7), (2, 35), (35, 2)]
@@ -283,16 +304,15 @@ def test_empty_sizes(size):
 
 @pytest.mark.parametrize("masked_rows", ["mean", "zero"])
 @pytest.mark.parametrize("mask", ["none", "rows"])
-def test_marked_tiles_are_computed_again(mask, masked_rows):
+def test_tiles_without_a_number_for_an_lse_are_computed_again(mask, masked_rows):
     redo = pytest.importorskip("attn_triangle._hopper.redo")
     case = Case(H=2, M=70, N=37, mask=mask, masked_rows=masked_rows)
     inputs = case.inputs()
     inputs[3][..., 4, :] = -torch.inf
     q, mask, scale = inputs[0], case.make_mask(), case.D**-0.5
     out, lse = torch.full_like(q, 7.0), torch.full(q.shape[:-1], 7.0)
-    marks = torch.zeros((*q.shape[:3], 128), dtype=torch.int8)
-    marks[0, 0, 1, 5] = marks[0, 1, 2, 64] = 1
-    redo.redo(*inputs, mask, out, lse, marks, scale, masked_rows)
+    lse[0, 0, 1, 5] = lse[0, 1, 2, 64] = torch.nan
+    redo.redo(*inputs, mask, out, lse, scale, masked_rows)
     exact_out, exact_lse = reference.attention(*inputs, mask, scale, masked_rows)
     redone = torch.zeros(q.shape[:-1], dtype=torch.bool)
     redone[0, 0, 1, :64] = redone[0, 1, 2, 64:] = True

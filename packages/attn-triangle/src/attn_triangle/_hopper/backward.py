@@ -16,7 +16,8 @@ from attn_triangle._hopper.dbias import dbias as dbias_by_owner
 from attn_triangle._hopper.dk_dv import dk_dv
 from attn_triangle._hopper.dq import dq as fill_dq
 from attn_triangle._hopper.dq_dbias import dq_dbias, new_sums
-from attn_triangle._hopper.rows import add_unseeing, query_rows
+from attn_triangle._hopper.rows import add_unseeing, deltas
+from attn_triangle._triton import short
 from attn_triangle._triton.dbias import sum_of_splits
 from attn_triangle.layout import new_heads_last, new_unwanted
 
@@ -43,30 +44,29 @@ def attention_backward(
     M, N = q.shape[3], k.shape[3]
     if q.numel() * N == 0:
         return _zeros(q, k, v, bias, wanted)
+    if short.takes(q, k, mask, wanted):
+        return short.short_backward(dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows)
     dout = problem.readable(dout)
     readable = problem.readable_bias(bias, M, N)
     keys = problem.key_rows(mask, N, configs.LONGEST_BLOCK, is_mean=False, unread=lse)
-    # Results are allocated when their time comes, and sums are let go: they take as much memory as
-    # all else.
-    sums = new_sums(q, N, deterministic) if _in_one_kernel(q, wanted) else None
-    lse_log2, delta = query_rows(out, dout, lse, dlse, zeroed=sums)
     dq = new_heads_last(q) if "dq" in wanted else new_unwanted(q)
+    dk, dv = (new_heads_last(x) if "dk_dv" in wanted else new_unwanted(x) for x in (k, v))
+    # Sums for dbias lie where dk will be: they are added up before the last kernel writes it.
+    sums = new_sums(q, N, deterministic, lent=dk) if _in_one_kernel(q, wanted) else None
+    delta = deltas(out, dout, dlse, zeroed=sums)
     if sums is not None:
         dq_dbias(dq, sums, dout, q, k, v, readable, keys, lse, delta, scale, deterministic)
         dbias = sum_of_splits(sums[..., :M, :N], bias)
-        del sums
     else:
         if "dq" in wanted:
             fill_dq(dq, dout, q, k, v, readable, keys, lse, delta, scale)
         dbias = new_unwanted(bias)
         if "dbias" in wanted:
-            dbias = dbias_by_owner(dout, q, k, v, bias, readable, keys, lse, delta, scale)
-    if "dk_dv" not in wanted:
-        return dq, new_unwanted(k), new_unwanted(v), dbias, new_unwanted(q)
-    dk, dv = new_heads_last(k), new_heads_last(v)
-    dk_dv(dk, dv, dout, q, k, v, readable, keys, lse_log2, delta, scale)
-    if masked_rows == "mean":
-        add_unseeing(dv, dout, lse)
+            dbias = dbias_by_owner(dout, q, k, v, bias, readable, keys, lse, delta, scale, lent=dk)
+    if "dk_dv" in wanted:
+        dk_dv(dk, dv, dout, q, k, v, readable, keys, lse, delta, scale)
+        if masked_rows == "mean":
+            add_unseeing(dv, dout, lse)
     return dq, dk, dv, dbias, new_unwanted(q)
 
 

@@ -236,10 +236,12 @@ def dbias(
     lse: torch.Tensor,
     delta: torch.Tensor,
     scale: float,
+    lent: torch.Tensor,
 ) -> torch.Tensor:
     """Return the gradient of the bias.
 
-    `readable` is one of `problem.readable_bias`, `delta` of `rows.query_rows`.
+    `readable` is one of `problem.readable_bias`, `delta` of `rows.deltas`. The memory of `lent`, a
+    result that is written later, may be used.
     """
     B, H, R, M, D = q.shape
     N = k.shape[3]
@@ -253,7 +255,7 @@ def dbias(
     rows_per_split = tiling.ceil_div(R, tiling.ceil_div(_TILES_PER_SM * num_sms, tiles))
     rows_per_split = max(rows_per_split, _FEWEST_ROWS)
     splits = tiling.ceil_div(R, rows_per_split)
-    parts = delta.new_empty((splits, B, H, M, N))
+    parts = problem.scratch((splits, B, H, M, N), lent)
     _launch(
         min(tiles * splits, num_sms),
         args=(

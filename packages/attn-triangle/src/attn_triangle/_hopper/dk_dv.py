@@ -23,15 +23,31 @@ from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     WG_ROWS,
+    closed,
     load_bias,
+    load_lse,
     load_rows,
     load_wide,
+    moved,
     new_ring,
     num_steps,
+    place_of,
+    rows_of,
     store_rows,
-    tile_of,
     visible_keys,
 )
+
+
+@gluon.jit
+def _rotated(place, sizes):
+    """A place with another tile in every group of rows.
+
+    Tiles of masked keys cost nothing, and without it some CTAs would meet them again and again and
+    the others never.
+    """
+    H, R, num_tiles, num_groups, total = sizes
+    b, h, group, tile = place
+    return b, h, group, (tile + group) % num_tiles
 
 
 @gluon.jit
@@ -56,23 +72,28 @@ def _load(
 ):
     # fmt: on
     """The loading warp: keys and values of a tile, then its blocks of queries and their rows."""
-    descs, bufs, rings, sizes, M, range_ptr, strides = args
-    k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc, dk_desc, dv_desc = descs
+    descs, bufs, rings, sizes, M, lse_ptr, range_ptr, strides = args
+    k_desc, v_desc, q_desc, do_desc, bias_desc, delta_desc, dk_desc, dv_desc = descs
     k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf = bufs
     k_full, k_empty, full, empty = rings
     range_strides, bias_strides = strides
     bias_b, bias_h = bias_strides
+    LSE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_M // 32], [1, 32], [1, 1], [1, 0])
+    offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LSE_LAYOUT))
     H, R, num_tiles, num_groups, total = sizes
     k_bytes: gl.constexpr = 2 * ROWS * TILES * k_desc.block_type.nbytes
     block_bytes: gl.constexpr = (
-        2 * ROWS * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+        ROWS * (2 * q_desc.block_type.nbytes + delta_desc.block_type.nbytes)
         + TILES * bias_desc.block_type.nbytes
     )
     count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
     for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        b, h, group, tile = _rotated(place, sizes)
+        row0, last = rows_of(group, sizes, ROWS)
         start_n = tile * (TILES * WG_ROWS)
-        bh_row = (b * H + h) * R
+        bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R
         slot = step & 1
         bar = k_full.index(slot)
         mbarrier.wait(k_empty.index(slot), ((step >> 1) & 1) ^ 1)
@@ -91,6 +112,10 @@ def _load(
             i = count % STAGES
             bar = full.index(i)
             start_m = block * BLOCK_M
+            lse = ()
+            for x in gl.static_range(ROWS):
+                lse_ptrs = lse_ptr + (bh_row + gl.minimum(row0 + x, last)) * M + start_m + offs_m
+                lse += (load_lse(lse_ptrs, offs_m < M - start_m),)
             mbarrier.wait(empty.index(i), ((count // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, block_bytes)
             for x in gl.static_range(ROWS):
@@ -98,15 +123,18 @@ def _load(
                 own = i * ROWS + x
                 load_rows(q_desc, b, h, row, start_m, bar, q_buf.index(own))
                 load_rows(do_desc, b, h, row, start_m, bar, do_buf.index(own))
-                at = [bh_row + row, start_m]
-                tma.async_copy_global_to_shared(lse_desc, at, bar, lse_buf.index(own))
+                at = [(b * H + h) * R + row, start_m]
                 tma.async_copy_global_to_shared(delta_desc, at, bar, delta_buf.index(own))
             for w in gl.static_range(TILES):
                 load_bias(
                     bias_desc, b * bias_b, h * bias_h, start_m, start_n + w * WG_ROWS,
                     bar, bias_buf.index(i * TILES + w),
                 )  # fmt: skip
+            for x in gl.static_range(ROWS):
+                lse_buf.index(i * ROWS + x).store(gl.expand_dims(closed(lse[x]), 0))
+            mbarrier.arrive(bar, count=1)
             count += 1
+        place = moved(place, distance, sizes)
 
 
 @gluon.jit
@@ -131,8 +159,8 @@ def _differentiate(
     # fmt: on
     """A computing warpgroup: 64 keys of one row of each tile."""
     loading, N, mask, scale, scale_log2 = args
-    descs, bufs, rings, sizes, M, range_ptr, strides = loading
-    k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc, dk_desc, dv_desc = descs
+    descs, bufs, rings, sizes, M, lse_ptr, range_ptr, strides = loading
+    k_desc, v_desc, q_desc, do_desc, bias_desc, delta_desc, dk_desc, dv_desc = descs
     k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf = bufs
     k_full, k_empty, full, empty = rings
     range_strides, bias_strides = strides
@@ -146,11 +174,17 @@ def _differentiate(
     TILE: gl.constexpr = WARPGROUP % TILES
     zero = gl.zeros([WG_ROWS, BLOCK_M], gl.float32, S_LAYOUT)
     count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
     for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        b, h, group, tile = _rotated(place, sizes)
+        row0, last = rows_of(group, sizes, ROWS)
         row = gl.minimum(row0 + ROW, last)
         start_n = (tile * TILES + TILE) * WG_ROWS
         slot = step & 1
+        if step > 0:  # the stores of the tile before had time
+            tma.store_wait(0)
+            mbarrier.arrive(k_empty.index(slot ^ 1), count=1)
         mbarrier.wait(k_full.index(slot), (step >> 1) & 1)
         k = k_buf.index(slot * (ROWS * TILES) + WARPGROUP)
         v = v_buf.index(slot * (ROWS * TILES) + WARPGROUP)
@@ -190,8 +224,8 @@ def _differentiate(
             dv = gl.where(visible, dv, 0.0)
         store_rows(dk * scale, k, dk_desc, b, h, row, start_n)
         store_rows(dv, v, dv_desc, b, h, row, start_n)
-        tma.store_wait(0)
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        place = moved(place, distance, sizes)
+    tma.store_wait(0)
 
 
 # fmt: off
@@ -201,7 +235,9 @@ def _attention_backward_dk_dv_kernel(
     bias_desc, bias_b, bias_h,  # strides of its batches and heads: 1, or 0 where it is broadcast
     mask_ptr, mask_b, mask_r, columns,  # [rows, columns], and rows between batches and rows i
     range_ptr, range_b, range_r,  # [B, R, 2]
-    do_desc, lse_desc, delta_desc,
+    do_desc,
+    lse_ptr,  # [B, H, R, M], contiguous
+    delta_desc,
     dk_desc, dv_desc,
     M, N, R, H, num_tiles, num_groups, total,
     scale, scale_log2,
@@ -223,18 +259,19 @@ def _attention_backward_dk_dv_kernel(
     bias_buf = gl.allocate_shared_memory(
         bias_desc.dtype, [STAGES * TILES, BLOCK_M, WG_ROWS], BIAS_LAYOUT
     )
-    lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 1, BLOCK_M], lse_desc.layout)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 1, BLOCK_M], lse_desc.layout)
+    numbers: gl.constexpr = [STAGES * ROWS, 1, BLOCK_M]
+    lse_buf = gl.allocate_shared_memory(gl.float32, numbers, delta_desc.layout)
+    delta_buf = gl.allocate_shared_memory(gl.float32, numbers, delta_desc.layout)
     k_full, k_empty = new_ring(2, WARPGROUPS)
-    full, empty = new_ring(STAGES, WARPGROUPS)
+    full, empty = new_ring(STAGES, WARPGROUPS, WRITERS=2)  # the copy engine and the loading warp
     gl.thread_barrier()
-    descs = (k_desc, v_desc, q_desc, do_desc, bias_desc, lse_desc, delta_desc, dk_desc, dv_desc)
+    descs = (k_desc, v_desc, q_desc, do_desc, bias_desc, delta_desc, dk_desc, dv_desc)
     bufs = (k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf)
     rings = (k_full, k_empty, full, empty)
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h))
     mask = (mask_ptr, (mask_b, mask_r), columns)
-    loading = (descs, bufs, rings, sizes, M, range_ptr, strides)
+    loading = (descs, bufs, rings, sizes, M, lse_ptr, range_ptr, strides)
     computing = (loading, N, mask, scale, scale_log2)
     gl.warp_specialize(
         [
@@ -260,11 +297,11 @@ def dk_dv(
     v: torch.Tensor,
     bias: torch.Tensor,
     keys: problem.KeyRows,
-    lse_log2: torch.Tensor,
+    lse: torch.Tensor,
     delta: torch.Tensor,
     scale: float,
 ) -> None:
-    """Fill dk and dv; `bias` is one of `problem.readable_bias`, the rest of `rows.query_rows`."""
+    """Fill dk and dv; `bias` is one of `problem.readable_bias`, `delta` of `rows.deltas`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     block_d = tiling.padded_head_dim(D)
@@ -282,7 +319,7 @@ def dk_dv(
             keys.rows, *keys.steps, keys.rows.shape[1],
             keys.range, *keys.range_strides,
             problem.tiles(dout, block_m, block_d),
-            problem.row_pieces(lse_log2, block_m),
+            lse,
             problem.row_pieces(delta, block_m),
             problem.tiles(dk, 64, block_d),
             problem.tiles(dv, 64, block_d),

@@ -24,10 +24,12 @@ from attn_triangle._hopper.tiles import (
     load_lse,
     load_queries_and_keys,
     load_wide,
+    moved,
     new_query_buffers,
     num_steps,
+    place_of,
+    rows_of,
     store_rows,
-    tile_of,
 )
 
 
@@ -42,12 +44,38 @@ def _load(
     """The loading warp."""
     descs, bufs, rings, sizes, N, range_ptr, strides = args
     count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
     for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        b, h, group, tile = place
+        row0, last = rows_of(group, sizes, ROWS)
         count = load_queries_and_keys(
             args, step, count, b, h, row0, last, tile, 0,
             HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES,
         )  # fmt: skip
+        place = moved(place, distance, sizes)
+
+
+# fmt: off
+@gluon.jit
+def _load_numbers(
+    query_rows, sizes, exists, place,
+    ROW: gl.constexpr, TILE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    # fmt: on
+    """Begin to load lse and delta of 64 queries of a row, each [64]; unless exists, neither."""
+    lse_ptr, M, delta_ptr, columns = query_rows
+    H, R, num_tiles, num_groups, total = sizes
+    b, h, group, tile = place
+    row0, last = rows_of(group, sizes, ROWS)
+    offs_m = gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    offs_m += (tile * TILES + TILE) * WG_ROWS
+    mask = offs_m < M * exists
+    bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R + gl.minimum(row0 + ROW, last)
+    lse = load_lse(lse_ptr + bh_row * M + offs_m, mask)
+    delta = gl.load(delta_ptr + bh_row * columns + offs_m, mask=mask, other=0.0)
+    return lse, delta
 
 
 # fmt: off
@@ -65,8 +93,6 @@ def _differentiate(
     q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    lse_ptr, M, delta_ptr, columns = query_rows
-    H, R, num_tiles, num_groups, total = sizes
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -76,16 +102,21 @@ def _differentiate(
     TILE: gl.constexpr = WARPGROUP % TILES
     zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     count = 0
-    for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
-        row = gl.minimum(row0 + ROW, last)
-        start_m = (tile * TILES + TILE) * WG_ROWS
+    steps = num_steps(sizes)
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
+    next_lse, next_delta = _load_numbers(
+        query_rows, sizes, 1, place, ROW, TILE, TILES, ROWS, S_LAYOUT
+    )
+    for step in range(steps):
+        b, h, group, tile = place
+        row0, last = rows_of(group, sizes, ROWS)
+        lse = gl.expand_dims(closed(next_lse), 1)
+        delta = gl.expand_dims(next_delta, 1)
         slot = step & 1
-        offs_m = start_m + gl.arange(0, WG_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R + row
-        lse = gl.expand_dims(closed(load_lse(lse_ptr + bh_row * M + offs_m, offs_m < M)), 1)
-        delta = gl.load(delta_ptr + bh_row * columns + offs_m, mask=offs_m < M, other=0.0)
-        delta = gl.expand_dims(delta, 1)
+        if step > 0:  # the store of the tile before had time
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(slot ^ 1), count=1)
         mbarrier.wait(q_full.index(slot), (step >> 1) & 1)
         q = q_buf.index(slot * (ROWS * TILES) + WARPGROUP)
         do = do_buf.index(slot * (ROWS * TILES) + WARPGROUP)
@@ -112,9 +143,16 @@ def _differentiate(
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(empty.index(i), count=1)
             count += 1
+        # Of the next tile, beside what ends this one.
+        place = moved(place, distance, sizes)
+        exists = gl.where(step + 1 < steps, 1, 0)
+        next_lse, next_delta = _load_numbers(
+            query_rows, sizes, exists, place, ROW, TILE, TILES, ROWS, S_LAYOUT
+        )
+        row = gl.minimum(row0 + ROW, last)
+        start_m = (tile * TILES + TILE) * WG_ROWS
         store_rows(dq * scale, q, dq_desc, b, h, row, start_m)
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(slot), count=1)
+    tma.store_wait(0)
 
 
 # fmt: off
@@ -170,7 +208,7 @@ def dq(
     delta: torch.Tensor,
     scale: float,
 ) -> None:
-    """Fill dq; `bias` is one of `problem.readable_bias`, `delta` of `rows.query_rows`."""
+    """Fill dq; `bias` is one of `problem.readable_bias`, `delta` of `rows.deltas`."""
     B, H, R, M, D = q.shape
     N = k.shape[3]
     block_d = tiling.padded_head_dim(D)

@@ -263,12 +263,15 @@ def _schedule(q: torch.Tensor, deterministic: bool) -> tuple[int, int, int]:
     return num_tiles, *_parts(groups, num_tiles * B * H, device_info(q.device).num_sms)
 
 
-def new_sums(q: torch.Tensor, N: int, deterministic: bool) -> torch.Tensor:
-    """Uninitialised memory for sums of dS over rows, (sums, B, H, M, N) in whole tiles, float32."""
+def new_sums(q: torch.Tensor, N: int, deterministic: bool, lent: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for sums of dS over rows, (sums, B, H, M, N) in whole tiles, float32.
+
+    It is that of `lent`, a result that is written later, where that is large enough.
+    """
     B, H, _, M, _ = q.shape
     num_sums = _schedule(q, deterministic)[1] if deterministic else 1
     shape = (num_sums, B, H, problem.whole(M, 128), problem.whole(N, 128))
-    return q.new_empty(shape, dtype=torch.float32)
+    return problem.scratch(shape, lent)
 
 
 def dq_dbias(
@@ -287,7 +290,7 @@ def dq_dbias(
 ) -> None:
     """Fill dq and add dS to sums, one of `new_sums` filled with zeros.
 
-    `bias` is one of `problem.readable_bias`, `delta` of `rows.query_rows`.
+    `bias` is one of `problem.readable_bias`, `delta` of `rows.deltas`.
     """
     B, H, R, M, D = q.shape
     N = k.shape[3]

@@ -6,7 +6,7 @@ values with those of the same row, tiles of the bias with those of the same quer
 The softmax does not follow the maximum of the scores: it subtracts the largest score of the first
 tile of keys. That saves the maximum, the rescaling of the output and a chain of dependences in
 every other tile. Weights above 1 are harmless up to the limits of their type; where a sum leaves
-them, the tile is marked and `redo` computes it again, exactly.
+them, the lse is NaN and `redo` computes the tile again, exactly.
 """
 
 import torch
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import exp2
+from attn_core.tiles.hopper import exp2, log2, reciprocal
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.redo import redo
@@ -34,11 +34,13 @@ from attn_triangle._hopper.tiles import (
     load_keys,
     load_rows,
     load_wide,
+    moved,
     new_ring,
     num_steps,
+    place_of,
+    rows_of,
     store_rows,
     thread_sums,
-    tile_of,
 )
 from attn_triangle._triton import forward as portable
 from attn_triangle.layout import new_heads_last, new_lse
@@ -60,8 +62,11 @@ def _load(
     range_strides, bias_strides, mask_steps = strides
     q_bytes: gl.constexpr = ROWS * TILES * q_desc.block_type.nbytes
     count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
     for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        b, h, group, tile = place
+        row0, last = rows_of(group, sizes, ROWS)
         start_m = tile * (TILES * WG_ROWS)
         slot = step & 1
         bar = q_full.index(slot)
@@ -78,17 +83,18 @@ def _load(
             (full, empty), (bias_strides, mask_steps), count, b, h, row0, last, start_m, lo, hi,
             0, HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
         )  # fmt: skip
+        place = moved(place, distance, sizes)
 
 
 # fmt: off
 @gluon.jit
 def _store(
     acc, m_i, sums, b, h, row, start_m, sizes, M,
-    out_desc, out_buf, lse_ptr, redo_ptr, limit,
+    out_desc, out_buf, lse_ptr, limit,
     IS_ZERO: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):
     # fmt: on
-    """Normalise and store 64 queries of one row, or mark them for `redo`."""
+    """Normalise and store 64 queries of one row; NaN in place of an lse asks for `redo`."""
     H, R, num_tiles, num_groups, total = sizes
     l_i = gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, S_LAYOUT))
     sees_none = m_i < SEES_NONE
@@ -96,11 +102,9 @@ def _store(
     bh_row = gl.to_tensor(b * H + h).to(gl.int64) * R + row
     # No block at all leaves 0. NaN is out of the limits too.
     is_exact = ((l_i > 1.0 / limit) & (l_i < limit)) | (sees_none & (l_i == 0.0))
-    columns = gl.cdiv(M, WG_ROWS) * WG_ROWS
-    is_wrong = gl.where(is_exact | (offs_m >= M), 0, 1).to(gl.int8)
-
-    lse = gl.where(sees_none, -float("inf"), (m_i + gl.log2(l_i)) * 0.6931471805599453)
-    factor = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
+    lse = gl.where(sees_none, -float("inf"), (m_i + log2(l_i)) * 0.6931471805599453)
+    lse = gl.where(is_exact, lse, float("nan"))
+    factor = reciprocal(gl.where(l_i == 0.0, 1.0, l_i))
     if IS_ZERO:
         factor = gl.where(sees_none, 0.0, factor)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
@@ -108,7 +112,6 @@ def _store(
     store_rows(acc * gl.expand_dims(factor, 1), out_buf, out_desc, b, h, row, start_m)
     # Last: the fence before a copy waits for all stores.
     gl.store(lse_ptr + bh_row * M + offs_m, lse, mask=offs_m < M)
-    gl.store(redo_ptr + bh_row * columns + offs_m, is_wrong, mask=offs_m < columns)
 
 
 @gluon.jit
@@ -131,7 +134,7 @@ def _attend(
 ):
     # fmt: on
     """A computing warpgroup: 64 queries of one row of each tile."""
-    loading, M, lse_ptr, redo_ptr, scale_log2, limit = args
+    loading, M, lse_ptr, scale_log2, limit = args
     descs, bufs, rings, sizes, N, range_ptr, strides = loading
     q_desc, k_desc, v_desc, bias_desc, mask_desc, out_desc = descs
     q_buf, k_buf, v_buf, bias_buf, mask_buf, out_buf = bufs
@@ -149,8 +152,11 @@ def _attend(
     to_log2 = zero + scale_log2
     log2_e = gl.full([WG_ROWS, BLOCK_N], LOG2_E, gl.float32, S_LAYOUT)
     count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
     for step in range(num_steps(sizes)):
-        b, h, row0, last, tile = tile_of(step, sizes, ROWS)
+        b, h, group, tile = place
+        row0, last = rows_of(group, sizes, ROWS)
         start_m = (tile * TILES + TILE) * WG_ROWS
         slot = step & 1
         mbarrier.wait(q_full.index(slot), (step >> 1) & 1)
@@ -179,9 +185,10 @@ def _attend(
             mbarrier.arrive(empty.index(i), count=1)
             count += 1
         mbarrier.arrive(q_empty.index(slot), count=1)
+        place = moved(place, distance, sizes)
         _store(
             acc, m_i, sums, b, h, gl.minimum(row0 + ROW, last), start_m, sizes, M,
-            out_desc, out_buf.index(WARPGROUP), lse_ptr, redo_ptr, limit,
+            out_desc, out_buf.index(WARPGROUP), lse_ptr, limit,
             IS_ZERO, S_LAYOUT, O_LAYOUT,
         )  # fmt: skip
     tma.store_wait(0)
@@ -196,7 +203,6 @@ def _attention_forward_kernel(
     range_ptr, range_b, range_r,  # [B, R, 2]
     out_desc,
     lse_ptr,  # [B, H, R, M], contiguous
-    redo_ptr,  # [B, H, R, M in whole tiles of 64], contiguous
     M, N, R, H, num_tiles, num_groups, total,
     scale_log2, limit,
     HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, IS_ZERO: gl.constexpr,
@@ -230,7 +236,7 @@ def _attention_forward_kernel(
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
     loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
-    computing = (loading, M, lse_ptr, redo_ptr, scale_log2, limit)
+    computing = (loading, M, lse_ptr, scale_log2, limit)
     gl.warp_specialize(
         [
             (_attend, (0, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
@@ -269,7 +275,6 @@ def attention(
     block_n = plan.block
     readable = problem.readable_bias(bias, M, N)
     keys = problem.key_rows(mask, N, block_n, masked_rows == "mean", unread=lse)
-    marks = q.new_empty((B, H, R, problem.whole(M, 64)), dtype=torch.int8)
     num_tiles, num_groups = tiling.ceil_div(M, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
     total = num_tiles * num_groups * B * H
     _launch(
@@ -283,7 +288,6 @@ def attention(
             keys.range, *keys.range_strides,
             problem.tiles(out, 64, block_d),
             lse,
-            marks,
             M, N, R, H, num_tiles, num_groups, total,
             scale * _LOG2_E.value, _LIMITS[q.dtype],
         ),
@@ -294,5 +298,5 @@ def attention(
         },
         maxnreg=plan.registers,
     )  # fmt: skip
-    redo(q, k, v, bias, mask, out, lse, marks, scale, masked_rows)
+    redo(q, k, v, bias, mask, out, lse, scale, masked_rows)
     return out, lse

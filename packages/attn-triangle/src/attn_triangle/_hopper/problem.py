@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,15 @@ def readable_bias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
         return bias
     packed = bias.new_empty((*bias.shape[:2], M, whole(N, 8)))[..., :N]
     return packed.copy_(bias)
+
+
+def scratch(shape: tuple[int, ...], lent: torch.Tensor) -> torch.Tensor:
+    """Uninitialised float32 memory: that of `lent`, a new dense tensor, where that is enough."""
+    size = math.prod(shape)
+    if lent.nbytes < 4 * size:
+        return lent.new_empty(shape, dtype=torch.float32)
+    flat = lent.as_strided((lent.numel(),), (1,))
+    return flat.view(torch.float32)[:size].view(shape)
 
 
 def broadcast_steps(x: torch.Tensor) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""The exact softmax for the few tiles that the Hopper forward kernel marks.
+"""The exact softmax for the few tiles in which the Hopper forward kernel leaves NaN for an lse.
 
-A mark is set where a query's scores are so far apart that the largest of the first keys is no good
+It does so where a query's scores are so far apart that the largest of the first keys is no good
 estimate of the largest of all. Here every query is computed with the running maximum, by plain
 loads: slow, and rarely called for.
 """
@@ -16,9 +16,9 @@ from attn_core.tiles.softmax import LOG2_E
 from attn_core.tuning import TileConfig
 from attn_triangle._triton import problem
 
-_TILES = 16  # of 64 queries, looked through by one program
+_CHUNK = 4096  # queries that one program looks through
 _CONFIG = TileConfig(64, 32, 4, 1)
-_NOT_SPECIALIZED = ["M", "N", "R", "H", "num_marks"]
+_NOT_SPECIALIZED = ["M", "N", "R", "H", "num_queries"]
 
 
 # fmt: off
@@ -78,6 +78,12 @@ def _redo_tile(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
 
 
+@triton.jit
+def _is_nan(x):
+    """1 where x is NaN."""
+    return (x != x).to(tl.int32)  # noqa: PLR0124
+
+
 # fmt: off
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _redo_kernel(
@@ -88,41 +94,39 @@ def _redo_kernel(
     mask_ptr, stride_mb, stride_mr, stride_mn,  # read only with HAS_MASK
     out_ptr, stride_ob, stride_oh, stride_or, stride_om, stride_od,
     lse_ptr,  # [B, H, R, M], contiguous
-    marks_ptr,  # [num_marks], one a query, M of a row in whole tiles of BLOCK_M
-    M, N, R, H, num_marks,
+    M, N, R, H, num_queries,
     scale,
     HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, IS_MEAN: tl.constexpr,
-    TILES: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    first = tl.program_id(0).to(tl.int64) * (TILES * BLOCK_M)
-    offs = first + tl.arange(0, TILES * BLOCK_M)
-    marks = tl.load(marks_ptr + offs, mask=offs < num_marks, other=0)
-    if tl.max(marks.to(tl.int32), 0) == 0:
+    start = tl.program_id(0).to(tl.int64) * CHUNK
+    offs = start + tl.arange(0, CHUNK)
+    lse = tl.load(lse_ptr + offs, mask=offs < num_queries, other=0.0)
+    if tl.max(_is_nan(lse), 0) == 0:
         return
-    tiles_of_row = tl.cdiv(M, BLOCK_M)
-    for tile in range(TILES):
-        start = first + tile * BLOCK_M
-        own = start + tl.arange(0, BLOCK_M)
-        own_marks = tl.load(marks_ptr + own, mask=own < num_marks, other=0)
-        if tl.max(own_marks.to(tl.int32), 0) > 0:
-            row = start // BLOCK_M // tiles_of_row
-            start_m = (start - row * tiles_of_row * BLOCK_M).to(tl.int32)
-            r = row % R
-            h = row // R % H
-            b = row // R // H
-            _redo_tile(
-                q_ptr + b * stride_qb + h * stride_qh + r * stride_qr, stride_qm, stride_qd,
-                k_ptr + b * stride_kb + h * stride_kh + r * stride_kr, stride_kn, stride_kd,
-                v_ptr + b * stride_vb + h * stride_vh + r * stride_vr, stride_vn, stride_vd,
-                bias_ptr + b * stride_bb + h * stride_bh, stride_bm, stride_bn,
-                mask_ptr + b * stride_mb + r * stride_mr, stride_mn,
-                out_ptr + b * stride_ob + h * stride_oh + r * stride_or, stride_om, stride_od,
-                lse_ptr + row * M,
-                start_m, M, N, scale,
-                HEAD_DIM, HAS_MASK, IS_MEAN, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+    end = tl.minimum(start + CHUNK, num_queries)
+    for row in range(start // M, tl.cdiv(end, M)):
+        first = tl.maximum(start - row * M, 0) // BLOCK_M * BLOCK_M
+        for start_m in range(first, tl.minimum(end - row * M, M), BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            own_lse = tl.load(lse_ptr + row * M + offs_m, mask=offs_m < M, other=0.0)
+            if tl.max(_is_nan(own_lse), 0) == 1:
+                r = row % R
+                h = row // R % H
+                b = row // R // H
+                _redo_tile(
+                    q_ptr + b * stride_qb + h * stride_qh + r * stride_qr, stride_qm, stride_qd,
+                    k_ptr + b * stride_kb + h * stride_kh + r * stride_kr, stride_kn, stride_kd,
+                    v_ptr + b * stride_vb + h * stride_vh + r * stride_vr, stride_vn, stride_vd,
+                    bias_ptr + b * stride_bb + h * stride_bh, stride_bm, stride_bn,
+                    mask_ptr + b * stride_mb + r * stride_mr, stride_mn,
+                    out_ptr + b * stride_ob + h * stride_oh + r * stride_or, stride_om, stride_od,
+                    lse_ptr + row * M,
+                    start_m, M, N, scale,
+                    HEAD_DIM, HAS_MASK, IS_MEAN, BLOCK_M, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
 
 
 _launch = Launcher(_redo_kernel)
@@ -136,18 +140,17 @@ def redo(
     mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    marks: torch.Tensor,
     scale: float,
     masked_rows: str,
 ) -> None:
-    """Compute the marked tiles of out and lse again; `marks` is (B, H, R, M in tiles of 64)."""
+    """Compute the tiles of out and lse again that hold NaN for an lse."""
     B, H, R, M, D = q.shape
     strides = (q.stride(), k.stride(), v.stride(), out.stride())
     bias_strides = problem.broadcast_strides(bias)
-    hidden = marks if mask is None else mask.view(torch.uint8)
+    hidden = lse if mask is None else mask.view(torch.uint8)
     mask_strides = (0, 0, 0) if mask is None else problem.broadcast_strides(mask)
     _launch(
-        tiling.ceil_div(marks.numel(), _TILES * _CONFIG.block_m),
+        tiling.ceil_div(lse.numel(), _CHUNK),
         strides=(bias.dtype, strides, bias_strides, mask_strides),
         args=(
             q, *strides[0],
@@ -157,13 +160,12 @@ def redo(
             hidden, *mask_strides,
             out, *strides[3],
             lse,
-            marks,
-            M, k.shape[3], R, H, marks.numel(),
+            M, k.shape[3], R, H, lse.numel(),
             scale,
         ),
         constexprs={
             "HEAD_DIM": D, "HAS_MASK": mask is not None, "IS_MEAN": masked_rows == "mean",
-            "TILES": _TILES,
+            "CHUNK": _CHUNK,
             "BLOCK_M": _CONFIG.block_m, "BLOCK_N": _CONFIG.block_n,
             "BLOCK_D": tiling.padded_head_dim(D),
         },

@@ -1,4 +1,4 @@
-"""What the backward kernels read of each query, and the values' share of queries without keys."""
+"""Numbers of the backward pass: delta of each query, and what queries without keys give values."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ import triton.language as tl
 from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
-from attn_core.tiles.softmax import LOG2_E
 from attn_core.tuning import TileConfig
 
 _CONFIG = TileConfig(128, 1, 4, 1)
 _UNSEEING_CONFIG = TileConfig(64, 64, 4, 1)
-_CLOSED = tl.constexpr(float(2**110))  # as in `tiles`
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["M", "R", "H", "num_tiles", "num_zeros"])
-def _rows_kernel(
+def _deltas_kernel(
     out_ptr, stride_ob, stride_oh, stride_or, stride_om, stride_od,
     do_ptr, stride_dob, stride_doh, stride_dor, stride_dom, stride_dod,
-    lse_ptr,  # [B, H, R, M], contiguous
-    dlse_ptr,  # the same, read only with HAS_DLSE
-    lse_log2_ptr,  # [B, H, R, M in whole blocks], contiguous
-    delta_ptr,  # the same
+    dlse_ptr,  # [B, H, R, M], contiguous; read only with HAS_DLSE
+    delta_ptr,  # [B, H, R, M in whole blocks], contiguous
     zeros_ptr,  # [num_zeros], contiguous: filled with zeros
     M, R, H, num_tiles, num_zeros,
     HEAD_DIM: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -54,11 +50,7 @@ def _rows_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row * M + rows, mask=mask_m, other=0.0)
-    lse = tl.load(lse_ptr + row * M + rows, mask=mask_m, other=-float("inf"))
-    lse_log2 = tl.where(lse == -float("inf"), _CLOSED, lse * LOG2_E)
-    columns = num_tiles * BLOCK_M
-    tl.store(lse_log2_ptr + row * columns + rows, lse_log2)
-    tl.store(delta_ptr + row * columns + rows, delta)
+    tl.store(delta_ptr + row * (num_tiles * BLOCK_M) + rows, delta)
 
 
 # fmt: off
@@ -104,26 +96,24 @@ def _unseeing_kernel(
             tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-_launch = Launcher(_rows_kernel)
+_launch = Launcher(_deltas_kernel)
 _launch_unseeing = Launcher(_unseeing_kernel)
 
 
-def query_rows(
+def deltas(
     out: torch.Tensor,
     dout: torch.Tensor,
-    lse: torch.Tensor,
     dlse: torch.Tensor | None,
     zeroed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lse in units of log2 and delta = rowsum(dO O) - dlse, (B H R, M in whole blocks), float32.
+) -> torch.Tensor:
+    """Return delta = rowsum(dO O) - dlse, (B H R, M in whole blocks), float32.
 
-    A query that sees no key, or is none, gets an lse that makes its probabilities 0. `zeroed`, of
-    float32 and contiguous, is filled with zeros on the way.
+    `zeroed`, of float32 and contiguous, is filled with zeros on the way.
     """
     B, H, R, M, D = out.shape
     block_m = _CONFIG.block_m
     num_tiles = tiling.ceil_div(M, block_m)
-    lse_log2, delta = lse.new_empty((2, B * H * R, num_tiles * block_m)).unbind(0)
+    delta = out.new_empty((B * H * R, num_tiles * block_m), dtype=torch.float32)
     strides = (out.stride(), dout.stride())
     _launch(
         num_tiles * B * H * R,
@@ -131,11 +121,9 @@ def query_rows(
         args=(
             out, *strides[0],
             dout, *strides[1],
-            lse,
-            lse if dlse is None else dlse.contiguous(),
-            lse_log2,
+            delta if dlse is None else dlse.contiguous(),
             delta,
-            lse if zeroed is None else zeroed,
+            delta if zeroed is None else zeroed,
             M, R, H, num_tiles, 0 if zeroed is None else zeroed.numel(),
         ),
         constexprs={
@@ -144,7 +132,7 @@ def query_rows(
         },
         config=_CONFIG,
     )  # fmt: skip
-    return lse_log2, delta
+    return delta
 
 
 def add_unseeing(dv: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> None:

@@ -62,21 +62,38 @@ def thread_sums(x):
 
 
 @gluon.jit
-def tile_of(step, sizes, ROWS: gl.constexpr):
-    """Tile `step` of this CTA: batch, head, first and last row i, and number of the tile.
-
-    The numbers rotate from time to time: tiles of masked keys cost nothing, and without it some
-    CTAs would meet them again and again and the others never.
-    """
+def place_of(t, sizes):
+    """Batch, head, group of rows i and tile, given the number of a tile."""
     H, R, num_tiles, num_groups, total = sizes
-    t = gl.program_id(0) + step * gl.num_programs(0)
-    group = t // num_tiles
-    tile = (t + group // num_tiles) % num_tiles
-    bh = group // num_groups
-    row0 = (group - bh * num_groups) * ROWS
-    last = gl.minimum(row0 + ROWS - 1, R - 1)
+    plane = t // num_tiles
+    bh = plane // num_groups
     b = bh // H
-    return b, bh - b * H, row0, last, tile
+    return b, bh - b * H, plane - bh * num_groups, t - plane * num_tiles
+
+
+@gluon.jit
+def _carried(x, size):
+    """A digit that may be too large by its size, once, and what the next one gets."""
+    carry = gl.where(x >= size, 1, 0)
+    return x - carry * size, carry
+
+
+@gluon.jit
+def moved(place, distance, sizes):
+    """The sum of two places, without the divisions that it takes to find one."""
+    H, R, num_tiles, num_groups, total = sizes
+    b, h, group, tile = place
+    tile, carry = _carried(tile + distance[3], num_tiles)
+    group, carry = _carried(group + distance[2] + carry, num_groups)
+    h, carry = _carried(h + distance[1] + carry, H)
+    return b + distance[0] + carry, h, group, tile
+
+
+@gluon.jit
+def rows_of(group, sizes, ROWS: gl.constexpr):
+    """First and last row i of a group."""
+    H, R, num_tiles, num_groups, total = sizes
+    return group * ROWS, gl.minimum(group * ROWS + ROWS, R) - 1
 
 
 @gluon.jit
@@ -203,12 +220,12 @@ def load_keys(
 
 
 @gluon.jit
-def new_ring(stages: gl.constexpr, readers: gl.constexpr):
-    """Barriers of a ring of buffers: full, with one writer, and empty, with `readers`."""
+def new_ring(stages: gl.constexpr, readers: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """Barriers of a ring of buffers: full, with WRITERS, and empty, with `readers`."""
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(stages):
-        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(full.index(s), count=WRITERS)
         mbarrier.init(empty.index(s), count=readers)
     return full, empty
 

@@ -12,6 +12,7 @@ would allow.
 
 import torch
 
+from attn_triangle._triton import short
 from attn_triangle._triton.dbias import dbias as dbias_of
 from attn_triangle._triton.dk_dv import dk_dv as fill_dk_dv
 from attn_triangle._triton.dq import dq as fill_dq
@@ -47,6 +48,8 @@ def attention_backward(
         dbias = bias.new_zeros(bias.shape) if "dbias" in wanted else new_unwanted(bias)
         dmask = mask.new_zeros(mask.shape) if needs_dmask else new_unwanted(q)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dmask
+    if short.takes(q, k, mask, wanted):
+        return short.short_backward(dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows)
     keys = visible_keys(mask, N, unread=lse)
     rows = lse.new_empty((*lse.shape, 2))
     fill_dq(dq if "dq" in wanted else None, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale)

@@ -10,7 +10,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_triangle._triton import configs, problem
 from attn_triangle._triton.keys import VisibleKeys
-from attn_triangle._triton.tiles import key_bounds, load_shut
+from attn_triangle._triton.tiles import key_bounds, load_shut, place_of_program
 
 
 # fmt: off
@@ -123,14 +123,9 @@ def _attention_backward_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    pid = tl.program_id(0)
-    start_m = pid % num_tiles * BLOCK_M
-    pid_bh = pid // num_tiles // num_groups
-    r0 = pid // num_tiles % num_groups * ROWS
-    next_row = (tl.minimum(r0 + ROWS, R) - 1 - r0).to(tl.int64)  # 0 where there is no second row
+    pid_bh, start_m, r, next_row = place_of_program(num_tiles, num_groups, R, ROWS, BLOCK_M)
     b = (pid_bh // H).to(tl.int64)
     h = (pid_bh % H).to(tl.int64)
-    r = r0.to(tl.int64)
     first_m = start_m.to(tl.int64)
     k_ptr += b * stride_kb + h * stride_kh + r * stride_kr
     v_ptr += b * stride_vb + h * stride_vh + r * stride_vr

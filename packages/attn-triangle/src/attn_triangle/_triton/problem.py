@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.device import device_info
 from attn_core.tiling import ceil_div
 
 # Integers that change from call to call: compiled for any value.
@@ -18,13 +19,21 @@ NOT_SPECIALIZED = [
     "num_heads",
     "rows_per_split",
 ]
+_QUERIES = 64  # of a program, about
+_PROGRAMS_PER_SM = 4
 _SMALL = 1 << 17  # elements of a bias
 _ALIGNED = 16  # elements: Triton widens loads only where it knows of such a factor
 
 
 def rows_per_program(q: torch.Tensor) -> int:
-    """How many rows share a tile of the bias: two where the registers hold two tiles of results."""
-    return 2 if q.shape[2] > 1 and q.element_size() == 2 and q.shape[4] <= 64 else 1
+    """How many rows share a tile of the bias: two where registers hold two tiles of results.
+
+    Where that would leave multiprocessors without work it is one.
+    """
+    B, H, R, M, D = q.shape
+    programs = ceil_div(M, _QUERIES) * ceil_div(R, 2) * B * H
+    has_many = programs >= _PROGRAMS_PER_SM * device_info(q.device).num_sms
+    return 2 if R > 1 and q.element_size() == 2 and D <= 64 and has_many else 1
 
 
 def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:

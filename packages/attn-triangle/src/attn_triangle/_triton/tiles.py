@@ -19,6 +19,17 @@ def load_shut(shut_ptr, row_step, offs_n, ROWS: tl.constexpr, HAS_MASK: tl.const
 
 
 @triton.jit
+def place_of_program(num_tiles, num_groups, R, ROWS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a program starts: batch and head, query, row, and from there to the second row or 0."""
+    pid = tl.program_id(0)
+    start_m = pid % num_tiles * BLOCK_M
+    pid_bh = pid // num_tiles // num_groups
+    r0 = pid // num_tiles % num_groups * ROWS
+    next_row = tl.minimum(r0 + ROWS, R) - 1 - r0
+    return pid_bh, start_m, r0.to(tl.int64), next_row.to(tl.int64)
+
+
+@triton.jit
 def key_bounds(range0_ptr, range1_ptr, N, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return lo and hi of the keys that either of two rows sees; lo is a multiple of BLOCK_N."""
     lo = 0
