@@ -34,10 +34,10 @@ def prepare_rows(dout, dlse, out, lse, _block_d=None, starts=None):
     return torch.stack([lse_log2, delta]).view(2, B * H, padded_m)
 
 
-def prepare(dout, dlse, out, lse, block_m, block_d, deterministic, starts=None):
+def prepare(dout, dlse, out, lse, block_m, block_d, clears, starts=None):
     rows = prepare_rows(dout, dlse, out, lse, block_d, starts)
     blocks = rows[0].numel() // block_m
-    start = math.nan if deterministic else 0.0
+    start = 0.0 if clears else math.nan
     dq_sum = torch.full((blocks * block_m * block_d // 256, 256), start)
     return rows, dq_sum, torch.zeros(1 + blocks, dtype=torch.int32)
 

@@ -13,7 +13,7 @@ from .cases import CAUSAL, HALF, OPEN, compiler
 
 pytest.importorskip("triton.experimental.gluon")
 
-from attn_flash._hopper import backward, backward_sums
+from attn_flash._hopper import backward, backward_sums, problem
 
 pytestmark = pytest.mark.compile
 
@@ -58,6 +58,23 @@ VARIANTS = [
 def test_products_overlap_and_accumulators_stay_in_registers(D, window, deterministic, monkeypatch):
     compiled = compile_kernel(monkeypatch, D, window, deterministic=deterministic)
     assert compiled.fits
+    assert not compiled.serializes
+    assert compiled.spills <= MAX_SPILLS[D]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_sums_that_are_cleared_first(D, monkeypatch):
+    monkeypatch.setattr(backward, "_CLAIMED", {D: 0})
+    compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=False)
+    assert not compiled.serializes
+    assert compiled.spills <= MAX_SPILLS[D]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_two_programs_for_a_key_head(D, deterministic, monkeypatch):
+    monkeypatch.setattr(problem, "num_sms", lambda device: 132)
+    compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=deterministic)
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]
 

@@ -30,7 +30,7 @@ def backward(hopper, monkeypatch):
     """The module of the kernel, on the emulator."""
     for name in ("prepare", "finish", "new_gradient"):
         monkeypatch.setattr(hopper.backward_sums, name, getattr(sums_torch, name))
-    monkeypatch.setattr(hopper.backward, "_ORDERED", 0)
+    monkeypatch.setattr(hopper.backward, "_FEW_TILES", 0)
     return hopper.backward
 
 
@@ -70,6 +70,28 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(case, deterministic, backward):
     check(backward, case, deterministic)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_sums_that_are_cleared_first(case, backward, monkeypatch):
+    monkeypatch.setattr(backward, "_CLAIMED", {64: 0, 128: 0})
+    check(backward, case)
+
+
+@pytest.fixture
+def in_parts(backward, monkeypatch):
+    """The module, with two programs for a key head that has an even number of query heads."""
+    monkeypatch.setattr(backward, "_FEW_TILES", 1 << 20)
+    return backward
+
+
+SHARED = [Case(1, 4, 2, 150, 300, 128, CAUSAL), Case(1, 4, 1, 130, 140, 64, (100, 20), HALF)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_two_programs_share_a_key_head(case, deterministic, in_parts):
+    check(in_parts, case, deterministic)
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -149,6 +171,25 @@ def test_a_missing_fence(backward, monkeypatch):
     forget(monkeypatch, backward, "fence_async_shared")
     with pytest.raises(ProtocolError, match="without a fence"):
         check(backward, SMALL)
+
+
+def test_a_sum_that_nobody_waits_for(backward, monkeypatch):
+    """A second summand before the first one is stored."""
+    monkeypatch.setattr(backward, "claim", lambda ptr: backward.PUBLISHED)
+    with pytest.raises(AssertionError, match="dq"):
+        check(backward, SMALL)
+
+
+def test_a_sum_that_is_not_published(backward, monkeypatch, impatient):
+    forget(monkeypatch, backward, "publish")
+    with pytest.raises(ProtocolError, match="claimed"):
+        check(backward, SMALL)
+
+
+def test_a_part_that_nobody_waits_for(in_parts, monkeypatch):
+    forget(monkeypatch, in_parts, "wait_until_set")
+    with pytest.raises(AssertionError, match="d[kv]"):
+        check(in_parts, SMALL._replace(H=2, N=700))
 
 
 def test_a_sum_that_is_passed_on_before_it_is_written(backward, monkeypatch):

@@ -409,7 +409,7 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     if np.ndim(pointer.offset) == 0:
         pointer.flat[int(pointer.offset)] = value
         return
-    mask = np.broadcast_to(_array(mask), pointer.offset.shape)
+    mask = np.broadcast_to(True if mask is None else _array(mask), pointer.offset.shape)
     values = torch.from_numpy(np.ascontiguousarray(_array(value)[mask]))
     pointer.flat[torch.from_numpy(pointer.offset[mask])] = values.to(pointer.flat.dtype)
 
@@ -422,6 +422,33 @@ def _atomic_add(pointer: Pointer, value: int, sem: str | None = None) -> int:
 
 
 _INSTRUCTIONS = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal}
+
+
+def claim(pointer: Pointer) -> int:
+    """Stand in for `primitives.claim`."""
+    place = int(pointer.offset)
+    with _changed:
+        state = int(pointer.flat[place])
+        if state == 0:
+            pointer.flat[place] = 1
+    if state == 1:
+        _wait(lambda: int(pointer.flat[place]) == 2, "what another program has claimed")
+    return 0 if state == 0 else 2
+
+
+def publish(pointer: Pointer) -> None:
+    """Stand in for `primitives.publish`."""
+    _Tma.store_wait(0)
+    _finish_writes()
+    with _changed:
+        pointer.flat[int(pointer.offset)] = 2
+        _changed.notify_all()
+
+
+def wait_until_set(pointer: Pointer) -> None:
+    """Stand in for `primitives.wait_until_set`."""
+    while not int(pointer.flat[int(pointer.offset)]):
+        _dawdle()
 
 
 def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> Any:
@@ -731,6 +758,7 @@ def _put(name: str, module: types.ModuleType | None) -> None:
 
 def _import(name: str) -> types.ModuleType:
     module = importlib.import_module(name)
-    if hasattr(module, "reduce_add"):
-        module.reduce_add = reduce_add  # type: ignore[attr-defined]
+    for stand_in in (reduce_add, claim, publish, wait_until_set):
+        if hasattr(module, stand_in.__name__):
+            setattr(module, stand_in.__name__, stand_in)
     return module

@@ -15,6 +15,8 @@ the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their
   one half of a step's dQ. They take turns: one's exponentials run under the other's products;
 * `_add_dq` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the keys.
 
+Where there are few tiles, the query heads of a key head are the work of two programs.
+
 Shah et al., "FlashAttention-3", 2024; Dao, "FlashAttention-2", 2023, algorithm 2.
 """
 
@@ -32,17 +34,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at, record
 from attn_flash._hopper import backward_sums as sums
+from attn_flash._hopper import problem as host
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.primitives import (
+    PUBLISHED,
+    claim,
     columns,
     keep_branch,
     load_ragged_rows,
     load_row,
     load_rows,
+    publish,
     reduce_add,
     store_ragged_rows,
     store_rows,
     wait_for_bulk_writes,
+    wait_until_set,
 )
 from attn_flash._hopper.problem import Sequences
 
@@ -101,11 +108,13 @@ class _Problem:
 
     starts_q_ptr: gl.tensor  # [B + 1] of ragged sequences, as starts_k_ptr
     starts_k_ptr: gl.tensor
+    parts_ptr: gl.tensor  # dK and dV of the first of two parts, as `_add_other_part` keeps them
+    are_left_ptr: gl.tensor  # whether they are there
     B: gl.tensor  # ragged sequences
     M: gl.tensor  # queries of a batch entry, as keys
     N: gl.tensor
     H: gl.tensor
-    group: gl.tensor  # query heads of a key head
+    group: gl.tensor  # query heads of a program
     blocks_m: gl.tensor  # of the rows of a head
     blocks_n: gl.tensor
     left: gl.tensor
@@ -115,7 +124,9 @@ class _Problem:
     IS_RAGGED: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
+    PARTS: gl.constexpr  # programs that share the query heads of a key head
     DETERMINISTIC: gl.constexpr
+    IS_CLEARED: gl.constexpr  # the sum of dq is 0 at first
 
 
 @record
@@ -138,6 +149,8 @@ class _Tile:
     n: gl.tensor
     b: gl.tensor
     h_kv: gl.tensor
+    h: gl.tensor  # the first query head
+    part: gl.tensor  # which of PARTS
     first: gl.tensor
     last: gl.tensor
 
@@ -204,8 +217,12 @@ def _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
         last = gl.maximum(last, first)
     if problem.IS_RAGGED:
         last = gl.where(n * BLOCK_N < sequence.N, last, first)
-    heads_kv = problem.H // problem.group
-    return _Tile(sequence, n, head // heads_kv, head % heads_kv, first, last)
+    groups = problem.H // problem.group
+    g = head % groups
+    return _Tile(
+        sequence, n, head // groups, g // problem.PARTS, g * problem.group, g % problem.PARTS,
+        first, last,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -256,7 +273,7 @@ def _load(tensors, shared, problem, tile):
     steps = (tile.last - tile.first) * problem.group
     _load_keys(problem, tile, tensors.k, shared.k_full, shared.k)
     m = tile.first
-    h = tile.h_kv * problem.group
+    h = tile.h
     # The last rounds only wait: the consumers' arrivals must not outlive the program.
     for step in range(steps + _STAGES):
         i = step % _STAGES
@@ -277,10 +294,11 @@ def _load(tensors, shared, problem, tile):
         if m == tile.last:
             m = tile.first
             h += 1
-    meet_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
-    _store_keys(problem, tile, tensors.dv, shared.v)
-    _store_keys(problem, tile, tensors.dk, shared.k)
-    tma.store_wait(0)
+    if tile.part == problem.PARTS - 1:
+        meet_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
+        _store_keys(problem, tile, tensors.dv, shared.v)
+        _store_keys(problem, tile, tensors.dk, shared.k)
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -343,6 +361,30 @@ def _hand_over(shared, dq, W: gl.constexpr):
     shared.dq.index(W).store(sums.to_unit(dq))
     fence_async_shared()
     arrive_at(_DQ_FULL + W, _CONSUMER_AND_ADDER)
+
+
+@gluon.jit
+def _add_other_part(problem, tile, dk, dv, W: gl.constexpr):
+    """Leave dK and dV of the first part to the second, which adds them to its own."""
+    BLOCK_D: gl.constexpr = dk.shape[1]
+    LAYOUT: gl.constexpr = dk.type.layout
+    heads_kv = problem.H // (problem.group * problem.PARTS)
+    head = tile.b * heads_kv + tile.h_kv
+    number = (head * problem.blocks_n + tile.sequence.block_n + tile.n) * 2 + W
+    offs_n = gl.expand_dims(gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    offs_d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # There are few tiles: 32 bits hold this.
+    ptrs = problem.parts_ptr + number * (2 * _KEYS * BLOCK_D) + offs_n * BLOCK_D + offs_d
+    if tile.part == 1:
+        wait_until_set(problem.are_left_ptr + number)
+        dv += gl.load(ptrs, volatile=True)
+        dk += gl.load(ptrs + _KEYS * BLOCK_D, volatile=True)
+    else:
+        gl.store(ptrs, dv)
+        gl.store(ptrs + _KEYS * BLOCK_D, dk)
+        gl.thread_barrier()
+        gl.atomic_add(problem.are_left_ptr + number, 1, sem="release")
+    return dk, dv
 
 
 @gluon.jit
@@ -425,11 +467,14 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         meet_at(_TURN, _CONSUMERS)
         dq = _start_dq(shared, steps - 1, W)
         _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
-    v.store(dv.to(DTYPE))
-    meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
-    k.store((dk * problem.scale).to(DTYPE))
-    fence_async_shared()
-    arrive_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
+    if problem.PARTS == 2:
+        dk, dv = _add_other_part(problem, tile, dk, dv, W)
+    if tile.part == problem.PARTS - 1:
+        v.store(dv.to(DTYPE))
+        meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
+        k.store((dk * problem.scale).to(DTYPE))
+        fence_async_shared()
+        arrive_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
 
 
 @gluon.jit
@@ -454,50 +499,74 @@ def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _add_dq(tensors, shared, problem, tile, turns_ptr):
+def _wait_to_add(problem, tile, m, state, state_ptr, BLOCK_M: gl.constexpr):
+    """Wait until this program may add to dQ of query block m. Return whether nobody has.
+
+    `state` is what was at `state_ptr` some time ago.
+    """
+    if problem.DETERMINISTIC:
+        turn = _turn(problem, tile, m, BLOCK_M)
+        while state != turn:
+            state = gl.load(state_ptr, volatile=True)
+        return turn == 0
+    else:  # noqa: RET505 - decided while compiling
+        if state != PUBLISHED:
+            state = claim(state_ptr)
+        return state == 0
+
+
+@gluon.jit
+def _let_others_add(problem, is_first, state_ptr):
+    """Let those go on who wait for what this program has added."""
+    if problem.DETERMINISTIC:
+        wait_for_bulk_writes()
+        gl.thread_barrier()
+        gl.atomic_add(state_ptr, 1, sem="release")
+    elif is_first:
+        publish(state_ptr)
+
+
+@gluon.jit
+def _add_dq(tensors, shared, problem, tile, states_ptr):
     """Add each step's dQ to its sum in memory, whose first summand is stored."""
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
-    row = tile.b * problem.H + tile.h_kv * problem.group
     m = tile.first
     steps = (tile.last - tile.first) * problem.group
-    block = tile.sequence.block_q  # of dq's sum, that of the sequence's first queries
-    turn_ptr = turns_ptr + row * problem.blocks_m + block + m
-    added = 0
+    row = tile.b * problem.H + tile.h
+    block = row * problem.blocks_m + tile.sequence.block_q + m  # of all blocks of queries
+    state = 0
+    is_first = False
     if steps > 0:
-        arrive_at(_DQ_EMPTY, _CONSUMER_AND_ADDER)
         arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
-        if problem.DETERMINISTIC:
-            added = gl.load(turn_ptr, volatile=True)
+        if not problem.IS_CLEARED:
+            state = gl.load(states_ptr + block, volatile=True)
     for step in range(steps):
-        unit = (row * problem.blocks_m + block + m) * UNITS
-        turn = _turn(problem, tile, m, BLOCK_M)
-        if problem.DETERMINISTIC:
-            while added != turn:
-                added = gl.load(turn_ptr, volatile=True)
-        is_last = step + 1 == steps
-        for w in gl.static_range(1, -1, -1):  # the first consumer's half comes later
-            meet_at(_DQ_FULL + w, _CONSUMER_AND_ADDER)
-            if problem.DETERMINISTIC and turn == 0:
-                coord = [(unit + w) * 16, 0]
-                tma.async_copy_shared_to_global(tensors.dq_sum, coord, shared.dq.index(w))
-            else:
-                reduce_add(tensors.dq_sum, [(unit + w) * 16, 0], shared.dq.index(w))
-            tma.store_wait(0)
-            if not is_last:
-                arrive_at(_DQ_EMPTY + w, _CONSUMER_AND_ADDER)
+        if not problem.IS_CLEARED:
+            is_first = _wait_to_add(problem, tile, m, state, states_ptr + block, BLOCK_M)
+        this_block = block
+        block += 1
         m += 1
         if m == tile.last:
             m = tile.first
-            row += 1
-        if problem.DETERMINISTIC:
-            next_ptr = turns_ptr + row * problem.blocks_m + block + m
-            # Looked up while the sum is being written.
-            added = gl.load(next_ptr, mask=not is_last, other=0, volatile=True)
-            wait_for_bulk_writes()
-            gl.thread_barrier()
-            gl.atomic_add(turn_ptr, 1, sem="release")
-            turn_ptr = next_ptr
+            block += problem.blocks_m - (tile.last - tile.first)
+        is_last = step + 1 == steps
+        if not problem.IS_CLEARED:
+            # Looked up a step ahead, as its way from memory is long.
+            state = gl.load(states_ptr + block, mask=not is_last, other=0, volatile=True)
+        for w in gl.static_range(1, -1, -1):  # the first consumer's half comes later
+            meet_at(_DQ_FULL + w, _CONSUMER_AND_ADDER)
+            coord = [(this_block * UNITS + w) * 16, 0]
+            if is_first:
+                tma.async_copy_shared_to_global(tensors.dq_sum, coord, shared.dq.index(w))
+            else:
+                reduce_add(tensors.dq_sum, coord, shared.dq.index(w))
+            tma.store_wait(1)  # the copy before this one has read the other half
+            if (w == 1) | (not is_last):
+                arrive_at(_DQ_EMPTY + 1 - w, _CONSUMER_AND_ADDER)
+        if not problem.IS_CLEARED:
+            _let_others_add(problem, is_first, states_ptr + this_block)
+    tma.store_wait(0)
 
 
 # fmt: off
@@ -510,12 +579,14 @@ def _attention_backward_kernel(
     dk_desc, dv_desc,
     lse_desc, delta_desc,  # [B * H, padded M]
     dq_sum_desc,
-    counters_ptr,  # with DETERMINISTIC; see `sums.prepare`
+    counters_ptr,  # see `sums.prepare`
     starts_q_ptr, starts_k_ptr,
+    parts_ptr, are_left_ptr,  # with PARTS == 2
     B, M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
     scale, scale_log2, left, right,
     IS_RAGGED: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    PARTS: gl.constexpr, DETERMINISTIC: gl.constexpr, IS_CLEARED: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):
     # fmt: on
@@ -548,11 +619,12 @@ def _attention_backward_kernel(
         q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, delta_desc, dq_sum_desc
     )
     problem = _Problem(
-        starts_q_ptr, starts_k_ptr, B, M, N, H, group, blocks_m, blocks_n,
-        left, right, scale, scale_log2, IS_RAGGED, HAS_LEFT, HAS_RIGHT, DETERMINISTIC,
+        starts_q_ptr, starts_k_ptr, parts_ptr, are_left_ptr,
+        B, M, N, H, group, blocks_m, blocks_n, left, right, scale, scale_log2,
+        IS_RAGGED, HAS_LEFT, HAS_RIGHT, PARTS, DETERMINISTIC, IS_CLEARED,
     )  # fmt: skip
     ticket = gl.program_id(0)
-    if DETERMINISTIC:
+    if DETERMINISTIC or PARTS == 2:
         # A program waits for those with lower tickets: they have begun, so they will end.
         ticket = gl.atomic_add(counters_ptr, 1)
     tile = _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M)
@@ -573,16 +645,31 @@ _LOG2_E = 1.4426950408889634
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
-_ORDERED = 512  # keys of a query up to which clearing the sum takes longer than adding in order
+# Keys of a query up to which clearing the sum of dQ takes longer than asking who is first.
+_CLAIMED = {64: 1024, 128: 2048}
+_FEW_TILES = 4  # for every multiprocessor: fewer are split into two parts
 
 
 def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
-    """How many key heads' queries fit the share of the L2 cache that programs work in.
+    """How many groups' queries fit the share of the L2 cache that programs work in.
 
-    Programs walk the query heads of a key head one after another, not quite in step: two count.
+    Programs walk the query heads of a group one after another, not quite in step: two count.
     """
     head_bytes = longest * q.shape[3] * (2 * q.element_size() + 4)
     return max(1, _L2_SHARE // (min(group, 2) * head_bytes))
+
+
+def _parts(q, group, tiles, block_d, unused):
+    """Into how many parts a key head's group is split, and what `_add_other_part` works in.
+
+    A tile has as many steps as its group has heads. When there are few tiles, the last ones to end
+    leave most multiprocessors idle.
+    """
+    if group % 2 or tiles >= _FEW_TILES * host.num_sms(q.device):
+        return 1, unused, unused
+    consumers = 2 * tiles
+    part_sums = q.new_empty(consumers * 2 * _KEYS.value * block_d, dtype=torch.float32)
+    return 2, part_sums, q.new_zeros(consumers, dtype=torch.int32)
 
 
 def attention_backward(
@@ -608,10 +695,10 @@ def attention_backward(
     if B * M * H * N == 0 or (is_ragged and sequences.starts_q.shape[0] == 1):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     left, right = window
-    seen = N if left < 0 or right < 0 else min(N, left + right + 1)  # keys of a query, at most
-    deterministic = deterministic or seen <= _ORDERED
     block_d = 64 if D <= 64 else 128
     block_m = 8192 // block_d
+    seen = N if left < 0 or right < 0 else min(N, left + right + 1)  # keys of a query, at most
+    is_cleared = not deterministic and seen > _CLAIMED[block_d]
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
     count, starts_q, starts_k = 0, None, None
@@ -620,27 +707,31 @@ def attention_backward(
     dq = sums.new_gradient(q, starts_q)
     dk, dv = (sums.new_gradient(x, starts_k) for x in (k, v))
     rows, dq_sum, counters = sums.prepare(
-        dout, dlse, out, lse, block_m, block_d, deterministic, starts_q
+        dout, dlse, out, lse, block_m, block_d, is_cleared, starts_q
     )
     blocks_m = rows.shape[-1] // block_m
     blocks_n = sums.padded_blocks(N, starts_k)
     longest = sequences.longest_k if is_ragged else M
+    tiles = blocks_n * B * H_KV
+    parts, part_sums, are_left = _parts(q, H // H_KV, tiles, block_d, counters)
+    group = H // H_KV // parts
     _launch(
-        blocks_n * B * H_KV,
+        tiles * parts,
         args=(
             *(Rows(tensor, block_m, block_d, is_ragged) for tensor in (q, dout)),
             *(Rows(tensor, _KEYS.value, block_d, is_ragged) for tensor in (k, v, dk, dv)),
             *(Flat(row, (1, block_m)) for row in rows),
             Flat(dq_sum, sums.UNIT),
             counters, *((starts_q, starts_k) if is_ragged else (counters, counters)),
-            count, M, N, H, H // H_KV, blocks_m, blocks_n, B * H_KV,
-            _heads_per_group(q, longest, H // H_KV), scale, scale * _LOG2_E, left, right,
+            part_sums, are_left, count, M, N, H, group, blocks_m, blocks_n, B * H_KV * parts,
+            _heads_per_group(q, longest, group), scale, scale * _LOG2_E, left, right,
         ),
         constants={
             "IS_RAGGED": is_ragged, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
-            "DETERMINISTIC": deterministic, "BLOCK_M": block_m, "BLOCK_D": block_d,
+            "PARTS": parts, "DETERMINISTIC": deterministic, "IS_CLEARED": is_cleared,
+            "BLOCK_M": block_m, "BLOCK_D": block_d,
         },
         maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
-    sums.finish(dq_sum, counters if deterministic else None, dq, scale, block_d, starts_q)
+    sums.finish(dq_sum, None if is_cleared else counters, dq, scale, block_d, starts_q)
     return dq, dk, dv

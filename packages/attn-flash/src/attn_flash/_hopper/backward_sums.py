@@ -67,7 +67,7 @@ def _prepare_kernel(
     counters_ptr,
     starts_ptr,  # [B + 1] of ragged sequences, or None
     B, M, padded_m, H,
-    DETERMINISTIC: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CLEARS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
@@ -99,10 +99,10 @@ def _prepare_kernel(
     lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
     tl.store(delta_ptr + pid_bh * padded_m + padded_offs_m, delta)
     tl.store(lse_log2_ptr + pid_bh * padded_m + padded_offs_m, lse_log2)
-    if DETERMINISTIC:
-        tl.store(counters_ptr + 1 + pid, 0)
+    if counters_ptr is not None:
         tl.store(counters_ptr, 0)
-    elif dq_sum_ptr is not None:
+        tl.store(counters_ptr + 1 + pid, 0)
+    if CLEARS:
         sum_ptr = dq_sum_ptr + (pid_bh * padded_m + start_m) * BLOCK_D
         zeros = tl.zeros([BLOCK_M * BLOCK_D], tl.float32)
         tl.store(sum_ptr + tl.arange(0, BLOCK_M * BLOCK_D), zeros)
@@ -165,17 +165,17 @@ def new_gradient(x, starts):
     return ragged.new_gradient(x[0], starts)[None]
 
 
-def prepare(dout, dlse, out, lse, block_m, block_d, deterministic, starts=None):
+def prepare(dout, dlse, out, lse, block_m, block_d, clears, starts=None):
     """Return lse in units of log2 and delta, (2, B * H, padded M), the sum of dq and counters.
 
-    Without `deterministic` the sum is 0. With it the counters are how many programs have begun, and
-    then how many have added to the sum of each block of block_m queries.
+    The counters are 0: how many programs have begun, and then, for each block of block_m queries,
+    whether somebody has added to its sum. With `clears` the sum is 0 too.
     """
     rows = _empty_rows(out, starts)
     blocks = rows[0].numel() // block_m
     dq_sum = out.new_empty((blocks * block_m * block_d // UNIT[1], UNIT[1]), dtype=torch.float32)
     counters = out.new_empty(1 + blocks, dtype=torch.int32)
-    _prepare(dout, dlse, out, lse, rows, dq_sum, counters, block_m, block_d, deterministic, starts)
+    _prepare(dout, dlse, out, lse, rows, dq_sum, counters, block_m, block_d, clears, starts)
     return rows, dq_sum, counters
 
 
@@ -192,9 +192,7 @@ def _empty_rows(out, starts):
     return out.new_empty((2, B * H, padded_m), dtype=torch.float32)
 
 
-def _prepare(
-    dout, dlse, out, lse, rows, dq_sum, counters, block_m, block_d, deterministic, starts
-):  # fmt: skip
+def _prepare(dout, dlse, out, lse, rows, dq_sum, counters, block_m, block_d, clears, starts):
     _, M, H, D = out.shape
     strides = out.stride()[:3], dout.stride()[:3]
     _launch_prepare(
@@ -205,7 +203,7 @@ def _prepare(
             rows[0], rows[1], dq_sum, counters, *_ragged(starts), M, rows.shape[2], H,
         ),
         constexprs={
-            "DETERMINISTIC": deterministic, "HEAD_DIM": D, "BLOCK_M": block_m, "BLOCK_D": block_d
+            "CLEARS": clears, "HEAD_DIM": D, "BLOCK_M": block_m, "BLOCK_D": block_d
         },
         config=TileConfig(block_m, block_d),
     )  # fmt: skip

@@ -84,6 +84,68 @@ def reduce_add(desc, coord, tile, _semantic=None):
     )
 
 
+PUBLISHED = gl.constexpr(2)  # what `publish` leaves
+
+
+@gluon.jit
+def claim(ptr):
+    """Ask, as one warp, to be the first to write what `ptr` stands for: the first one gets 0.
+
+    The others wait until it has called `publish`, and get PUBLISHED.
+    """
+    # gl.atomic_cas hands its result on through shared memory, which takes registers from others.
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred is_asking, is_waiting;
+        .reg .b32 lane;
+        mov.u32 lane, %laneid;
+        setp.eq.u32 is_asking, lane, 0;
+        mov.b32 $0, 0;
+        @is_asking atom.relaxed.gpu.global.cas.b32 $0, [$1], 0, 1;
+        shfl.sync.idx.b32 $0, $0, 0, 31, -1;
+    LOOK:
+        setp.eq.u32 is_waiting, $0, 1;
+        @is_waiting ld.volatile.global.b32 $0, [$1];
+        @is_waiting bra LOOK;
+        bar.warp.sync -1;
+        }""",
+        "=&r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def publish(ptr):
+    """Let those who wait in `claim` go on: this warp's bulk writes are visible."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred is_telling;
+        .reg .b32 lane;
+        cp.async.bulk.wait_group 0;
+        bar.warp.sync -1;
+        mov.u32 lane, %laneid;
+        setp.eq.u32 is_telling, lane, 0;
+        @is_telling st.release.gpu.global.b32 [$1], 2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_until_set(ptr):
+    """Wait until the number at `ptr` is not 0."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred is_waiting;
+    LOOK:
+        ld.acquire.gpu.global.b32 $0, [$1];
+        setp.eq.u32 is_waiting, $0, 0;
+        @is_waiting bra LOOK;
+        }""",
+        "=&r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @gluon.jit
 def wait_for_bulk_writes():
     """Wait until this thread's bulk stores and reductions are visible, not only read."""
