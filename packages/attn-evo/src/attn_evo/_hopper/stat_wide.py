@@ -62,14 +62,14 @@ def _start_tile(tiles, first, ptr, stride, num_rows):
 
 
 @gluon.jit
-def _start_logit(mean_0, mean_1, weights, vectors_ptr, zero, HALF: gl.constexpr):
+def _start_logit(mean_0, mean_1, weights, vectors_ptr, zero, WHICH: gl.constexpr):
     """Start one half of W_g mean + b_g; the four quarters of W_g are tiles of their own."""
-    offs_d = HALF * _HALF + gl.arange(0, _HALF, gl.SliceLayout(0, accumulators(_HALF)))
+    offs_d = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(0, accumulators(_HALF)))
     bias = gl.load(vectors_ptr + W_G * _D + offs_d)
     y = gl.expand_dims(bias, 0).broadcast_to([_BLOCK_M, _HALF])
-    y = warpgroup_mma(mean_0, weights.index(2 * HALF + zero).permute((1, 0)), y, is_async=True)
+    y = warpgroup_mma(mean_0, weights.index(2 * WHICH + zero).permute((1, 0)), y, is_async=True)
     return warpgroup_mma(
-        mean_1, weights.index(2 * HALF + 1 + zero).permute((1, 0)), y, is_async=True
+        mean_1, weights.index(2 * WHICH + 1 + zero).permute((1, 0)), y, is_async=True
     )
 
 
