@@ -35,6 +35,7 @@ from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at, record
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper import problem as host
+from attn_flash._hopper.backward_tiles import KEYS, crosses_edge, mask, place, queries_that_see
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.primitives import (
     PUBLISHED,
@@ -54,7 +55,6 @@ from attn_flash._hopper.primitives import (
 from attn_flash._hopper.problem import Sequences
 
 BLOCK_N = gl.constexpr(128)
-_KEYS = gl.constexpr(64)  # of one consumer
 _STAGES = gl.constexpr(2)
 
 # Named barriers and the threads that meet there; barriers below 8 are the compiler's.
@@ -74,7 +74,7 @@ class _Tensors:
 
     q: tma.tensor_descriptor  # [BLOCK_M, BLOCK_D], as do
     do: tma.tensor_descriptor
-    k: tma.tensor_descriptor  # [_KEYS, BLOCK_D], as v, dk and dv
+    k: tma.tensor_descriptor  # [KEYS, BLOCK_D], as v, dk and dv
     v: tma.tensor_descriptor
     dk: tma.tensor_descriptor
     dv: tma.tensor_descriptor
@@ -87,13 +87,13 @@ class _Tensors:
 class _Shared:
     """Shared memory of a program, and the barriers that say what is in it."""
 
-    k: gl.shared_memory_descriptor  # [2, _KEYS, BLOCK_D], one for each consumer, as v
+    k: gl.shared_memory_descriptor  # [2, KEYS, BLOCK_D], one for each consumer, as v
     v: gl.shared_memory_descriptor
     q: gl.shared_memory_descriptor  # [_STAGES, BLOCK_M, BLOCK_D], as do
     do: gl.shared_memory_descriptor
     lse: gl.shared_memory_descriptor  # [_STAGES, 1, BLOCK_M], as delta
     delta: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # dS^T of [_STAGES * 2, _KEYS, BLOCK_M]
+    ds: gl.shared_memory_descriptor  # dS^T of [_STAGES * 2, KEYS, BLOCK_M]
     dq: gl.shared_memory_descriptor  # [2, *sums.UNIT], one for each consumer
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
@@ -195,26 +195,12 @@ def _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
     Heads alternate, within groups whose queries the L2 cache holds. Where tiles differ in length
     the longest come first, and where the sum of dq has an order the last keys do.
     """
-    blocks_n = problem.blocks_n
-    tiles_per_group = blocks_n * heads_per_group
-    group = ticket // tiles_per_group
-    width = gl.minimum(heads_per_group, num_heads - group * heads_per_group)
-    head = group * heads_per_group + ticket % tiles_per_group % width
-    n = ticket % tiles_per_group // width
+    n, head = place(ticket, problem.blocks_n, num_heads, heads_per_group)
     if problem.DETERMINISTIC:
-        n = blocks_n - 1 - n
+        n = problem.blocks_n - 1 - n
     sequence = _sequence(problem, n, BLOCK_M)
     n -= sequence.block_n
-    shift = sequence.M - sequence.N  # key j is at the position of query j + shift
-    first = gl.to_tensor(0)
-    last = gl.cdiv(sequence.M, BLOCK_M)
-    if problem.HAS_RIGHT:
-        first_row = gl.maximum(n * BLOCK_N + shift - problem.right, 0)
-        first = gl.minimum(first_row // BLOCK_M, last)
-    if problem.HAS_LEFT:
-        end_row = gl.minimum((n + 1) * BLOCK_N, sequence.N) + shift + problem.left
-        last = gl.minimum(gl.cdiv(gl.maximum(end_row, 0), BLOCK_M), last)
-        last = gl.maximum(last, first)
+    first, last = queries_that_see(problem, sequence.M, sequence.N, n, BLOCK_M, BLOCK_N)
     if problem.IS_RAGGED:
         last = gl.where(n * BLOCK_N < sequence.N, last, first)
     groups = problem.H // problem.group
@@ -239,7 +225,7 @@ def _load_keys(problem, tile, desc, barrier, buffers):
     sequence = tile.sequence
     mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
     for w in gl.static_range(2):
-        row = tile.n * BLOCK_N + w * _KEYS
+        row = tile.n * BLOCK_N + w * KEYS
         _load_tile(
             problem, tile, desc, sequence.start_k, sequence.N, tile.h_kv, row,
             barrier, buffers.index(w),
@@ -260,7 +246,7 @@ def _load_queries(problem, tile, desc, row_desc, barrier, buffer, row_buffer, h,
 def _store_keys(problem, tile, desc, buffers):
     sequence = tile.sequence
     for w in gl.static_range(2):
-        row = tile.n * BLOCK_N + w * _KEYS
+        row = tile.n * BLOCK_N + w * KEYS
         if problem.IS_RAGGED:
             store_ragged_rows(desc, sequence.start_k, sequence.N, tile.h_kv, row, buffers.index(w))
         else:
@@ -302,42 +288,6 @@ def _load(tensors, shared, problem, tile):
 
 
 @gluon.jit
-def _mask(scores, problem, count, ahead):
-    """Hide what the window hides of scores [keys, queries], and keys from `count` on.
-
-    The first key is at the position of the query `ahead` rows after the first.
-    """
-    KEYS: gl.constexpr = scores.shape[0]
-    ROWS: gl.constexpr = scores.shape[1]
-    LAYOUT: gl.constexpr = scores.type.layout
-    keys = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
-    rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    # Bits 1 and 2 of a column come from the lane. On the other side of the comparison they leave an
-    # immediate on this one; otherwise every column's number takes a register through the loop.
-    fixed = rows & (ROWS - 7)
-    ahead = keys - (rows & 6) + ahead
-    if problem.HAS_LEFT:
-        scores = gl.where(fixed <= ahead + problem.left, scores, float("-inf"))
-    if problem.HAS_RIGHT:
-        # A sum, as of a choice the compiler makes two selections for every number.
-        first = ahead - problem.right + gl.where(keys < count, 0, 1 << 30)
-        return gl.where(fixed >= first, scores, float("-inf"))
-    else:  # noqa: RET505 - decided while compiling
-        return gl.where(keys < count, scores, float("-inf"))
-
-
-@gluon.jit
-def _crosses_edge(problem, count, ahead, ROWS: gl.constexpr):
-    """Whether `_mask` hides any of _KEYS keys from any of ROWS queries."""
-    crosses = count < _KEYS
-    if problem.HAS_RIGHT:
-        crosses = crosses | (ahead + _KEYS - 1 > problem.right)
-    if problem.HAS_LEFT:
-        crosses = crosses | (ahead + problem.left < ROWS - 1)
-    return crosses
-
-
-@gluon.jit
 def _start_dq(shared, step, W: gl.constexpr):
     """Start this consumer's half of dS K: its columns of 64 queries, or its 64 of 128 queries."""
     BLOCK_M: gl.constexpr = shared.ds.shape[2]
@@ -346,9 +296,9 @@ def _start_dq(shared, step, W: gl.constexpr):
     for w in gl.static_range(2):
         ds = shared.ds.index(step % _STAGES * 2 + w)
         if BLOCK_M == 64:
-            k = columns(shared.k.index(w), W, _KEYS, BLOCK_D)
+            k = columns(shared.k.index(w), W, KEYS, BLOCK_D)
         else:
-            ds = columns(ds, W, _KEYS, BLOCK_M)
+            ds = columns(ds, W, KEYS, BLOCK_M)
             k = shared.k.index(w)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
     return dq
@@ -371,17 +321,17 @@ def _add_other_part(problem, tile, dk, dv, W: gl.constexpr):
     heads_kv = problem.H // (problem.group * problem.PARTS)
     head = tile.b * heads_kv + tile.h_kv
     number = (head * problem.blocks_n + tile.sequence.block_n + tile.n) * 2 + W
-    offs_n = gl.expand_dims(gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    offs_n = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
     offs_d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT)), 0)
     # There are few tiles: 32 bits hold this.
-    ptrs = problem.parts_ptr + number * (2 * _KEYS * BLOCK_D) + offs_n * BLOCK_D + offs_d
+    ptrs = problem.parts_ptr + number * (2 * KEYS * BLOCK_D) + offs_n * BLOCK_D + offs_d
     if tile.part == 1:
         wait_until_set(problem.are_left_ptr + number)
         dv += gl.load(ptrs, volatile=True)
-        dk += gl.load(ptrs + _KEYS * BLOCK_D, volatile=True)
+        dk += gl.load(ptrs + KEYS * BLOCK_D, volatile=True)
     else:
         gl.store(ptrs, dv)
-        gl.store(ptrs + _KEYS * BLOCK_D, dk)
+        gl.store(ptrs + KEYS * BLOCK_D, dk)
         gl.thread_barrier()
         gl.atomic_add(problem.are_left_ptr + number, 1, sem="release")
     return dk, dv
@@ -404,14 +354,14 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     IS_BEHIND: gl.constexpr = W == 0  # with dQ
     KEEPS_TURN: gl.constexpr = BLOCK_D == 64  # for the next scores
-    key = tile.n * BLOCK_N + W * _KEYS
+    key = tile.n * BLOCK_N + W * KEYS
     count = tile.sequence.N - key
     row = tile.sequence.M - count  # of the query at the first key's position
     k = shared.k.index(W)
     v = shared.v.index(W)
-    zeros = gl.zeros([_KEYS, BLOCK_M], gl.float32, S_LAYOUT)
-    dk = gl.zeros([_KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
-    dv = gl.zeros([_KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, S_LAYOUT)
+    dk = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    dv = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
     m = tile.first
     steps = (tile.last - tile.first) * problem.group
     mbarrier.wait(shared.k_full, 0)
@@ -435,9 +385,9 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
         s = warpgroup_mma_wait(1, deps=(s,))
         ahead = row - m * BLOCK_M
-        if _crosses_edge(problem, count, ahead, BLOCK_M):
+        if crosses_edge(problem, count, ahead, BLOCK_M):
             keep_branch()
-            s = _mask(s, problem, count, ahead)
+            s = mask(s, problem, count, ahead)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
         p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
         dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -570,10 +520,7 @@ def _add_dq(tensors, shared, problem, tile, states_ptr):
 
 
 # fmt: off
-@gluon.jit(do_not_specialize=[
-    "B", "M", "N", "H", "group", "blocks_m", "blocks_n", "num_heads", "heads_per_group",
-    "left", "right",
-])
+@gluon.jit(do_not_specialize=[*host.NOT_SPECIALIZED, "blocks_m", "blocks_n"])
 def _attention_backward_kernel(
     q_desc, do_desc, k_desc, v_desc,  # [B, H or H_KV, M or N, D]
     dk_desc, dv_desc,
@@ -595,13 +542,13 @@ def _attention_backward_kernel(
     FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     shared = _Shared(
-        gl.allocate_shared_memory(DTYPE, [2, _KEYS, BLOCK_D], SWIZZLED),
-        gl.allocate_shared_memory(DTYPE, [2, _KEYS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_M, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_M, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(gl.float32, [_STAGES, 1, BLOCK_M], FLAT),
         gl.allocate_shared_memory(gl.float32, [_STAGES, 1, BLOCK_M], FLAT),
-        gl.allocate_shared_memory(DTYPE, [_STAGES * 2, _KEYS, BLOCK_M], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [_STAGES * 2, KEYS, BLOCK_M], SWIZZLED),
         gl.allocate_shared_memory(gl.float32, [2, 16, 256], FLAT),
         gl.allocate_shared_memory(gl.int64, [1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [1], BARRIER),
@@ -641,7 +588,6 @@ def _attention_backward_kernel(
 
 
 _launch = GluonLauncher(_attention_backward_kernel)
-_LOG2_E = 1.4426950408889634
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
@@ -668,7 +614,7 @@ def _parts(q, group, tiles, block_d, unused):
     if group % 2 or tiles >= _FEW_TILES * host.num_sms(q.device):
         return 1, unused, unused
     consumers = 2 * tiles
-    part_sums = q.new_empty(consumers * 2 * _KEYS.value * block_d, dtype=torch.float32)
+    part_sums = q.new_empty(consumers * 2 * KEYS.value * block_d, dtype=torch.float32)
     return 2, part_sums, q.new_zeros(consumers, dtype=torch.int32)
 
 
@@ -719,12 +665,12 @@ def attention_backward(
         tiles * parts,
         args=(
             *(Rows(tensor, block_m, block_d, is_ragged) for tensor in (q, dout)),
-            *(Rows(tensor, _KEYS.value, block_d, is_ragged) for tensor in (k, v, dk, dv)),
+            *(Rows(tensor, KEYS.value, block_d, is_ragged) for tensor in (k, v, dk, dv)),
             *(Flat(row, (1, block_m)) for row in rows),
             Flat(dq_sum, sums.UNIT),
             counters, *((starts_q, starts_k) if is_ragged else (counters, counters)),
             part_sums, are_left, count, M, N, H, group, blocks_m, blocks_n, B * H_KV * parts,
-            _heads_per_group(q, longest, group), scale, scale * _LOG2_E, left, right,
+            _heads_per_group(q, longest, group), scale, scale * host.LOG2_E, left, right,
         ),
         constants={
             "IS_RAGGED": is_ragged, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,

@@ -28,7 +28,7 @@ from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.hopper import accumulator_layout, arrive_at_stage, exp2, meet_at_stage, record
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper import problem as host
-from attn_flash._hopper.backward import _crosses_edge, _mask
+from attn_flash._hopper.backward_tiles import crosses_edge, mask, place, queries_that_see
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.primitives import keep_branch, load_row, load_rows, store_rows
 
@@ -82,16 +82,6 @@ class _Tile:
     last: gl.tensor
 
 
-@gluon.jit
-def _place(number, num_blocks, num_heads, heads_per_group):
-    """Return block and head of program `number`: heads alternate within groups."""
-    tiles_per_group = num_blocks * heads_per_group
-    group = number // tiles_per_group
-    width = gl.minimum(heads_per_group, num_heads - group * heads_per_group)
-    place = number % tiles_per_group
-    return place // width, group * heads_per_group + place % width
-
-
 # --- dK and dV ----------------------------------------------------------------------------------
 
 
@@ -116,16 +106,8 @@ class _SharedKeys:
 @gluon.jit
 def _tile_of_keys(problem, number, num_heads, heads_per_group):
     """Return a program's keys and the queries that see them; the longest tiles come first."""
-    n, head = _place(number, gl.cdiv(problem.N, ROWS), num_heads, heads_per_group)
-    shift = problem.M - problem.N  # key j is at the position of query j + shift
-    first = gl.to_tensor(0)
-    last = gl.cdiv(problem.M, ROWS)
-    if problem.HAS_RIGHT:
-        first = gl.minimum(gl.maximum(n * ROWS + shift - problem.right, 0) // ROWS, last)
-    if problem.HAS_LEFT:
-        end_row = gl.minimum((n + 1) * ROWS, problem.N) + shift + problem.left
-        last = gl.minimum(gl.cdiv(gl.maximum(end_row, 0), ROWS), last)
-        last = gl.maximum(last, first)
+    n, head = place(number, gl.cdiv(problem.N, ROWS), num_heads, heads_per_group)
+    first, last = queries_that_see(problem, problem.M, problem.N, n, ROWS, ROWS)
     heads_kv = problem.H // problem.group
     return _Tile(n, head // heads_kv, head % heads_kv, first, last)
 
@@ -203,9 +185,9 @@ def _accumulate_dv(tensors, shared, problem, tile):
         lse_log2 = load_row(shared.lse.index(i), ROWS, gl.SliceLayout(0, S_LAYOUT))
         s = warpgroup_mma_wait(0, deps=(s,))
         ahead = row - m * ROWS
-        if _crosses_edge(problem, count, ahead, ROWS):
+        if crosses_edge(problem, count, ahead, ROWS):
             keep_branch()
-            s = _mask(s, problem, count, ahead)
+            s = mask(s, problem, count, ahead)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0)).to(DTYPE)
         if step >= _STAGES:
             meet_at_stage(_P_EMPTY, i, _CONSUMERS)
@@ -326,8 +308,8 @@ def _tile_of_queries(problem, number, num_heads, heads_per_group):
     """Return a program's queries and the keys that they see, the longest tiles first."""
     BLOCK_M: gl.constexpr = 2 * ROWS
     num_blocks = gl.cdiv(problem.M, BLOCK_M)
-    place, head = _place(number, num_blocks, num_heads, heads_per_group)
-    m = num_blocks - 1 - place
+    n, head = place(number, num_blocks, num_heads, heads_per_group)
+    m = num_blocks - 1 - n
     start = m * BLOCK_M + problem.N - problem.M  # position of the first query
     first = gl.to_tensor(0)
     last = gl.cdiv(problem.N, ROWS)
@@ -410,7 +392,7 @@ def _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m,
         dp = warpgroup_mma(do, shared.v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         ahead = key + problem.M - problem.N - row
-        if _crosses_edge(problem, problem.N - key, ahead, ROWS):
+        if crosses_edge(problem, problem.N - key, ahead, ROWS):
             keep_branch()
             s = _mask_keys(s, row, key, problem)
         p = exp2(s * problem.scale_log2 - lse_log2)
