@@ -6,8 +6,9 @@
 
 Any model that takes its attention from ``AttentionInterface`` runs: grouped heads, sliding windows,
 softcaps, sinks, position biases, packed sequences, left and right padding, every kind of cache.
-Plain causal and windowed masks are never materialised; padding costs one row of numbers for each
-sequence; masks of any other pattern are handed on as they are.
+Plain causal and windowed masks are not materialised, but for models made for eager attention alone;
+padding costs one row of numbers for each sequence; masks of any other pattern are handed on as they
+are. A model that computes all of its attention by itself is refused.
 """
 
 from __future__ import annotations
