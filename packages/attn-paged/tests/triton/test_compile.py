@@ -15,7 +15,7 @@ from attn_core.tuning import TileConfig
 
 pytest.importorskip("triton")
 
-from attn_paged._triton import append, attention, cascade, configs, merge, problem, worklist
+from attn_paged._triton import append, attention, cascade, configs, halves, merge, problem, worklist
 from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 pytestmark = pytest.mark.compile
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.compile
 BFLOAT, FLOAT = torch.bfloat16, torch.float32
 # Bytes that kernels of sm_90 may spill, by width of the head; those of others are not looked at.
 SPILLS_WITH_ALL = 768  # of every feature at once, on the largest tiles
-MAX_SPILLS_SIDE_BY_SIDE = 64
 MAX_SPILLS = {256: 64, 512: 256, 1024: 256}
 
 
@@ -102,7 +101,7 @@ def use_target(monkeypatch, tmp_path):
 def recorded(monkeypatch):
     """What writes down the last launch of each kernel of the package, by name."""
     recorders = {}
-    for module in (append, attention, cascade, merge, worklist):
+    for module in (append, attention, cascade, halves, merge, worklist):
         for launcher in list(vars(module).values()):
             if isinstance(launcher, Launcher):
                 kernel = launcher._kernel
@@ -240,7 +239,7 @@ def test_finding_of_prefixes_compiles(target, name, use_target, recorded, monkey
     lens, tables = (empty(*s, dtype=torch.int32) for s in ((4,), (4, 99)))
     options = AttentionOptions(scale=0.1)
     out, lse = torch.empty_like(q), empty(64, 4, dtype=FLOAT)
-    monkeypatch.setattr(merge, "merge_halves", lambda *args: None)
+    monkeypatch.setattr(cascade, "merge_halves", lambda *args: None)
     monkeypatch.setattr(cascade, "_start_on_hopper", lambda *args: None)
     arguments = (q, cache, cache, tables, lens, options, out, lse)
     cascade.attend_in_halves(lambda *args: None, *arguments)
@@ -254,27 +253,29 @@ def attend_to_prefixes():
     attention.attention(q, cache, torch.empty_like(cache), tables, lens, options)
 
 
+def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, _rest_lens, scale, out, lse):
+    options = AttentionOptions(scale, (-1, -1), cu_seqlens_q=bounds)
+    return attention.start(q, k_cache, v_cache, tables, lens, options, out, lse, rows)
+
+
 def test_attention_beside_a_prefix_fits_into_what_that_leaves(use_target, recorded, monkeypatch):
-    """Two programs on each processor, as tests/hopper/test_prefix.py counts on."""
+    """Where a program of the prefix runs there is room, as tests/hopper/test_prefix.py says."""
     use_target("sm_90")
     recorder = recorded["_paged_attention_kernel"]
     monkeypatch.setattr(cascade.support, "takes", lambda *args: True)
     monkeypatch.setattr(cascade, "_start_on_hopper", start_prefixes)
     attend_to_prefixes()
     compiled = recorder.compile("sm_90")
-    assert 32 * recorder.options["num_warps"] * compiled.registers <= 128 * 96
-    assert compiled.shared <= 37888
-    assert compiled.spills <= MAX_SPILLS_SIDE_BY_SIDE
-
-
-def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, scale, out, lse):
-    options = AttentionOptions(scale, (-1, -1), cu_seqlens_q=bounds)
-    return attention.start(q, k_cache, v_cache, tables, lens, options, out, lse, rows)
+    assert recorder.constexprs["IS_BESIDE"]
+    assert 32 * recorder.options["num_warps"] * compiled.registers <= 128 * 168
+    assert compiled.shared <= 72704
+    assert compiled.spills == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_merge_with_prefixes_compiles_without_spills(target, use_target, recorded, monkeypatch):
     use_target(target)
+    monkeypatch.setattr(cascade.support, "takes", lambda *args: True)
     monkeypatch.setattr(cascade, "_start_on_hopper", start_prefixes)
     recorder = recorded["_merge_halves_kernel"]
     attend_to_prefixes()
@@ -318,7 +319,7 @@ def test_numbers_are_compiled_for_any_value():
     """A launcher knows of strides what Triton compiles for, and of other numbers nothing."""
     kernels = {
         launcher._kernel
-        for module in (append, attention, cascade, merge, worklist)
+        for module in (append, attention, cascade, halves, merge, worklist)
         for launcher in vars(module).values()
         if isinstance(launcher, Launcher)
     }

@@ -20,9 +20,10 @@ from attn_paged.options import AppendOptions, AttentionOptions, Rotary
 
 pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 
-from attn_paged._triton import append, attention, cascade, configs, problem, worklist
+from attn_paged._triton import append, attention, cascade, configs, problem, queries
 
 pytestmark = pytest.mark.interpret
 
@@ -196,11 +197,26 @@ def test_tiles_and_schedules(sizes, tiles, schedule, window, monkeypatch):
     check(make(sizes), window=window)
 
 
-@pytest.mark.parametrize("sizes", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_programs_may_count_the_work_themselves(sizes, monkeypatch):
-    use(monkeypatch, shares=3)
-    monkeypatch.setattr(worklist, "is_short", lambda plan: True)
-    check(make(sizes))
+@triton.jit
+def tiles_kernel(units_ptr, ends_ptr, tiles_ptr, begins_ptr, num_tiles):
+    place = tl.program_id(0)
+    tile, begin = queries.tile_of_unit(tl.load(units_ptr + place), ends_ptr, num_tiles)
+    tl.store(tiles_ptr + place, tile)
+    tl.store(begins_ptr + place, begin)
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 31, 32, 33, 300, 1024, 1025, 1100])
+def test_units_of_work_are_found(num_tiles):
+    """Tiles without queries have no units."""
+    ends = torch.randint(0, 4, (num_tiles,)).index_fill(0, torch.tensor([num_tiles // 2]), 2)
+    ends = ends.cumsum(0).int()
+    units = torch.randint(0, int(ends[-1]), (9,)).int().index_fill(0, torch.tensor([0]), 0)
+    units[1] = ends[-1] - 1
+    tiles, begins = torch.empty(2, 9, dtype=torch.int32).unbind(0)
+    tiles_kernel[(9,)](units, ends, tiles, begins, num_tiles)
+    expected = torch.searchsorted(ends, units, right=True)
+    assert tiles.equal(expected.int())
+    assert begins.equal(torch.cat([ends.new_zeros(1), ends])[expected])
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 20, 64])
@@ -521,22 +537,25 @@ def test_shared_prefixes(block_size, schedule, lens_q, monkeypatch):
     check(inputs, shared_prefix=True, softcap=2.0)
 
 
-def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, scale, out, lse):
+def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, _rest_lens, scale, out, lse):
     options = AttentionOptions(scale, (-1, -1), cu_seqlens_q=bounds)
     return attention.start(q, k_cache, v_cache, tables, lens, options, out, lse, rows)
 
 
-def test_rest_beside_prefixes(monkeypatch):
-    """Its programs count the work themselves, so that no kernel comes between the two."""
+@pytest.mark.parametrize("num_sms", [1, 8], ids=lambda sms: f"sms{sms}")
+@pytest.mark.parametrize("heads", [(4, 2), (20, 1)], ids=str)
+def test_rest_beside_prefixes(heads, num_sms, monkeypatch):
+    """Whole sequences or parts of them, which are merged with those of prefixes at once."""
     use(monkeypatch, shares=3)
     monkeypatch.setattr(cascade.support, "takes", lambda *args: True)
     monkeypatch.setattr(cascade, "_start_on_hopper", start_prefixes)
     monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: None)
-    info = DeviceInfo("cpu", "", num_sms=2)
+    info = DeviceInfo("cpu", "", num_sms=num_sms)
     monkeypatch.setattr(configs, "device_info", lambda device: info)
-    inputs = make(Sizes((70, 60, 66, 1, 68)))
+    monkeypatch.setattr(configs, "_LEAST_KEYS", 1)
+    inputs = make(Sizes((90, 60, 76, 1, 68), (), *heads))
     for member in (1, 2, 4):
-        inputs.block_tables[member, :7] = inputs.block_tables[0, :7].clone()
+        inputs.block_tables[member, :5] = inputs.block_tables[0, :5].clone()
     check(inputs, shared_prefix=True)
 
 
@@ -562,7 +581,7 @@ def test_shared_prefixes_are_read_once(monkeypatch):
     def start(*args):
         seen.append((args[3], args[4], args[5].cu_seqlens_q))
 
-    monkeypatch.setattr(cascade.merge, "merge_halves", lambda *args: None)
+    monkeypatch.setattr(cascade, "merge_halves", lambda *args: None)
     cascade.attend_in_halves(
         start,
         *inputs.split(scale=0.3),

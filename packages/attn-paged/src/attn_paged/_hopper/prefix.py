@@ -52,7 +52,7 @@ class _Tensors:
     lens_ptr: gl.tensor  # [B], keys of each prefix
     bounds_ptr: gl.tensor  # [B + 1], where the queries of each group begin
     rows_ptr: gl.tensor  # [T], the row of q of each query
-    ends_ptr: gl.tensor  # [num_tiles], from `worklist`
+    ends_ptr: gl.tensor  # [num_tiles + 1], from `worklist`
     out_ptr: gl.tensor  # [T, H, D_v]
     lse_ptr: gl.tensor  # [H, T]
     parts_ptr: gl.tensor  # [slots, BLOCK_M, D_v]
@@ -82,7 +82,6 @@ class _Problem:
     B: gl.tensor
     num_blocks: gl.tensor  # of the cache
     num_tiles: gl.tensor
-    num_shares: gl.tensor
     scale_log2: gl.tensor
     NEGATE_Q: gl.constexpr
     GROUP: gl.constexpr
@@ -130,7 +129,7 @@ def _share(tensors, problem):
     HEAD_TILES: gl.constexpr = problem.H_KV * ceil_div(problem.GROUP, problem.TILE_GROUP)
     pid = gl.program_id(0)
     total = gl.load(tensors.ends_ptr + (problem.num_tiles - 1))
-    share = gl.maximum(gl.cdiv(total, problem.num_shares), 1)
+    share = gl.load(tensors.ends_ptr + problem.num_tiles)
     number = pid // HEAD_TILES
     start = number * share
     return _Share(pid % HEAD_TILES, number, start, gl.minimum(start + share, total))
@@ -385,7 +384,7 @@ def _attend_second(tensors, shared, problem):
 
 NOT_SPECIALIZED = [
     *("stride_qt", "stride_qh", "stride_tb", "stride_tn"),
-    *("T", "B", "num_blocks", "num_tiles", "num_shares"),
+    *("T", "B", "num_blocks", "num_tiles"),
 ]
 
 
@@ -397,7 +396,7 @@ def _prefix_attention_kernel(
     table_ptr, stride_tb, stride_tn,
     lens_ptr, bounds_ptr, rows_ptr, ends_ptr,
     out_ptr, lse_ptr, parts_ptr, parts_lse_ptr,
-    T, B, num_blocks, num_tiles, num_shares, scale_log2,
+    T, B, num_blocks, num_tiles, scale_log2,
     NEGATE_Q: gl.constexpr,
     GROUP: gl.constexpr, TILE_GROUP: gl.constexpr, H_KV: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
@@ -425,7 +424,7 @@ def _prefix_attention_kernel(
     )  # fmt: skip
     problem = _Problem(
         stride_qt, stride_qh, stride_tb, stride_tn,
-        T, B, num_blocks, num_tiles, num_shares, scale_log2,
+        T, B, num_blocks, num_tiles, scale_log2,
         NEGATE_Q, GROUP, TILE_GROUP, H_KV, HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, BLOCK_T, BLOCK_N,
     )  # fmt: skip
     gl.warp_specialize(
@@ -443,7 +442,7 @@ _launch = GluonLauncher(_prefix_attention_kernel)
 _BLOCK_M = 2 * ROWS.value
 _STAGES = 3
 _REGISTERS = {"REGISTERS": 144, "PRODUCER": 24}  # of a thread that computes, and of one that copies
-_MAX_REGISTERS = 104  # of a thread at the start: what two programs beside it leave
+_MAX_REGISTERS = 104  # of a thread at the start: room for a program beside it
 _LEAST_VECTOR = 256
 _ANY = 2**30  # more queries than any group has
 
@@ -456,6 +455,7 @@ def start(
     lens: torch.Tensor,
     bounds: torch.Tensor,
     rows: torch.Tensor,
+    rest_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -463,7 +463,8 @@ def start(
     """Start writing attention to out (T, H, D_v) and lse (H, T); return what is to be merged.
 
     Group b has the queries ``rows[bounds[b]:bounds[b + 1]]`` and the first ``lens[b]`` keys that
-    ``block_tables[b]`` leads to.
+    ``block_tables[b]`` leads to. `rest_lens` (B,) are the keys of each sequence after them, which
+    a launch beside this one attends to.
     """
     (T, H, D), (num_blocks, block_size, H_KV, D_v), B = q.shape, v_cache.shape, len(lens)
     group = H // H_KV
@@ -472,12 +473,12 @@ def start(
     head_tiles = H_KV * tiling.ceil_div(group, tile_group)
     num_tiles = T // block_q + B + 1
     shares = max(1, device_info(q.device).num_sms // head_tiles)
-    ends = lens.new_empty((num_tiles,))
     limits = {"least_m": 0, "most_m": _ANY, "steps": B.bit_length()}
     schedule = {"IS_RAGGED": True, "ONE_TILE_EACH": False, "HAS_LEFT": False, "HAS_RIGHT": False}
-    worklist.count_work(
-        lens, bounds, None, ends, {**schedule, "BLOCK_Q": block_q, "BLOCK_N": BLOCK_N},
-        is_next=True, T=T, B=B, num_tiles=num_tiles, **limits, left=-1, right=-1,
+    ends = worklist.count_work(
+        lens, bounds, None, {**schedule, "BLOCK_Q": block_q, "BLOCK_N": BLOCK_N},
+        beside=rest_lens, T=T, B=B, num_tiles=num_tiles, num_shares=shares,
+        **limits, left=-1, right=-1,
     )  # fmt: skip
     parts = q.new_empty((2 * shares * head_tiles, _BLOCK_M, D_v), dtype=torch.float32)
     parts_lse = q.new_empty(parts.shape[:2], dtype=torch.float32)
@@ -490,7 +491,7 @@ def start(
             q, *(stride // 8 for stride in q.stride()[:2]),
             block_tables, *block_tables.stride(),
             lens, bounds, rows, ends, out, lse, parts, parts_lse,
-            T, B, num_blocks, num_tiles, shares, abs(scale) * problem.LOG2_E,
+            T, B, num_blocks, num_tiles, abs(scale) * problem.LOG2_E,
         ),
         constants={
             "NEGATE_Q": scale < 0, **shape,

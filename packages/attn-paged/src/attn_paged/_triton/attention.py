@@ -13,14 +13,19 @@ import triton.language as tl
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.launch import Launcher
-from attn_core.tiles.offsets import load_tile
 from attn_core.tiles.softmax import LOG2_E, finish_softmax
 from attn_paged._triton import cascade, configs, merge, problem, worklist
-from attn_paged._triton.keys import attend, block_ids, keys_of_part, with_sink
-from attn_paged._triton.merge import Parts, rows_of_tile, share_of_work
-from attn_paged._triton.quantised import power_of_two
-from attn_paged._triton.queries import keys_of_tile, queries_of_tile, tile_among, tile_of_unit
-from attn_paged._triton.worklist import units_of_tiles
+from attn_paged._triton.keys import attend, block_ids, keys_of_part, trees_of_rows, with_sink
+from attn_paged._triton.merge import Parts, store_rows
+from attn_paged._triton.quantised import queries_in_float16
+from attn_paged._triton.queries import (
+    keys_of_tile,
+    load_queries,
+    queries_of_tile,
+    rows_of_tile,
+    size_of_parts,
+    tile_of_unit,
+)
 from attn_paged.options import AttentionOptions
 
 
@@ -40,25 +45,25 @@ def _paged_attention_kernel(
     sinks_ptr, stride_sinks,
     tree_ptr, stride_mask, stride_mn,
     tree_starts_ptr,  # [B], where a flat tree begins for each sequence
-    ends_ptr,  # [num_tiles], from `worklist`; with COUNTS_WORK to be written
+    ends_ptr,  # [num_tiles + 1], from `worklist`
     rows_ptr,  # [T], the row of q of each query
     out_ptr,  # [T, H, D_v], contiguous
     lse_ptr,  # [H, T], contiguous
     parts_ptr,  # [slots, BLOCK_M, D_v], contiguous
     parts_lse_ptr,  # [slots, BLOCK_M], in units of log2
     T, B, num_tiles, num_splits, least_m, most_m, steps,
-    num_halvings, chunk, tree_width, left, right,
+    chunk, tree_width, left, right,
     scale_log2, softcap_log2,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr, IS_QUANTISED: tl.constexpr, SAME_SLOTS: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr, HAS_PTX: tl.constexpr,
     NEGATE_Q: tl.constexpr, OVERLAPS: tl.constexpr,
-    IS_BESIDE: tl.constexpr, COUNTS_WORK: tl.constexpr, PRECISION: tl.constexpr,
+    IS_BESIDE: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
@@ -69,8 +74,6 @@ def _paged_attention_kernel(
     group = pid // HEAD_TILES
     h_kv = (head_tile % H_KV).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     k_ptr += h_kv * stride_kh
     v_ptr += h_kv * stride_vh
     if IS_QUANTISED:
@@ -79,43 +82,34 @@ def _paged_attention_kernel(
 
     unit = group
     stop = group + 1
-    ends = 0
     if OVERLAPS:
+        if IS_SHARED:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if IS_SHARED:
-        if COUNTS_WORK:
-            tiles = tl.arange(0, BLOCK_T)
-            ends = tl.cumsum(
-                units_of_tiles(
-                    tiles, lens_ptr, stride_lens, cu_seqlens_ptr, stride_cu,
-                    causal_ptr, stride_causal,
-                    T, B, num_tiles, least_m, most_m, steps, left, right,
-                    IS_RAGGED, ONE_TILE_EACH, HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
-                ),
-                0,
-            )  # fmt: skip
-            total = tl.max(ends, 0)
-            if pid == 0:
-                tl.store(ends_ptr + tiles, ends, mask=tiles < num_tiles)
-        else:
-            if OVERLAPS:
-                tl.extra.cuda.gdc_wait()
-            total = tl.load(ends_ptr + num_tiles - 1)
-        share = share_of_work(total, num_splits)
+        share = tl.load(ends_ptr + num_tiles)
         unit = group * share
-        stop = tl.minimum(unit + share, total)
-    start = unit
-    while unit < stop:
+        stop = tl.minimum(unit + share, tl.load(ends_ptr + num_tiles - 1))
+    tile = 0
+    split = 0
+    if not IS_SHARED:
         # The last queries of a sequence see the most keys, so equal parts of theirs go first.
         tile = num_tiles - 1 - unit // num_splits
-        begin = unit
-        if COUNTS_WORK:
-            tile, begin = tile_among(unit, ends)
-        elif IS_SHARED:
-            tile, begin = tile_of_unit(unit, ends_ptr, num_tiles, num_halvings, 0)
+        split = unit % num_splits
+        if IS_BESIDE:  # parts that there may not be go last
+            tile = unit % num_tiles
+            split = unit // num_tiles
+        if LEAST > 0:
+            key_tiles = tl.cdiv(tl.load(lens_ptr + tile * stride_lens), BLOCK_N)
+            is_part = split * size_of_parts(key_tiles, num_splits, LEAST) < tl.maximum(key_tiles, 1)
+            stop = tl.where(is_part, stop, unit)
+    start = unit
+    while unit < stop:
+        if IS_SHARED:
+            tile, begin = tile_of_unit(unit, ends_ptr, num_tiles)
         b, first_token, start_m, M = queries_of_tile(
             tile, cu_seqlens_ptr, stride_cu, T, B, least_m, most_m, steps,
-            IS_RAGGED, ONE_TILE_EACH, BLOCK_Q, BLOCK_T,
+            IS_RAGGED, ONE_TILE_EACH, BLOCK_Q, 0,
         )  # fmt: skip
         N, right_b, lo, full_lo, full_hi, hi = keys_of_tile(
             b, start_m, M, B, lens_ptr, stride_lens, causal_ptr, stride_causal, left, right,
@@ -130,15 +124,14 @@ def _paged_attention_kernel(
             slot = 2 * group + tl.where(unit == start, 0, 1)
             unit = begin + last_part
         else:
-            split = unit % num_splits
-            size = tl.cdiv(key_tiles, num_splits)
+            size = size_of_parts(key_tiles, num_splits, LEAST)
+            is_whole = size >= key_tiles if LEAST > 0 else num_splits == 1
             first_part = split * size
             if chunk > 0:  # parts of the same keys whatever the batch
                 size = chunk
                 first_part = split * size - lo // BLOCK_N
             last_part = tl.maximum(first_part + size, 0)
             first_part = tl.maximum(first_part, 0)
-            is_whole = num_splits == 1
             has_first = split == 0
             slot = split * num_tiles + tile
             unit = stop
@@ -147,27 +140,15 @@ def _paged_attention_kernel(
             head_tile, first_token, start_m, M, rows_ptr, offs_m, GROUP, TILE_GROUP, H_KV, BLOCK_Q
         )
         position = N - M + start_m + offs_m // TILE_GROUP
-        q_rows = q_ptr + (tokens * stride_qt + heads * stride_qh)[:, None]
-        q_ptrs = q_rows + offs_d[None, :] * stride_qd
-        q = load_tile(q_ptrs, mask_m, offs_d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
-        q_tail = q
-        if TAIL_D > 0:
-            offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
-            q_ptrs = q_rows + offs_tail[None, :] * stride_qd
-            q_tail = load_tile(q_ptrs, mask_m, offs_tail < HEAD_DIM, True, True)
-        if NEGATE_Q:  # a running maximum needs a scale that is not negative
-            q = -q
-            q_tail = -q_tail
+        q, q_tail = load_queries(
+            q_ptr + tokens * stride_qt + heads * stride_qh, stride_qd, mask_m,
+            NEGATE_Q, HEAD_DIM, BLOCK_D, TAIL_D,
+        )  # fmt: skip
         q_scale = tl.full([BLOCK_M], 1.0, tl.float32)
         code: tl.constexpr = k_ptr.dtype.element_ty
         if q.dtype == tl.bfloat16 and (code.is_fp8() or (IS_QUANTISED and HAS_PTX)):
             # Keys are converted to float16 in fewest steps, so queries are made to fit it.
-            peak = tl.max(tl.abs(q.to(tl.float32)), 1)
-            if TAIL_D > 0:
-                peak = tl.maximum(peak, tl.max(tl.abs(q_tail.to(tl.float32)), 1))
-            q_scale = power_of_two(peak)
-            q = (q.to(tl.float32) / q_scale[:, None]).to(tl.float16)
-            q_tail = (q_tail.to(tl.float32) / q_scale[:, None]).to(tl.float16)
+            q, q_tail, q_scale = queries_in_float16(q, q_tail, TAIL_D)
         slopes = scale_log2
         if HAS_ALIBI:
             slopes_ptrs = slopes_ptr + b.to(tl.int64) * stride_sb + heads * stride_sh
@@ -179,13 +160,10 @@ def _paged_attention_kernel(
         tree_start = N
         width = tree_width
         if HAS_TREE:
-            if tree_starts_ptr is None:
-                tree_ptrs += tokens * stride_mask
-            else:
-                width = M
-                rank = (start_m + offs_m // TILE_GROUP).to(tl.int64)
-                tree = tl.load(tree_starts_ptr + b, mask=start_m < M, other=0)
-                tree_ptrs += (tree + rank * M) * stride_mn
+            tree_ptrs, width = trees_of_rows(
+                tree_ptr, stride_mask, stride_mn, tree_starts_ptr, tree_width,
+                b, tokens, start_m, offs_m // TILE_GROUP, M,
+            )  # fmt: skip
             tree_start = N - width
             full_hi = tl.minimum(full_hi, tl.maximum(tree_start, 0) // BLOCK_N * BLOCK_N)
             full_hi = tl.maximum(full_hi, full_lo)
@@ -248,23 +226,15 @@ def _paged_attention_kernel(
             m_i, l_i, alpha = with_sink(m_i, l_i, sinks_ptrs, has_sink, BLOCK_M)
             acc *= alpha[:, None]
         out, lse = finish_softmax(m_i, l_i, acc)
-        mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
         if is_whole:
             tl.store(lse_ptr + heads * T + tokens, lse, mask=mask_m)
-            out_rows = (tokens * (H_KV * GROUP) + heads) * HEAD_DIM_V
-            out_ptrs = out_ptr + out_rows[:, None] + offs_dv[None, :]
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_dv)
+            store_rows(out_ptr, tokens * (H_KV * GROUP) + heads, out, mask_m, HEAD_DIM_V, BLOCK_DV)
         else:
             rows = (slot * HEAD_TILES + head_tile).to(tl.int64) * BLOCK_M + offs_m
             lse_log2 = m_i + tl.math.log2(l_i)
             tl.store(parts_lse_ptr + rows, lse_log2, mask=mask_m)
             has_keys = mask_m & (lse_log2 > -float("inf"))
-            parts_ptrs = parts_ptr + rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
-            tl.store(
-                parts_ptrs,
-                out.to(parts_ptr.dtype.element_ty),
-                mask=has_keys[:, None] & mask_dv,
-            )
+            store_rows(parts_ptr, rows, out, has_keys, HEAD_DIM_V, BLOCK_DV)
     if IS_BESIDE:  # noqa: SIM102 - decided while compiling
         # What comes next waits for this kernel alone, so one program waits for the one before.
         if pid == tl.num_programs(0) - 1:
@@ -273,8 +243,6 @@ def _paged_attention_kernel(
 
 _launch = Launcher(_paged_attention_kernel)
 _launch_next = Launcher(_paged_attention_kernel, launch_pdl=True)
-# Two programs have the registers that one of `_hopper.prefix` leaves.
-_launch_beside = Launcher(_paged_attention_kernel, maxnreg=96, launch_pdl=True)
 _FAR = 2**30 - 1  # no context is longer: a window of more keys would overflow 32 bits
 
 
@@ -352,14 +320,14 @@ def _start_by(
     sides = {"HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0 and is_ragged}
     schedule = {"IS_RAGGED": is_ragged, "ONE_TILE_EACH": plan.one_tile_each}
     limits = {"least_m": plan.least_m, "most_m": plan.most_m, "steps": B.bit_length()}
-    ends = context_lens.new_empty((plan.num_tiles,)) if plan.is_shared else None
-    counts_work = plan.is_beside and worklist.is_short(plan)
+    ends = None
     overlaps = problem.can_overlap(q.device)
-    if plan.is_shared and not counts_work:
-        worklist.count_work(
-            context_lens, cu_seqlens_q, is_causal, ends,
+    if plan.is_shared:
+        ends = worklist.count_work(
+            context_lens, cu_seqlens_q, is_causal,
             {**schedule, **sides, "BLOCK_Q": plan.block_q, "BLOCK_N": config.block_n},
-            T=T, B=B, num_tiles=plan.num_tiles, **limits, left=left, right=right,
+            T=T, B=B, num_tiles=plan.num_tiles, num_shares=plan.num_splits,
+            **limits, left=left, right=right,
         )  # fmt: skip
     parts, parts_lse = out, lse
     if plan.slots:
@@ -384,13 +352,11 @@ def _start_by(
         **schedule, "IS_SHARED": plan.is_shared,
         "GROUP": H // H_KV, "TILE_GROUP": plan.tile_group, "H_KV": H_KV, "HEAD_DIM_V": D_v,
         "BLOCK_M": config.block_m, "BLOCK_Q": plan.block_q,
-        "BLOCK_T": worklist.FEW_TILES if counts_work else 0,
     }  # fmt: skip
     block_d, tail_d = problem.split_head_dim(D)
     launch = _launch
-    if counts_work and tree_starts is None:
-        launch = _launch_beside  # it reads nothing that the kernel right before it writes
-    elif plan.is_shared and overlaps and not counts_work:
+    # Beside another launch it reads nothing that the kernel right before it writes.
+    if overlaps and (plan.is_shared or (plan.is_beside and tree_starts is None)):
         launch = _launch_next
     launch(
         plan.num_programs,
@@ -421,7 +387,7 @@ def _start_by(
             lse,
             parts,
             parts_lse,
-            *sizes.values(), plan.num_tiles.bit_length(), plan.chunk, tree_width, left, right,
+            *sizes.values(), plan.chunk, tree_width, left, right,
             abs(options.scale) * problem.LOG2_E, options.softcap * problem.LOG2_E,
         ),
         constexprs={
@@ -433,7 +399,7 @@ def _start_by(
             "VALUES_IN_KEYS": problem.are_values_in_keys(k_cache, v_cache),
             "HAS_PTX": device_info(q.device).capability >= 89,  # float8 to float16
             "NEGATE_Q": options.scale < 0, "OVERLAPS": overlaps,
-            "IS_BESIDE": plan.is_beside, "COUNTS_WORK": counts_work,
+            "IS_BESIDE": plan.is_beside, "LEAST": plan.least,
             "PRECISION": tiling.dot_precision(q),
             "BLOCK_N": config.block_n, "BLOCK_D": block_d, "TAIL_D": tail_d,
             "BLOCK_DV": tiling.padded_head_dim(D_v),
@@ -443,6 +409,9 @@ def _start_by(
     return Parts(
         *(parts, parts_lse, cu_seqlens_q, rows, ends, out, lse, sizes, shape),
         plan.head_tiles,
+        context_lens,
+        config.block_n,
+        plan.least,
     )
 
 

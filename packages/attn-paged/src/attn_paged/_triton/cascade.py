@@ -16,7 +16,9 @@ import triton.language as tl
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 from attn_paged._hopper import support
-from attn_paged._triton import merge, problem
+from attn_paged._triton import problem
+from attn_paged._triton.halves import merge_halves
+from attn_paged._triton.merge import Parts
 from attn_paged.options import AttentionOptions
 
 _MIN_SEQUENCES = 256  # of which a program looks at once; fewer compile no other kernel
@@ -138,7 +140,7 @@ _launch_divide_next = Launcher(_divide_sequences_kernel, launch_pdl=True)
 
 
 def attend_in_halves(
-    start: Callable[..., list[merge.Parts]],
+    start: Callable[..., list[Parts]],
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -185,15 +187,15 @@ def attend_in_halves(
     of_prefix, of_rest = zip(halves, halves_lse, strict=True)
     is_beside = support.takes(*caches, block_tables, options)
     if is_beside:
-        groups = (block_tables, prefix_lens, bounds, rows)
+        groups = (block_tables, prefix_lens, bounds, rows, rest_lens)
         left = _start_on_hopper(*caches, *groups, options.scale, *of_prefix)
     else:
         left = start(*caches, block_tables, prefix_lens, prefix, *of_prefix, rows)
     left_of_rest = start(*caches, rest_table, rest_lens, options, *of_rest, None, is_beside)
-    merge.merge_halves(left, left_of_rest, rows, out, lse)
+    merge_halves(left, left_of_rest, rows, out, lse)
 
 
-def _start_on_hopper(*arguments: Any) -> list[merge.Parts]:
+def _start_on_hopper(*arguments: Any) -> list[Parts]:
     """Start attention to prefixes by Gluon, which is imported where it is used."""
     from attn_paged._hopper import prefix
 

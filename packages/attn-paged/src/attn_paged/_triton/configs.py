@@ -4,7 +4,7 @@ A row's key is (width, bytes of an element of the cache, word): the width is the
 padded head dimensions, or LATENT. Words: a sequence has "few" rows up to 16 (queries times heads
 that share a key head, so decoding), "some" up to 64, else "many". Where the work is not shared,
 "few-whole" is for programs that have a sequence each, "few-parts" for those that have a part of
-one; "few-beside" is for those that run beside another launch.
+one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _ALONE_BYTES = 1 << 19  # of keys for a program that has a processor and a seque
 _INVARIANT_KEYS = 1024  # of a part that is the same in every batch
 _SHARED_BYTES = 208 << 10  # of a processor, for the tiles of its programs
 _KEY_TILE_BYTES = 1 << 15  # of keys and values that one stage of the pipeline holds
-_BESIDE_PROGRAMS = 4  # for each processor
-_WORDS = ("few", "few-whole", "few-parts", "few-beside", "some", "many")
+_BESIDE_PROGRAMS = 8  # for each processor, at most
+_LEAST_KEYS = 1024  # of a part for one of them
+_WORDS = ("few", "few-whole", "few-parts", "some", "many")
 
 
 def _portable(width: int, size: int, word: str) -> TileConfig:
@@ -77,8 +78,6 @@ ATTENTION = Table(
         **_decoding("sm_90", LATENT, 2, *[TileConfig(16, 64, 4, 2)] * 3),
         ("sm_90", LATENT, 2, "some"): TileConfig(64, 64, 8, 2),
         ("sm_90", LATENT, 2, "many"): TileConfig(64, 64, 8, 2),
-        ("sm_90", 64, 2, "few-beside"): TileConfig(16, 32, 4, 3),
-        ("sm_90", 128, 2, "few-beside"): TileConfig(16, 32, 4, 3),
         ("sm_90", 64, 2, "some"): TileConfig(64, 64, 4, 3),
         ("sm_90", 64, 2, "many"): TileConfig(128, 64, 8, 3),
         ("sm_90", 128, 2, "some"): TileConfig(64, 64, 4, 3),
@@ -123,7 +122,9 @@ class Plan(NamedTuple):
     one_tile_each : bool
         Whether tile b is sequence b, and the last one what pads q.
     is_beside : bool
-        Whether it takes what another launch leaves of each processor: room for two programs.
+        Whether it takes what another launch leaves of the processors.
+    least : int
+        Tiles of keys of a part at least, so that short sequences have one part; 0 for any.
     least_m, most_m : int
         Sequences with fewer or more queries are another launch's.
     """
@@ -138,6 +139,7 @@ class Plan(NamedTuple):
     chunk: int = 0
     one_tile_each: bool = False
     is_beside: bool = False
+    least: int = 0
     least_m: int = 0
     most_m: int = _ANY
 
@@ -210,7 +212,7 @@ def plans(
         if options.batch_invariant:
             plan = _invariant(plan, keys)
         elif is_beside and rows <= FEW:
-            plan = _beside(plan, choice)
+            plan = _beside(plan, choice, is_ragged)
         else:
             plan = schedule(plan, _span(plan, keys, is_ragged, options), key_bytes, choice)
         result.append(plan)
@@ -279,11 +281,12 @@ def schedule(plan: Plan, span: int, key_bytes: int, choice: Choice) -> Plan:
     return plan._replace(num_splits=max(1, shares), is_shared=True)
 
 
-def _beside(plan: Plan, choice: Choice) -> Plan:
-    """Programs for twice the room there is: each that ends makes room for one with as much work."""
-    shares = max(1, _BESIDE_PROGRAMS * device_info(choice.device).num_sms // plan.head_tiles)
-    config = choice.tiles("few-beside")
-    return plan._replace(config=config, num_splits=shares, is_shared=True, is_beside=True)
+def _beside(plan: Plan, choice: Choice, is_ragged: bool) -> Plan:
+    """Equal parts: their programs wait for room and take it wherever others end."""
+    programs = max(1, plan.num_tiles * plan.head_tiles)
+    wanted = _BESIDE_PROGRAMS * device_info(choice.device).num_sms
+    least = 0 if is_ragged else max(1, _LEAST_KEYS // plan.config.block_n)
+    return plan._replace(num_splits=max(1, wanted // programs), is_beside=True, least=least)
 
 
 def _invariant(plan: Plan, keys: int) -> Plan:

@@ -40,6 +40,24 @@ def block_ids(
 
 # fmt: off
 @triton.jit
+def trees_of_rows(
+    tree_ptr, stride_mask, stride_mn, tree_starts_ptr, tree_width, b, tokens, start_m, offs_q, M,
+):
+    # fmt: on
+    """Return where the entries of each row begin in a tree mask, and how many keys they are about.
+
+    A flat mask has the M by M matrices of the sequences one after the other.
+    """
+    if tree_starts_ptr is None:
+        return tree_ptr + tokens * stride_mask, tree_width
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        begin = tl.load(tree_starts_ptr + b, mask=start_m < M, other=0)
+        rank = (start_m + offs_q).to(tl.int64)
+        return tree_ptr + (begin + rank * M) * stride_mn, M
+
+
+# fmt: off
+@triton.jit
 def attend(
     acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
     k_ptr, stride_kb, stride_kn, stride_kd,

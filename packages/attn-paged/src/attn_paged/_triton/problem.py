@@ -9,9 +9,8 @@ from attn_core.tiling import MIN_DOT, padded_head_dim
 
 # Integers that change from call to call: compiled for any value.
 NOT_SPECIALIZED = [
-    *("T", "B", "num_tiles", "num_splits", "chunk", "least_m", "most_m", "steps", "num_halvings"),
-    *("a_num_tiles", "a_num_splits", "b_num_tiles", "b_num_splits", "num_blocks"),
-    *("stride_tb", "stride_mask", "tree_width", "left", "right"),
+    *("T", "B", "num_tiles", "num_splits", "num_shares", "chunk", "least_m", "most_m", "steps"),
+    *("num_blocks", "stride_tb", "stride_mask", "tree_width", "left", "right"),
 ]
 LOG2_E = 1.4426950408889634
 

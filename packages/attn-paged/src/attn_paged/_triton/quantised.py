@@ -79,6 +79,18 @@ def power_of_two(x):
 
 
 @triton.jit
+def queries_in_float16(q, q_tail, TAIL_D: tl.constexpr):
+    """Return two tiles of queries divided by powers of two, one for each row, and these."""
+    peak = tl.max(tl.abs(q.to(tl.float32)), 1)
+    if TAIL_D > 0:
+        peak = tl.maximum(peak, tl.max(tl.abs(q_tail.to(tl.float32)), 1))
+    scale = power_of_two(peak)
+    q = (q.to(tl.float32) / scale[:, None]).to(tl.float16)
+    q_tail = (q_tail.to(tl.float32) / scale[:, None]).to(tl.float16)
+    return q, q_tail, scale
+
+
+@triton.jit
 def scaled_softmax(m_i, scores, scale_log2, v_scales, visible, MASKED: tl.constexpr):
     """Online softmax where p * v_scale is at most 2: float16 holds it whatever the scales.
 

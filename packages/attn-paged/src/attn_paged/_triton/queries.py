@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from attn_core.tiles.masks import key_blocks
+from attn_core.tiles.offsets import load_tile
+
+LANES = tl.constexpr(32)  # of a warp
 
 
 @triton.jit
@@ -60,6 +63,44 @@ def queries_of_tile(
         return tile, tile, tile * 0, tile * 0 + 1
 
 
+@triton.jit
+def rows_of_tile(
+    head_tile, first_token, start_m, M, rows_ptr, offs_m,
+    GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, H_KV: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Return the head, the row of q and whether there is one, for rows `offs_m` of a tile."""
+    offs_q = offs_m // TILE_GROUP
+    offs_g = head_tile // H_KV * TILE_GROUP + offs_m % TILE_GROUP
+    mask_m = (offs_q < BLOCK_Q) & (start_m + offs_q < M) & (offs_g < GROUP)
+    heads = (head_tile % H_KV).to(tl.int64) * GROUP + offs_g
+    tokens = first_token + offs_q.to(tl.int64)
+    if rows_ptr is not None:
+        tokens = tl.load(rows_ptr + tokens, mask=mask_m, other=0).to(tl.int64)
+    return heads, tokens, mask_m
+
+
+# fmt: off
+@triton.jit
+def load_queries(
+    q_ptrs, stride_qd, mask_m, NEGATE_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr,
+):
+    # fmt: on
+    """Load rows that begin at q_ptrs [BLOCK_M]: a tile of BLOCK_D columns and one of the others."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = q_ptrs[:, None] + offs_d[None, :] * stride_qd
+    q = load_tile(ptrs, mask_m, offs_d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
+    q_tail = q
+    if TAIL_D > 0:
+        offs_tail = BLOCK_D + tl.arange(0, TAIL_D)
+        ptrs = q_ptrs[:, None] + offs_tail[None, :] * stride_qd
+        q_tail = load_tile(ptrs, mask_m, offs_tail < HEAD_DIM, True, True)
+    if NEGATE_Q:  # a running maximum needs a scale that is not negative
+        q = -q
+        q_tail = -q_tail
+    return q, q_tail
+
+
 # fmt: off
 @triton.jit
 def keys_of_tile(
@@ -80,28 +121,25 @@ def keys_of_tile(
 
 
 @triton.jit
-def tile_among(unit, ends):
-    """Find the tile that unit of work belongs to; return it and the first unit of the tile.
+def tile_of_unit(unit, ends_ptr, num_tiles):
+    """Return the tile that a unit of work belongs to and the first unit of the tile.
 
-    It is the first tile whose end is past the unit.
+    It is the first tile whose end is past the unit. A warp looks at as many ends as it has threads
+    in each step: more would have to meet in shared memory, which takes registers.
     """
-    is_before = ends <= unit
-    return tl.sum(is_before.to(tl.int32), 0), tl.max(tl.where(is_before, ends, 0), 0)
+    low = 0
+    stride = 1
+    while stride * LANES < num_tiles:
+        stride *= LANES
+    while stride > 0:
+        tiles = low + (tl.arange(0, LANES) + 1) * stride - 1
+        ends = tl.load(ends_ptr + tiles, mask=tiles < num_tiles, other=2**31 - 1)
+        low += tl.sum((ends <= unit).to(tl.int32), 0) * stride
+        stride = stride // LANES
+    return low, tl.load(ends_ptr + low - 1, mask=low > 0, other=0)
 
 
 @triton.jit
-def tile_of_unit(unit, ends_ptr, num_tiles, steps, BLOCK_T: tl.constexpr):
-    """Do so by ends in memory: all at once where BLOCK_T > 0, else one in each halving."""
-    if BLOCK_T > 0:
-        tiles = tl.arange(0, BLOCK_T)
-        ends = tl.load(ends_ptr + tiles, mask=tiles < num_tiles, other=2**31 - 1)
-        return tile_among(unit, ends)
-    else:  # noqa: RET505 - Triton compiles what follows a return
-        low = 0
-        high = num_tiles - 1
-        for _ in range(steps):
-            middle = (low + high) // 2
-            is_past = tl.load(ends_ptr + middle) > unit
-            high = tl.where(is_past, middle, high)
-            low = tl.where(is_past, low, tl.minimum(middle + 1, high))
-        return low, tl.load(ends_ptr + low - 1, mask=low > 0, other=0)
+def size_of_parts(key_tiles, num_splits, LEAST: tl.constexpr):
+    """Tiles of keys of each of up to `num_splits` equal parts, at least LEAST."""
+    return tl.maximum(tl.cdiv(key_tiles, num_splits), LEAST)

@@ -1,9 +1,8 @@
 """The work of a batch, counted on the device so that programs can share it equally.
 
 A unit of work is one tile of keys for one tile of queries. The list holds, for each tile of
-queries, the units up to its end. A kernel before attention counts it. Beside a shared prefix every
-program of attention does, so that no kernel comes between two that overlap; elsewhere the registers
-this takes cost more than a kernel.
+queries, the units up to its end, and after the last one the units of each program's share. A kernel
+before attention counts it: done by attention itself it would take registers, which cost more.
 """
 
 import torch
@@ -13,11 +12,12 @@ import triton.language as tl
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 from attn_paged._triton import problem
-from attn_paged._triton.configs import Plan
 from attn_paged._triton.queries import keys_of_tile, queries_of_tile
 
-FEW_TILES = 256  # at most, that a program looks at at once
 _TILES = 1024  # that are counted at once
+# A launch beside this one is bound by memory: what time a tile of its keys takes a processor of an
+# H200, as a part of that of a unit of shared prefixes, chosen by trial.
+_BESIDE = tl.constexpr(1 / 3)
 
 
 # fmt: off
@@ -49,8 +49,9 @@ def _count_work_kernel(
     lens_ptr, stride_lens,
     cu_seqlens_ptr, stride_cu,
     causal_ptr, stride_causal,
-    ends_ptr,  # [num_tiles]
-    T, B, num_tiles, least_m, most_m, steps, left, right,
+    beside_ptr,  # [B], keys of each sequence that a launch beside this one attends to
+    ends_ptr,  # [num_tiles + 1]
+    T, B, num_tiles, least_m, most_m, steps, left, right, num_shares,
     IS_RAGGED: tl.constexpr, ONE_TILE_EACH: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -68,46 +69,49 @@ def _count_work_kernel(
         )  # fmt: skip
         tl.store(ends_ptr + tiles, total + tl.cumsum(units, 0), mask=tiles < num_tiles)
         total += tl.sum(units, 0)
+    if beside_ptr is not None:  # fewer programs have work, and leave processors to that launch
+        for start in range(0, B, BLOCK_T):
+            b = start + tl.arange(0, BLOCK_T)
+            keys = tl.load(beside_ptr + b, mask=b < B, other=0)
+            total += (tl.sum(tl.cdiv(keys, BLOCK_N), 0) * _BESIDE).to(tl.int32)
+    tl.store(ends_ptr + num_tiles, tl.maximum(tl.cdiv(total, num_shares), 1))
 
 
 _launch = Launcher(_count_work_kernel)
 _launch_next = Launcher(_count_work_kernel, launch_pdl=True)
 
 
-def is_short(plan: Plan) -> bool:
-    """Whether a program looks at all of the list at once."""
-    return plan.num_tiles <= FEW_TILES
-
-
 def count_work(
     context_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     is_causal: torch.Tensor | None,
-    ends: torch.Tensor,
     constexprs: dict[str, bool | int],
     *,
-    is_next: bool = False,
+    num_shares: int,
+    beside: torch.Tensor | None = None,
     **sizes: int,
-) -> None:
-    """Write the units of work up to the end of each tile to ends, int32 (num_tiles,).
+) -> torch.Tensor:
+    """Return the units of work up to the end of each tile, then those of a share.
 
-    `is_next` says that the kernel right before it is one of this package.
+    `beside` (B,) are keys of each sequence that a launch beside this one attends to. The kernel
+    right before is then one of this package.
     """
+    ends = context_lens.new_empty((sizes["num_tiles"] + 1,))
     block_t = min(_TILES, max(128, 1 << (sizes["num_tiles"] - 1).bit_length()))
     strides = [problem.strides_of(x, 1) for x in (context_lens, cu_seqlens_q, is_causal)]
     overlaps = problem.can_overlap(ends.device)
-    launch = _launch_next if is_next and overlaps else _launch
+    launch = _launch_next if beside is not None and overlaps else _launch
     launch(
         1,
-        strides=(*strides, is_causal is None),
+        strides=(*strides, is_causal is None, beside is None),
         args=(
             context_lens, *strides[0],
             cu_seqlens_q, *strides[1],
             is_causal, *strides[2],
-            ends, *sizes.values(),
+            beside,
+            ends, *sizes.values(), num_shares,
         ),
-        constexprs={
-            **constexprs, "BLOCK_T": block_t, "OVERLAPS": overlaps,
-        },
+        constexprs={**constexprs, "BLOCK_T": block_t, "OVERLAPS": overlaps},
         config=TileConfig(block_t, 1, 4, 1),
     )  # fmt: skip
+    return ends
