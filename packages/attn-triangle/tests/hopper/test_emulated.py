@@ -17,8 +17,11 @@ from attn_core.device import triton_version
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_core.testing import hopper as emulator
 from attn_triangle import _backends, reference
-from attn_triangle._triton import short
 from attn_triangle.layout import new_heads_last
+
+pytest.importorskip("triton")
+
+from attn_triangle._triton import short
 
 pytestmark = [
     pytest.mark.interpret,

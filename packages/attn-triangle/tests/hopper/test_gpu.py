@@ -12,6 +12,9 @@ from attn_core.device import device_info
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_triangle import UnsupportedProblemError, reference, triangle_attention
 from attn_triangle._hopper import configs
+
+pytest.importorskip("triton")
+
 from attn_triangle._triton import short
 
 pytestmark = pytest.mark.gpu
