@@ -112,16 +112,17 @@ def reference(case, inputs):
 
 
 def count_work(lens, bounds, _is_causal, constexprs, *, beside, num_tiles, num_shares, **sizes):
-    """What `worklist.count_work` returns where nothing is beside."""
-    ends = torch.zeros(num_tiles + 1, dtype=torch.int32)
-    begins = bounds.tolist()
-    for b, (begin, end) in enumerate(pairwise(begins)):
+    """What `worklist.count_work` returns where what is beside has no work."""
+    units = torch.zeros(num_tiles, dtype=torch.int32)
+    for b, (begin, end) in enumerate(pairwise(bounds.tolist())):
         first = begin // constexprs["BLOCK_Q"] + b
         for tile in range(first, first + -(-(end - begin) // constexprs["BLOCK_Q"])):
-            ends[tile] = max(-(-int(lens[b]) // constexprs["BLOCK_N"]), 1)
-    ends = ends.cumsum(0)
-    ends[-1] = max(-(-int(ends[-1]) // num_shares), 1)
-    return ends.int()
+            units[tile] = max(-(-int(lens[b]) // constexprs["BLOCK_N"]), 1)
+    share = max(-(-int(units.sum()) // num_shares), 1)
+    parts = -(-units // share)
+    if parts.sum() <= num_shares:
+        units = parts * share
+    return torch.cat([units.cumsum(0), torch.tensor([share])]).int()
 
 
 def merged(case, left):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from attn_paged._triton import append, attention, cascade, configs, problem, queries
+from attn_paged._triton import append, attention, cascade, configs, problem, queries, worklist
 
 pytestmark = pytest.mark.interpret
 
@@ -217,6 +217,47 @@ def test_units_of_work_are_found(num_tiles):
     expected = torch.searchsorted(ends, units, right=True)
     assert tiles.equal(expected.int())
     assert begins.equal(torch.cat([ends.new_zeros(1), ends])[expected])
+
+
+@pytest.mark.parametrize("rest", [0, 900], ids=lambda keys: f"rest{keys}")
+@pytest.mark.parametrize(
+    "lens, members",
+    [
+        ((260, 0, 0, 50), (40, 0, 0, 3)),
+        ((16, 99, 1, 64), (1, 1, 1, 1)),
+        ((4, 4, 0, 0), (9, 1, 0, 0)),
+    ],
+    ids=str,
+)
+def test_work_is_left_to_a_launch_beside(lens, members, rest):
+    """Its keys make shares larger; where tiles are few, no share has parts of two."""
+    lens, num_shares, num_tiles, block_q, block_n = torch.tensor(lens).int(), 9, 12, 8, 16
+    bounds = torch.tensor([0, *accumulate(members)]).int()
+    flags = {"IS_RAGGED": True, "ONE_TILE_EACH": False, "HAS_LEFT": False, "HAS_RIGHT": False}
+    *ends, share = worklist.count_work(
+        lens,
+        bounds,
+        None,
+        {**flags, "BLOCK_Q": block_q, "BLOCK_N": block_n},
+        beside=torch.full((4,), rest).int(),
+        num_shares=num_shares,
+        T=int(bounds[-1]),
+        B=4,
+        num_tiles=num_tiles,
+        least_m=0,
+        most_m=2**30,
+        steps=3,
+        left=-1,
+        right=-1,
+    ).tolist()
+    units = [0] * num_tiles
+    for b, (begin, end) in enumerate(pairwise(bounds.tolist())):
+        for tile in range(-(-(end - begin) // block_q)):
+            units[begin // block_q + b + tile] = max(-(-int(lens[b]) // block_n), 1)
+    assert share == -(-(sum(units) + 4 * -(-rest // block_n) // 3) // num_shares)
+    if sum(-(-n // share) for n in units) <= num_shares:
+        units = [-(-n // share) * share for n in units]
+    assert ends == list(accumulate(units))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 20, 64])
@@ -543,8 +584,12 @@ def start_prefixes(q, k_cache, v_cache, tables, lens, bounds, rows, _rest_lens, 
 
 
 @pytest.mark.parametrize("num_sms", [1, 8], ids=lambda sms: f"sms{sms}")
-@pytest.mark.parametrize("heads", [(4, 2), (20, 1)], ids=str)
-def test_rest_beside_prefixes(heads, num_sms, monkeypatch):
+@pytest.mark.parametrize(
+    "lens_q, heads",
+    [((), (4, 2)), ((), (20, 1)), ((1, 1, 9, 1, 30), (4, 2))],
+    ids=["decode", "decode-group20", "mixed"],
+)
+def test_rest_beside_prefixes(lens_q, heads, num_sms, monkeypatch):
     """Whole sequences or parts of them, which are merged with those of prefixes at once."""
     use(monkeypatch, shares=3)
     monkeypatch.setattr(cascade.support, "takes", lambda *args: True)
@@ -553,7 +598,7 @@ def test_rest_beside_prefixes(heads, num_sms, monkeypatch):
     info = DeviceInfo("cpu", "", num_sms=num_sms)
     monkeypatch.setattr(configs, "device_info", lambda device: info)
     monkeypatch.setattr(configs, "_LEAST_KEYS", 1)
-    inputs = make(Sizes((90, 60, 76, 1, 68), (), *heads))
+    inputs = make(Sizes((90, 60, 76, 1, 68), lens_q, *heads))
     for member in (1, 2, 4):
         inputs.block_tables[member, :5] = inputs.block_tables[0, :5].clone()
     check(inputs, shared_prefix=True)

@@ -155,8 +155,10 @@ def _segment(tensors, problem, share, unit, WARPS: gl.constexpr):
     last = gl.minimum(tiles, share.stop - begin)
     slot = 2 * share.number + gl.where(unit == share.start, 0, 1)
     is_whole = (unit == begin) & (last == tiles)
+    # A tile may have more units than tiles of keys, so that the next one begins with a program.
+    next_unit = gl.where(last == tiles, gl.load(tensors.ends_ptr + tile), begin + last)
     return _Segment(
-        b, first + start_m, M - start_m, N, unit - begin, last, is_whole, slot, begin + last
+        b, first + start_m, M - start_m, N, unit - begin, last, is_whole, slot, next_unit
     )
 
 

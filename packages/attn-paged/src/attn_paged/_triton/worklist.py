@@ -60,6 +60,11 @@ def _count_work_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = 0
+    share = 0
+    if beside_ptr is not None:  # fewer programs have work, and leave processors to that launch
+        b = tl.arange(0, BLOCK_T)
+        keys = tl.load(beside_ptr + b, mask=b < B, other=0)
+        beside = (tl.sum(tl.cdiv(keys, BLOCK_N), 0) * _BESIDE).to(tl.int32)
     for start in range(0, num_tiles, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
         units = units_of_tiles(
@@ -67,14 +72,16 @@ def _count_work_kernel(
             T, B, num_tiles, least_m, most_m, steps, left, right,
             IS_RAGGED, ONE_TILE_EACH, HAS_LEFT, HAS_RIGHT, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
+        if beside_ptr is not None:
+            share = tl.maximum(tl.cdiv(tl.sum(units, 0) + beside, num_shares), 1)
+            # Rounded up, each tile begins with a program, which has then no bit of another one.
+            parts = tl.cdiv(units, share)
+            units = tl.where(tl.sum(parts, 0) <= num_shares, parts * share, units)
         tl.store(ends_ptr + tiles, total + tl.cumsum(units, 0), mask=tiles < num_tiles)
         total += tl.sum(units, 0)
-    if beside_ptr is not None:  # fewer programs have work, and leave processors to that launch
-        for start in range(0, B, BLOCK_T):
-            b = start + tl.arange(0, BLOCK_T)
-            keys = tl.load(beside_ptr + b, mask=b < B, other=0)
-            total += (tl.sum(tl.cdiv(keys, BLOCK_N), 0) * _BESIDE).to(tl.int32)
-    tl.store(ends_ptr + num_tiles, tl.maximum(tl.cdiv(total, num_shares), 1))
+    if beside_ptr is None:
+        share = tl.maximum(tl.cdiv(total, num_shares), 1)
+    tl.store(ends_ptr + num_tiles, share)
 
 
 _launch = Launcher(_count_work_kernel)
