@@ -39,7 +39,7 @@ def _attention_backward_context_kernel(
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
     IS_CAUSAL: tl.constexpr, HAS_DSUMS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):
     # fmt: on
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
@@ -61,7 +61,8 @@ def _attention_backward_context_kernel(
         row = drows_ptr + pid_bh.to(tl.int64) * HEAD_DIM
         dcontext_i = tl.load(row + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
 
-    for step in range(last - first):
+    # Triton pipelines loads that no product takes, those of dv, only where a loop says so.
+    for step in tl.range(0, last - first, num_stages=NUM_STAGES):
         tile = last - 1 - step
         start = tile * BLOCK_M
         dv_ptrs, mask = values_ptrs(dv_ptr, pid_bh, start, L, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -96,6 +97,7 @@ def backward_context(work: Work, drows: torch.Tensor) -> None:
             "IS_CAUSAL": work.causal, "HAS_DSUMS": work.dsums_after is not None,
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
             "PRECISION": call.numerics["PRECISION"], **call.blocks, "BLOCK_M": config.block_m,
+            "NUM_STAGES": config.num_stages,
         },
         config=config,
     )  # fmt: skip

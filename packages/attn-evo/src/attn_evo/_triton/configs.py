@@ -109,7 +109,8 @@ HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
     ("gate", 128, 2): {"num_stages": 3},
     ("products", 128, 2): {"block_m": 32},
     ("stat", 128, 2): {"num_stages": 3},
-    ("context", 128, 2): {"block_m": 64, "num_warps": 4, "num_stages": 2},
+    ("context", 64, 2): {"num_stages": 2},
+    ("context", 128, 2): {"block_m": 64, "num_warps": 4, "num_stages": 3},
     ("products", 64, 4): {"block_m": 32, "num_stages": 2},
     ("context", 64, 4): {"block_m": 32, "num_stages": 2},
 }
