@@ -53,13 +53,15 @@ def test_scalar_tiles_fit_the_shared_memory(is_aligned, part, dim):
     assert tile.rows * tile.column_threads % tile.threads == 0
 
 
-def test_decoding_keeps_every_processor_busy_once():
+@pytest.mark.parametrize("dim,threads", [(64, 64), (96, 64), (128, 128), (256, 128)])
+def test_decoding_keeps_every_processor_busy_once(dim, threads):
     device = dataclasses.replace(gpu(), processors=132)
-    problem = Problem("float16", 8, 1, 8192, 64, 8, 128, 128, is_aligned=True)
+    problem = Problem("float16", 8, 1, 8192, 64, 8, dim, dim, is_aligned=True)
     plan = variants.forward(device, "matrix", problem, 0.125)
-    assert (plan.rows, plan.pack) == (16, 8)
+    assert (plan.constants[0], plan.rows, plan.pack) == (threads, 16, 8)
     _, _, groups = plan.groups(problem)
-    assert 0.9 < plan.groups(problem)[0] * groups / (132 * variants._BUSY_DECODERS) <= 1
+    most = 132 * variants._BUSY_DECODERS[threads]
+    assert 0.9 < plan.groups(problem)[0] * groups / most <= 1
 
 
 @pytest.mark.parametrize("dim,tile", [(64, (128, 64)), (128, (256, 128)), (256, (128, 64))])

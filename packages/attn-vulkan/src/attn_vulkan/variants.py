@@ -21,8 +21,8 @@ _HALF = 2
 _SUBGROUP = 32
 # More workgroups than this do not make a device busier; decoding splits its keys to get there.
 _BUSY_WORKGROUPS = {"discrete": 1024, "integrated": 128, "virtual": 1024, "other": 128, "cpu": 8}
-# Workgroups of a multiprocessor that registers allow where a few rows are decoded.
-_BUSY_DECODERS = 5
+# Workgroups of a multiprocessor that registers allow where few rows are decoded, by their threads.
+_BUSY_DECODERS = {64: 5, 128: 4}
 _MIN_SPLIT_KEYS = 256
 _MIN_SPLITS = 4  # fewer do not make up for their merging
 _PACKED_ROWS = 64
@@ -93,11 +93,13 @@ _MATRIX_TILES = {
     128: (MatrixTile(256, 64), MatrixTile(128, 64), MatrixTile(64, 16)),
     256: (MatrixTile(128, 32),),
 }
-# For as many rows as one matrix has: little shared memory, so that many of them load at a time.
+_MATRIX2_TILES = {**_MATRIX_TILES, 64: (MatrixTile(128, 48, 2), MatrixTile(128, 64))}
+# For as many rows as one matrix has: little shared memory, so that many of them load at a time. The
+# first whose subgroups have whole matrices of V is taken.
 _DECODING_TILES = {
-    64: MatrixTile(64, 32, is_shared=True),
-    128: MatrixTile(64, 16, is_shared=True),
-    256: MatrixTile(128, 16, is_shared=True),
+    64: (MatrixTile(64, 32, is_shared=True),),
+    128: (MatrixTile(128, 16, is_shared=True), MatrixTile(64, 16, is_shared=True)),
+    256: (MatrixTile(128, 16, is_shared=True),),
 }
 _BACKWARD_MATRIX_TILES = {
     64: (MatrixTile(256, 32), MatrixTile(128, 64)),
@@ -185,7 +187,7 @@ def fits_forward(name: str, problem: Problem) -> bool:
     """Whether the forward shader of a variant computes this problem at all."""
     dims = problem.head_dim, problem.head_dim_v
     if name == "matrix2":
-        return max(dims) <= max(_MATRIX_TILES) and not _packs(problem)
+        return max(dims) <= max(_MATRIX2_TILES) and not _packs(problem)
     return name != "matrix" or max(dims) <= max(_MATRIX_TILES)
 
 
@@ -204,7 +206,7 @@ def forward(device: Device, variant: str, problem: Problem, scale: float) -> Pla
     flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
     if variant == "matrix":
         tile = _matrix_tile(problem, problem.len_q * pack)
-        busy = device.processors * _BUSY_DECODERS if tile.is_shared else 0
+        busy = device.processors * _BUSY_DECODERS[tile.threads] if tile.is_shared else 0
         splits = _splits(problem, tile.rows, pack, busy or _BUSY_WORKGROUPS[device.type])
         dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
         return Plan(
@@ -261,7 +263,7 @@ def padded(size: int, multiple: int) -> int:
 
 def _forward_matrix2(problem: Problem, scale: float) -> Plan:
     dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
-    tile = _filled_by(problem.len_q, _of_dim(_MATRIX_TILES, dim))
+    tile = _filled_by(problem.len_q, _of_dim(_MATRIX2_TILES, dim))
     dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
     flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
     constants = _numbers(
@@ -292,9 +294,9 @@ def _packs(problem: Problem) -> bool:
 
 def _matrix_tile(problem: Problem, rows: int) -> MatrixTile:
     dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
-    decoding = _of_dim(_DECODING_TILES, dim)
-    if rows <= decoding.rows and padded(problem.head_dim_v, 16) % (decoding.threads // 2) == 0:
-        return decoding
+    for tile in _of_dim(_DECODING_TILES, dim):
+        if rows <= tile.rows and padded(problem.head_dim_v, 16) % (tile.threads // 2) == 0:
+            return tile
     return _filled_by(rows, _of_dim(_MATRIX_TILES, dim))
 
 

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 _PARAMETER_BYTES = 1 << 16
 _PARAMETER_ALIGNMENT = 256
 _MAX_TIMESTAMPS = 256
-_COMPUTE = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | vk.VK_PIPELINE_STAGE_TRANSFER_BIT
-_STAGES = _COMPUTE | vk.VK_PIPELINE_STAGE_HOST_BIT
+_STAGES = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | vk.VK_PIPELINE_STAGE_TRANSFER_BIT
 _WRITES = vk.VK_ACCESS_SHADER_WRITE_BIT | vk.VK_ACCESS_TRANSFER_WRITE_BIT
-_READS = vk.VK_ACCESS_SHADER_READ_BIT | vk.VK_ACCESS_TRANSFER_READ_BIT | vk.VK_ACCESS_HOST_READ_BIT
+_READS = vk.VK_ACCESS_SHADER_READ_BIT | vk.VK_ACCESS_TRANSFER_READ_BIT
 
 
 class Commands:
@@ -52,7 +51,10 @@ class Commands:
         except BaseException:
             self.destroy()
             raise
-        self._barrier = vk.VkMemoryBarrier(srcAccessMask=_WRITES, dstAccessMask=_READS | _WRITES)
+        self._for_device = vk.VkMemoryBarrier(srcAccessMask=_WRITES, dstAccessMask=_READS | _WRITES)
+        self._for_host = vk.VkMemoryBarrier(
+            srcAccessMask=_WRITES, dstAccessMask=vk.VK_ACCESS_HOST_READ_BIT
+        )
 
     def begin(self) -> None:
         """Start anew; whatever was recorded before is forgotten."""
@@ -94,19 +96,8 @@ class Commands:
         )
 
     def barrier(self) -> None:
-        """Let what follows see what was written before."""
-        self._functions.vkCmdPipelineBarrier(
-            self.handle,
-            _COMPUTE,
-            _STAGES,
-            0,
-            1,
-            ctypes.addressof(self._barrier),
-            0,
-            None,
-            0,
-            None,
-        )
+        """Let the commands that follow see what was written before."""
+        self._wait(_STAGES, self._for_device)
 
     def timestamp(self) -> None:
         """Note the time at which everything recorded so far has ended."""
@@ -153,7 +144,7 @@ class Commands:
 
     def end(self) -> None:
         """Stop recording; the host will see everything written."""
-        self.barrier()
+        self._wait(vk.VK_PIPELINE_STAGE_HOST_BIT, self._for_host)
         self._functions.vkEndCommandBuffer(self.handle)
 
     def release(self) -> None:
@@ -167,6 +158,12 @@ class Commands:
         self._context.memory.release(self._parameters)
         self._functions.vkDestroyQueryPool(self._device, self._queries, None)
         self._functions.vkDestroyCommandPool(self._device, self._pool, None)
+
+    def _wait(self, stages: int, access: vk.VkMemoryBarrier) -> None:
+        """Let `stages` of what follows wait for all before."""
+        self._functions.vkCmdPipelineBarrier(
+            self.handle, _STAGES, stages, 0, 1, ctypes.addressof(access), 0, None, 0, None
+        )
 
     def _store(self, parameters: bytes) -> int:
         offset = self._used

@@ -43,8 +43,8 @@ const bool EARLY = SPLIT;
 
 shared uvec4 s_tiles[Q_SIZE > KV_SIZE ? Q_SIZE : KV_SIZE];  // Q at first, then K and V
 
-#define FETCH_K(start) FETCH_KEYS(k_next, D, k_rows, k_lane, k_step, start, key_address(p.k, s, head_kv, row, PAGED))
-#define FETCH_V(start) FETCH_KEYS(v_next, DV, v_rows, v_lane, v_step, start, key_address(p.v, s, head_kv, row, PAGED))
+#define FETCH_K(start) FETCH_KEYS(k_next, D, k_row, k_rows, k_lane, k_step, start, key_address(p.k, s, head_kv, row, PAGED))
+#define FETCH_V(start) FETCH_KEYS(v_next, DV, v_row, v_rows, v_lane, v_step, start, key_address(p.v, s, head_kv, row, PAGED))
 
 void main() {
     uint split = gl_WorkGroupID.z / p.batches;
@@ -67,6 +67,9 @@ void main() {
         uint chunk = (s.len_k + p.splits * BC - 1) / (p.splits * BC) * BC;
         keys = uvec2(max(keys.x, split * chunk), min(keys.y, (split + 1) * chunk));
     }
+    if (keys.x >= keys.y)
+        keys = uvec2(0);
+    uint last_key = max(keys.y, 1) - 1, k_row = thread() / (D / 8), v_row = thread() / (DV / 8);
     Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
     Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
     uint64_t k_lane = key_lane_of(k_rows, D), v_lane = key_lane_of(v_rows, DV);
@@ -74,11 +77,9 @@ void main() {
     ivec2 seen = shared_keys(s, my_first, my_last);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[K_FETCH], v_next[V_FETCH];
-    if (keys.x < keys.y) {
-        FETCH_K(j_first)
-        if (EARLY)
-            FETCH_V(j_first)
-    }
+    FETCH_K(j_first)
+    if (EARLY)
+        FETCH_V(j_first)
 
     MATRIX_A q[BLOCKS * KD];
     for (uint e = thread(); e < BR * (D / 8); e += WG) {
@@ -106,7 +107,7 @@ void main() {
     float to_base_2 = PLAIN ? p.scale : 1.0;
 
     STORE_TILE(k_next, BC, D, 0)
-    if (EARLY && keys.x < keys.y)
+    if (EARLY)
         FETCH_K(j_first + BC)
     barrier();
     for (uint j0 = j_first; j0 < keys.y; j0 += BC) {

@@ -36,8 +36,8 @@ const uint V_FETCH = (BC * (DV / 8) + WG - 1) / WG;
 
 shared uvec4 s_tiles[Q_SIZE > KV_SIZE ? Q_SIZE : KV_SIZE];  // Q at first, then K and V
 
-#define FETCH_K(start) FETCH_KEYS(k_next, D, k_rows, k_lane, k_step, start, key_address(p.k, s, head_kv, row, PAGED))
-#define FETCH_V(start) FETCH_KEYS(v_next, DV, v_rows, v_lane, v_step, start, key_address(p.v, s, head_kv, row, PAGED))
+#define FETCH_K(start) FETCH_KEYS(k_next, D, k_row, k_rows, k_lane, k_step, start, key_address(p.k, s, head_kv, row, PAGED))
+#define FETCH_V(start) FETCH_KEYS(v_next, DV, v_row, v_rows, v_lane, v_step, start, key_address(p.v, s, head_kv, row, PAGED))
 
 // Functions of the elements of matrices: r and c are the row and the column of one.
 float larger(const in float a, const in float b) { return max(a, b); }
@@ -97,6 +97,9 @@ void main() {
     uint first_row = gl_SubgroupID * MY_ROWS, my_row0 = row0 + first_row;
 
     uvec2 keys = visible_keys(s, row0, min(row0 + BR, s.len_q) - 1);
+    if (keys.x >= keys.y)
+        keys = uvec2(0);
+    uint last_key = max(keys.y, 1) - 1, k_row = thread() / (D / 8), v_row = thread() / (DV / 8);
     uint my_last = min(my_row0 + MY_ROWS, s.len_q) - 1;
     Rows k_rows = rows_of(p.k, key_address(p.k, s, head_kv, 0, false), p.head_dim, keys.y);
     Rows v_rows = rows_of(p.v, key_address(p.v, s, head_kv, 0, false), p.head_dim_v, keys.y);
@@ -105,8 +108,7 @@ void main() {
     ivec2 seen = shared_keys(s, my_row0, my_last);
     uint j_first = keys.x / BC * BC;
     uvec4 k_next[K_FETCH], v_next[V_FETCH];
-    if (keys.x < keys.y)
-        FETCH_K(j_first)
+    FETCH_K(j_first)
 
     MATRIX_A q[BLOCKS * KD];
     for (uint e = thread(); e < BR * (D / 8); e += WG) {
