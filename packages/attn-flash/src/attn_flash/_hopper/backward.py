@@ -592,7 +592,7 @@ _launch = GluonLauncher(_attention_backward_kernel)
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
 # Keys of a query up to which clearing the sum of dQ takes longer than asking who is first.
-_CLAIMED = {64: 1024, 128: 2048}
+_CLAIMED = {64: 1024, 128: 4096}
 _FEW_TILES = 4  # for every multiprocessor: fewer are split into two parts
 
 

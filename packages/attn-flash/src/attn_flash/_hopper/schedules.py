@@ -49,7 +49,7 @@ _LONG = 2048  # keys from which 192 queries at a time pay
 _LONG_RAGGED = 4096  # and for ragged sequences with a closed window
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
 _SHORT_BACKWARD = 272  # tokens, at most, of a head whose gradients fit shared memory
-_PORTABLE_BACKWARD = 768  # tokens up to which narrow heads go backward faster without Gluon
+_PORTABLE_BACKWARD = 448  # tokens up to which narrow heads go backward faster without Gluon
 
 
 @functools.lru_cache
