@@ -451,12 +451,22 @@ def wait_until_set(pointer: Pointer) -> None:
         _dawdle()
 
 
+def _raise_pivots(pivot: _Tensor, top: _Tensor) -> tuple[_Tensor, _Tensor]:
+    """Raise rows' pivots that a number passes by more than 8; return the factors, too."""
+    old, highest = pivot.array, top.array.max(axis=1, keepdims=True)
+    new = np.where(highest > old + 8, highest, old)
+    with np.errstate(invalid="ignore"):
+        return _Tensor(new), _Tensor(np.where(new == old, 1, np.exp2(old - new)))
+
+
 def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> Any:
     instruction = code.partition(";")[0].split()
     compute = _INSTRUCTIONS.get(instruction[0].partition(".")[0])
     if compute is not None:
         with np.errstate(over="ignore", divide="ignore"):
             return _Tensor(compute(args[0].array.astype(np.float32)))
+    if "vote.sync.any" in code:  # warps for which nothing changes skip it
+        return _raise_pivots(*args) if "shfl.sync" in code else args[0] * args[1]
     if instruction[0] == "cp.async.bulk.wait_group":
         _Tma.store_wait(int(instruction[1]))
         return _finish_writes()

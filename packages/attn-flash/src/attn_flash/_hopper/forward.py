@@ -4,7 +4,9 @@ Scores, softmax and output follow FlashAttention's recurrence over blocks of key
 block that a tile of queries sees to the first:
 
     S = Q K^T,   m' = max(m, rowmax S),   P = exp(scale (S - m')),
-    l = exp(scale (m - m')) l + rowsum P,   O = exp(scale (m - m')) O + P V.
+    l = exp(scale (m - m')) l + rowsum P,   O = exp(scale (m - m')) O + P V,
+
+but m, which only has to keep P in range, stays as it is until scores pass it by 8 powers of two.
 
 A warpgroup keeps S, P and O in registers. It starts S of a block together with P V of the block
 before, and does its softmax while another warpgroup's products run. The first S of the next tile
@@ -46,7 +48,7 @@ from attn_flash._hopper import problem
 from attn_flash._hopper.descriptors import Rows
 from attn_flash._hopper.primitives import load_ragged_rows, load_rows, store_ragged_rows, store_rows
 from attn_flash._hopper.schedules import Schedule
-from attn_flash._hopper.softmax import ROWS, store_lse, thread_sums
+from attn_flash._hopper.softmax import ROWS, fold, no_pivots, raise_pivots, rescale_rows, store_lse
 
 # Named barriers; those below 6 are the compiler's.
 _K_EMPTY = gl.constexpr(6)  # and the next two
@@ -291,6 +293,7 @@ def _absorb(buffers, EMPTY: gl.constexpr, problem, count):
 @gluon.jit
 def _load(tensors, shared, problem):
     """Copy queries, keys and values in the order in which the consumers use them."""
+    HAS_ONE_BUFFER: gl.constexpr = shared.q.shape[0] * ROWS == problem.BLOCK_M  # of queries
     number = gl.program_id(0)
     zero = gl.to_tensor(0)
     sequence, first, _ = _find(problem, _sequence(problem, zero), zero, number)
@@ -307,6 +310,10 @@ def _load(tensors, shared, problem):
             )
             _load_block(tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, block, count)
             count += 1
+        if HAS_ONE_BUFFER:  # which is only free when the last values are all that is missing
+            _load_block(
+                tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, tile.first, count
+            )
         number = _next_number(problem, number)
         sequence, first, stop = _find(problem, tile.sequence, first, number)
         _reset_counter(problem, number, stop)
@@ -320,7 +327,10 @@ def _load(tensors, shared, problem):
                 tensors.k, shared.k, shared.k_full, _K_EMPTY,
                 problem, following, following.last - 1, count + 1,
             )  # fmt: skip
-        _load_block(tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, tile.first, count)
+        if not HAS_ONE_BUFFER:
+            _load_block(
+                tensors.v, shared.v, shared.v_full, _V_EMPTY, problem, tile, tile.first, count
+            )
         count += 1
         tile = following
     _absorb(shared.k, _K_EMPTY, problem, count)
@@ -360,23 +370,14 @@ def _crosses_edge(problem, sequence, row, key):
 
 
 @gluon.jit
-def _row_max(s):
-    """Maximum of each row, in two levels: in-thread chains are half as long."""
-    parts = gl.max(gl.reshape(s, [s.shape[0], s.shape[1] // 8, 8]), axis=1)
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    return gl.convert_layout(gl.max(parts, axis=1), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _softmax(s, m_i, problem):
-    """Return P, the new running maximum and the factor of sums that used the old one."""
-    m_new = gl.maximum(m_i, _row_max(s))
-    pivot = m_new * problem.scale_log2
+def _softmax(s, pivot, problem):
+    """Return P, the new pivots in powers of two, and the factors of sums that used the old ones."""
+    pivot, alpha = raise_pivots(pivot, gl.max(s, axis=1) * problem.scale_log2)
+    finite = pivot
     if problem.HAS_LEFT or problem.HAS_RIGHT or problem.IS_RAGGED:
-        pivot = gl.where(m_new == float("-inf"), 0.0, pivot)
-    alpha = exp2(m_i * problem.scale_log2 - pivot)
-    p = exp2(s * problem.scale_log2 - gl.expand_dims(pivot, 1))
-    return p, m_new, alpha
+        finite = gl.where(pivot == float("-inf"), 0.0, pivot)
+    p = exp2(s * problem.scale_log2 - gl.expand_dims(finite, 1))
+    return p, pivot, alpha
 
 
 @gluon.jit
@@ -395,13 +396,14 @@ def _store_registers(tensors, problem, tile, row, out):
 
 
 @gluon.jit
-def _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W: gl.constexpr):
+def _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W: gl.constexpr):
     """Normalise a tile's output, and write it and lse."""
-    l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
+    pivot = gl.max(pivot, axis=1)
+    l_i = gl.sum(sums, axis=1)
     row = tile.row + W * ROWS
     sequence = tile.sequence
     head = gl.cast(tile.b * problem.H + tile.h, gl.int64) * problem.M + sequence.start_q
-    store_lse(lse_ptr + head, m_i, l_i, row, sequence.M, problem.scale_log2)
+    store_lse(lse_ptr + head, pivot + gl.log2(l_i), l_i, row, sequence.M)
     out = scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
     if problem.STAGES_OUT:
         tma.store_wait(0)  # the last tile has left the buffer
@@ -446,6 +448,13 @@ def _pass_turn(problem, W: gl.constexpr):
 
 
 @gluon.jit
+def _operand(p, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """P as the operand of P V."""
+    p = gl.reshape(p.to(DTYPE), [ROWS, p.shape[1] * 8])
+    return gl.convert_layout(p, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def _start_output(shared, p, acc, count):
     """Start O + P V of the program's block `count`."""
     STAGES: gl.constexpr = shared.v.shape[0]
@@ -457,6 +466,13 @@ def _start_output(shared, p, acc, count):
 @gluon.jit
 def _release(buffers, EMPTY: gl.constexpr, problem, count):
     arrive_at_stage(EMPTY, count % buffers.shape[0], problem.BLOCK_M * 2 + 32)
+
+
+@gluon.jit
+def _release_queries(shared, problem, visit, W: gl.constexpr):
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
+    STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
+    mbarrier.arrive(shared.q_empty.index(visit % STAGES * CONSUMERS + W), count=1)
 
 
 @gluon.jit
@@ -489,7 +505,6 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=2)
     IS_MASKED: gl.constexpr = problem.HAS_LEFT or problem.HAS_RIGHT or not problem.EVEN_N
-    NO_MAX: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
     if problem.TAKES_TURNS and W == CONSUMERS - 1:
         arrive_at(_TURN, 256)
 
@@ -506,10 +521,10 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     row = tile.row + W * ROWS
     if IS_MASKED:
         s = _mask(s, problem, tile.sequence, row, (tile.last - 1) * BLOCK_N)
-    none = gl.full([ROWS], float("-inf"), gl.float32, NO_MAX)
-    p, m_i, _ = _softmax(s, none, problem)
-    sums = thread_sums(p)
-    p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
+    none = no_pivots(fold(s))
+    p, pivot, _ = _softmax(fold(s), none, problem)
+    sums = gl.sum(p, axis=1)
+    p_operand = _operand(p, DTYPE, P_LAYOUT)
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
     while rank >= 0:
         for block in range(tile.last - 2, tile.first - 1, -1):
@@ -518,18 +533,22 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             _pass_turn(problem, W)
             s = _await_scores(problem, s, 1)
             _release(shared.k, _K_EMPTY, problem, count + 1)
+            if Q_STAGES == 1:  # noqa: SIM102 - known to the compiler
+                if block == tile.first:
+                    _release_queries(shared, problem, visit, W)
             if problem.HAS_LEFT or problem.HAS_RIGHT:  # noqa: SIM102 - known to the compiler
                 if _crosses_edge(problem, tile.sequence, row, block * BLOCK_N):
                     s = _mask(s, problem, tile.sequence, row, block * BLOCK_N)
-            p, m_i, alpha = _softmax(s, m_i, problem)
-            sums = scale_rows(sums, alpha) + thread_sums(p)
+            p, pivot, alpha = _softmax(fold(s), pivot, problem)
+            sums = sums * alpha + gl.sum(p, axis=1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(shared.v, _V_EMPTY, problem, count)
-            acc = scale_rows(acc, alpha)
-            p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
+            acc = rescale_rows(acc, alpha)
+            p_operand = _operand(p, DTYPE, P_LAYOUT)
             count += 1
         # Between two tiles: the last output of this one under the first scores of the next.
-        mbarrier.arrive(shared.q_empty.index(visit % Q_STAGES * CONSUMERS + W), count=1)
+        if Q_STAGES > 1 or tile.last - tile.first == 1:
+            _release_queries(shared, problem, visit, W)
         visit += 1
         i = visit % Q_STAGES * CONSUMERS + W
         number += gl.num_programs(0)
@@ -548,20 +567,20 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
             row = following.row + W * ROWS
             if IS_MASKED:
                 s = _mask(s, problem, following.sequence, row, (following.last - 1) * BLOCK_N)
-            p, m_new, _ = _softmax(s, none, problem)
+            p, next_pivot, _ = _softmax(fold(s), none, problem)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(shared.v, _V_EMPTY, problem, count)
-            _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W)
-            m_i = m_new
-            sums = thread_sums(p)
+            _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W)
+            pivot = next_pivot
+            sums = gl.sum(p, axis=1)
             acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-            p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
+            p_operand = _operand(p, DTYPE, P_LAYOUT)
             count += 1
             tile = following
     acc = _start_output(shared, p_operand, acc, count)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     _release(shared.v, _V_EMPTY, problem, count)
-    _store(tensors, shared, problem, tile, lse_ptr, acc, m_i, sums, W)
+    _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W)
     tma.store_wait(0)
     if problem.TAKES_TURNS and W == 0:  # the turn that the last consumer passed on
         meet_at(_TURN, 256)

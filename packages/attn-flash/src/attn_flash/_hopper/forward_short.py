@@ -221,7 +221,8 @@ def _store(tensors, shared, problem, lse_ptr, visit, row, acc, m_i, sums, W: gl.
     b, h = _head(problem, visit)
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
     head = gl.cast(b * problem.H + h, gl.int64) * problem.M
-    store_lse(lse_ptr + head, m_i, l_i, row, problem.M, problem.scale_log2)
+    lse_log2 = gl.fma(m_i, problem.scale_log2, gl.log2(l_i))
+    store_lse(lse_ptr + head, lse_log2, l_i, row, problem.M)
     tma.store_wait(0)  # the last tile has left the buffer
     shared.out.index(W).store(scale_rows(acc, 1.0 / l_i).to(tensors.q.dtype))
     fence_async_shared()
