@@ -643,7 +643,9 @@ def attention_backward(
     left, right = window
     block_d = 64 if D <= 64 else 128
     block_m = 8192 // block_d
-    seen = N if left < 0 or right < 0 else min(N, left + right + 1)  # keys of a query, at most
+    seen = sequences.longest_k if is_ragged else N  # keys of a query, at most
+    if left >= 0 and right >= 0:
+        seen = min(seen, left + right + 1)
     is_cleared = not deterministic and seen > _CLAIMED[block_d]
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
