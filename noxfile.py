@@ -163,8 +163,10 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types with mypy, strictly but for the kernels."""
+    packages, args = split(session.posargs)
     env = install(session, DEFAULT_STACK, *package_group("test"), *root_groups("typecheck"))
-    session.run(python(session), "-m", "mypy", *session.posargs, env=env)
+    sources = existing(f"packages/{package}/src" for package in packages)
+    session.run(python(session), "-m", "mypy", *args, *sources, env=env)
 
 
 @nox.session
