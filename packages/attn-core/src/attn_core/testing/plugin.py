@@ -117,11 +117,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Device of ``--device``."""
+    """Device of ``--device``, made the current one if it is a GPU."""
     name = request.config.getoption("--device")
     found = find_device(name)
     if found is None:
         pytest.skip(f"no {name} device")
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
     return found
 
 
