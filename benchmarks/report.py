@@ -25,6 +25,7 @@ _PASS_TITLES = {
     "host": "Host time of a call, without gradient",
     "host_grad": "Host time of a call, with gradient",
 }
+_WIDE_SPREAD = 0.25  # distance of the quartiles, as a share of the median
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,6 +78,8 @@ def markdown(
         if weighed:
             title = f"{_PASS_TITLES[pass_]}: memory beyond the inputs (MiB)"
             parts.append(f"{heading} {title}\n\n{memory_table(weighed)}")
+    if any(map(_is_rough, rows)):
+        parts.append("~: half of the repeats differ by more than a quarter, as where the host is busy.")
     reasons = _reasons(rows)
     if reasons:
         parts.append(f"{heading} Not measured\n\n{reasons}")
@@ -289,9 +292,14 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.status != results.OK or row.ms is None:
         return row.status
+    sign = "~" if _is_rough(row) else ""
     if row.pass_ in ("host", "host_grad"):
-        return f"{row.ms * 1e3:.1f}"
-    return f"{row.tflop_s:.3g}" if row.tflop_s else f"{row.ms:.3g}"
+        return f"{sign}{row.ms * 1e3:.1f}"
+    return f"{sign}{row.tflop_s:.3g}" if row.tflop_s else f"{sign}{row.ms:.3g}"
+
+
+def _is_rough(row: Row) -> bool:
+    return row.status == results.OK and (row.spread or 0.0) > _WIDE_SPREAD
 
 
 def _reasons(rows: Sequence[Row]) -> str:

@@ -209,6 +209,14 @@ def test_a_filter_without_cases_says_so(capsys):
     assert "matches 'nothing-like-it'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("spread", [0.2, 0.3])
+def test_a_median_of_repeats_that_differ_is_marked(spread):
+    _, rows, _ = measure(provider("a"))
+    row = rows["a", "forward"]
+    row.spread = spread
+    assert ("| ~" in report.table([row])) == (spread > 0.25)
+
+
 def test_plots_are_made_of_series(tmp_path):
     pytest.importorskip("matplotlib")
     result, _, _ = measure(provider("a"), provider("b", kind="ours"))
