@@ -79,7 +79,7 @@ def markdown(
             title = f"{_PASS_TITLES[pass_]}: memory beyond the inputs (MiB)"
             parts.append(f"{heading} {title}\n\n{memory_table(weighed)}")
     if any(map(_is_rough, rows)):
-        parts.append("~: half of the repeats differ by more than a quarter, as where the host is busy.")
+        parts.append("~: half of the repeats differ by over a quarter, as where the host is busy.")
     reasons = _reasons(rows)
     if reasons:
         parts.append(f"{heading} Not measured\n\n{reasons}")
