@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.launch import Launcher
+from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.support import BLOCK_M, HELD_DIM
 from attn_evo._hopper.tiles import (
     DCONTEXT,
@@ -42,7 +43,6 @@ from attn_evo._hopper.tiles import (
     has_values,
     left_operand,
     opaque_zero,
-    reciprocal,
     rounded,
     sigmoid_of_double,
     start_copy,

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.launch import Launcher
+from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
     BIAS_ROWS,
@@ -43,7 +44,6 @@ from attn_evo._hopper.tiles import (
     half_triangle,
     has_values,
     left_operand,
-    reciprocal,
     rounded,
     start_copy,
     start_linear,

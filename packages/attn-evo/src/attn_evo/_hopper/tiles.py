@@ -11,6 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
+from attn_core.tiles.hopper import reciprocal
+
 W_Q = gl.constexpr(0)
 W_L = gl.constexpr(1)
 W_F = gl.constexpr(2)
@@ -51,13 +53,6 @@ def operand(D):
 def _tanh(x):
     return gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def reciprocal(x):
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
     )
 
 

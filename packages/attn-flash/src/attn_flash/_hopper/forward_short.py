@@ -20,11 +20,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at, record, scale_rows
+from attn_core.tiles.hopper import (
+    accumulator_layout,
+    arrive_at,
+    exp2,
+    meet_at,
+    record,
+    scale_rows,
+    thread_sums,
+)
 from attn_flash._hopper import problem as host
 from attn_flash._hopper.descriptors import Rows
 from attn_flash._hopper.primitives import load_rows, store_rows
-from attn_flash._hopper.softmax import ROWS, store_lse, thread_sums
+from attn_flash._hopper.softmax import ROWS, store_lse
 
 _CONSUMERS = gl.constexpr(2)
 _TURN = gl.constexpr(12)  # named barriers, one for each consumer

@@ -7,12 +7,6 @@ ROWS = gl.constexpr(64)  # queries of one warpgroup
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
-@gluon.jit
-def thread_sums(p):
-    """Sum of each thread's columns, [ROWS, 8]: threads add theirs up once a tile."""
-    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), axis=1)
-
-
 # Operands: pivots, whose place the new ones take; factors; and the largest scores. Each is the four
 # numbers of a thread, two of a row and two of another.
 _RAISE_PTX = gl.constexpr("""{

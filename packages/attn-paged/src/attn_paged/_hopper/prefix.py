@@ -28,6 +28,7 @@ from attn_core.tiles.hopper import (
     meet_at_stage,
     record,
     scale_rows,
+    thread_sums,
 )
 from attn_paged._hopper.primitives import PANEL, Blocks, ceil_div, let_next_kernel_start, panel
 from attn_paged._hopper.support import BLOCK_N
@@ -292,12 +293,6 @@ def _softmax(s, m_i, problem):
 
 
 @gluon.jit
-def _thread_sums(p):
-    """Sum of each thread's columns, [ROWS, 8]: threads add theirs up once a tile."""
-    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), axis=1)
-
-
-@gluon.jit
 def _hide_past_end(s, N, key):
     LAYOUT: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     keys = key + gl.arange(0, s.shape[1], layout=LAYOUT)
@@ -351,7 +346,7 @@ def _attend(tensors, shared, problem, W: gl.constexpr):
         s = _hide_past_end(s, segment.N, (segment.last - 1) * BLOCK_N)
         none = gl.full([ROWS], float("-inf"), gl.float32, NO_MAX)
         p, m_i, _ = _softmax(s, none, problem)
-        sums = _thread_sums(p)
+        sums = thread_sums(p)
         p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT, assert_trivial=True)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
         for _ in range(segment.first, segment.last - 1):
@@ -360,7 +355,7 @@ def _attend(tensors, shared, problem, W: gl.constexpr):
             s = warpgroup_mma_wait(1, deps=(s,))
             _release(shared.k, _K_EMPTY, count + 1)
             p, m_i, alpha = _softmax(s, m_i, problem)
-            sums = scale_rows(sums, alpha) + _thread_sums(p)
+            sums = scale_rows(sums, alpha) + thread_sums(p)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(shared.v, _V_EMPTY, count)
             acc = scale_rows(acc, alpha)

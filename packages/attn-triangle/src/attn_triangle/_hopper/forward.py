@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import exp2, log2, reciprocal
+from attn_core.tiles.hopper import exp2, log2, reciprocal, thread_sums
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.redo import redo
@@ -40,7 +40,6 @@ from attn_triangle._hopper.tiles import (
     place_of,
     rows_of,
     store_rows,
-    thread_sums,
 )
 from attn_triangle._triton import forward as portable
 from attn_triangle.layout import new_heads_last, new_lse

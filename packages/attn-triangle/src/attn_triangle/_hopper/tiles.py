@@ -56,12 +56,6 @@ def closed(lse):
 
 
 @gluon.jit
-def thread_sums(x):
-    """Sum each thread's own 8 columns of a [64, BLOCK] tile of scores: [64, 8], no shuffles."""
-    return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), axis=1)
-
-
-@gluon.jit
 def place_of(t, sizes):
     """Batch, head, group of rows i and tile, given the number of a tile."""
     H, R, num_tiles, num_groups, total = sizes
