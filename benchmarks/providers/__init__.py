@@ -13,6 +13,7 @@ PACKAGES = {
     "attn-paged": "paged",
     "attn-triangle": "triangle",
     "attn-evo": "evo",
+    "attn-evo-prefix-sum": "prefix_sum",
     "attn-vulkan": "vulkan",
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import checking, problems
-from benchmarks.providers import PACKAGES, subject, triangle
+from benchmarks.providers import PACKAGES, prefix_sum, subject, triangle
 from benchmarks.providers.base import wants_grad
 
 
@@ -30,6 +30,18 @@ def test_the_torch_backend_is_right(package):
     measured = subject(package)
     (ours,) = [p for p in measured.providers if p.name == "torch" and "cpu" in p.devices]
     assert torch.isfinite(check(small(package), measured, ours.prepare)).all()
+
+
+@pytest.mark.parametrize("case", problems.load("attn-evo-prefix-sum", "test"), ids=lambda c: c.id)
+def test_peers_of_prefix_sum_are_right_where_a_copy_is_whole(case):
+    check(case, prefix_sum.SUBJECT, prefix_sum._torch)
+    inputs = prefix_sum.make_inputs(case, torch.device("cpu"))
+    (expected,) = prefix_sum.reference(case, inputs, gradients=False)
+    copy = prefix_sum._copy(case, inputs)
+    checking.check_forward(copy, expected, grad=True)
+    inputs.x[..., -1, :] += 100.0
+    with pytest.raises(checking.WrongResultError):
+        checking.judge(copy.canonical(copy.forward()), expected)
 
 
 def attend(q, k, v, bias, masked):
