@@ -19,6 +19,7 @@ else:
 
 TABLE = Path(__file__).parents[1] / "shared" / "problems.toml"
 GROUPS = ("gpu", "cpu", "test")
+_OWN = ("id", "series", "headline", "eager")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Case:
     sizes: Mapping[str, Any]
     series: str = ""
     headline: bool = False
+    eager: bool = False  # the host is to be slower than the kernels, and to count
 
     def __getitem__(self, name: str) -> Any:
         return self.sizes[name]
@@ -65,7 +67,7 @@ def select(cases: Sequence[Case], pattern: str = "", headline: bool = False) -> 
 
 
 def _case(package: str, row: dict[str, Any], sources: Mapping[str, str]) -> Case:
-    own = {name: row.pop(name) for name in ("id", "series", "headline") if name in row}
+    own = {name: row.pop(name) for name in _OWN if name in row}
     dtype = getattr(torch, row.pop("dtype"))
     passes = tuple(row.pop("passes"))
     source = sources[row.pop("source")]

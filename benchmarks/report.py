@@ -25,6 +25,10 @@ _PASS_TITLES = {
     "host": "Host time of a call, without gradient",
     "host_grad": "Host time of a call, with gradient",
 }
+_QUEUED = (
+    "The kernels of a call are timed, queued before the device comes to them. In cases marked "
+    "eager the device may wait for the host, as in a program with few calls to make."
+)
 _WIDE_SPREAD = 0.25  # distance of the quartiles, as a share of the median
 
 
@@ -78,6 +82,8 @@ def markdown(
         if weighed:
             title = f"{_PASS_TITLES[pass_]}: memory beyond the inputs (MiB)"
             parts.append(f"{heading} {title}\n\n{memory_table(weighed)}")
+    if any(row.timing == "queued" for row in rows):
+        parts.append(_QUEUED)
     if any(map(_is_rough, rows)):
         parts.append("~: half of the repeats differ by over a quarter, as where the host is busy.")
     reasons = _reasons(rows)
@@ -106,8 +112,15 @@ def table(rows: Sequence[Row]) -> str:
         cells.append(f"{ratio:.2f}" if ratio else "")
         if has_floor:
             cells.append(_over_floor(by_provider.values()))
-        lines.append("| " + " | ".join([case, *cells]) + " |")
+        label = f"{case} (eager)" if _is_eager(by_provider.values(), rows) else case
+        lines.append("| " + " | ".join([label, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _is_eager(rows: Iterable[Row], others: Iterable[Row]) -> bool:
+    """Whether the host counts in some rows of a case, unlike in others."""
+    timings = {row.timing for row in rows if row.status == results.OK}
+    return "eager" in timings and any(row.timing == "queued" for row in others)
 
 
 def _over_floor(rows: Iterable[Row]) -> str:

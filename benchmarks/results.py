@@ -38,8 +38,11 @@ class Row:
     """One pass of one case by one provider.
 
     Times are medians in milliseconds. `ratio_to_best_peer` is the fastest peer's time over this
-    one's: above 1 is faster than every peer. `error` is relative to float64. `peak_mib` is what a
-    call allocates at most beyond its inputs. `floor_ms` is what the hardware would allow.
+    one's: above 1 is faster than every peer. `timing` is "queued" where a call was launched before
+    the device came to it, "eager" where the device may have waited for the host, "graph" where a
+    CUDA graph was replayed, "timestamps" where a device told its own time. `error` is relative to
+    float64. `peak_mib` is what a call allocates at most beyond its inputs. `floor_ms` is what the
+    hardware would allow.
     """
 
     case: str

@@ -173,15 +173,24 @@ class Runner:
             return timing.Job(timing.captured(call.forward))
 
     def _time(self, case: Case, pass_: str, jobs: Mapping[str, timing.Job], rows: Rows) -> None:
-        clock = timing.HostClock(self._clock) if pass_ in HOST else self._clock
+        clock = self._clock_of(case, pass_)
         measured = timing.interleave(clock, jobs, self._effort, self._deadline)
         for name, times in measured.items():
             row = rows[pass_, name]
+            if row.timing == "eager" and isinstance(clock, timing.CudaClock):
+                row.timing = "queued"
             if times.error is None:
                 self._fill(case, row, times)
                 continue
             _mark([row], _describe(times.error), results.FAILED)
             self._require_device(name)
+
+    def _clock_of(self, case: Case, pass_: str) -> timing.Clock:
+        if pass_ in HOST:
+            return timing.HostClock(self._clock)
+        if case.eager and pass_ in TIMED and isinstance(self._clock, timing.CudaClock):
+            return timing.EagerClock(self._clock)
+        return self._clock
 
     def _fill(self, case: Case, row: Row, times: timing.Measured) -> None:
         row.status, row.reason = results.OK, ""

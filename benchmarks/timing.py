@@ -2,8 +2,10 @@
 
 A GPU call is timed by events. Before each repeat so much memory is read that nothing of the call's
 own is left in the L2 cache; writing would do so too, but the call would then wait for what was
-written to leave the cache. Calls that are compared take turns, a few repeats each, so that a drift
-of the clocks meets all of them alike.
+written to leave the cache. Where the host is slower than that, the device also spins, until all
+that the call launches is queued: its time is then that of the kernels, on a busy host too. Calls
+that are compared take turns, a few repeats each, so that a drift of the clocks meets all of them
+alike.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +23,11 @@ import torch
 
 Call = Callable[[], object]
 Context = Callable[[], contextlib.AbstractContextManager[object]]
+_Events = tuple[torch.cuda.Event, torch.cuda.Event]
 _READ_BYTES = 256 << 20  # more than the L2 cache of any GPU
 _HOST_CALLS = 20
+_LONGEST_SPIN_MS = 2.0  # a call that waits for the device itself is never ahead of it
+_SPIN_CYCLES = 1 << 20  # to find out how long a cycle is
 _COPIED_BYTES = 2 << 30
 _GEMM_SIZE = 8192
 _CEILING_REPEATS = 20
@@ -63,7 +68,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Times calls by events on the current stream of a GPU."""
+    """Times the kernels of calls by events on the current stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -71,17 +76,47 @@ class CudaClock:
         self._sum = torch.empty((), dtype=torch.float32, device=device)
 
     def samples(self, call: Call, count: int) -> list[float]:
-        """Return the milliseconds of `count` calls, each from a cold L2 cache."""
-        pairs = []
-        for _ in range(count):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.sum(self._read, dim=0, out=self._sum)
-            start.record()
-            call()
-            end.record()
+        """Return the milliseconds of `count` calls, each from a cold L2 cache.
+
+        One whose start the device passed before all of the call was queued is repeated, behind a
+        spin of twice the time that the host took.
+        """
+        pairs: list[_Events] = []
+        wait_ms = 0.0
+        while len(pairs) < count:
+            is_idle = not pairs or pairs[-1][1].query()
+            spin_ms = wait_ms if is_idle else 0.0
+            begun = time.perf_counter()
+            start, end = self._enqueue(call, spin_ms)
+            host_ms = (time.perf_counter() - begun) * 1e3
+            if start.query() and spin_ms < _LONGEST_SPIN_MS:
+                wait_ms = min(_LONGEST_SPIN_MS, max(wait_ms, 2 * spin_ms, 2 * host_ms))
+                continue
             pairs.append((start, end))
+        return self._milliseconds(pairs)
+
+    def eager_samples(self, call: Call, count: int) -> list[float]:
+        """Return the milliseconds of `count` calls, waits for the host among them."""
+        return self._milliseconds([self._enqueue(call) for _ in range(count)])
+
+    def _enqueue(self, call: Call, spin_ms: float = 0.0) -> _Events:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.sum(self._read, dim=0, out=self._sum)
+        if spin_ms:
+            torch.cuda._sleep(int(spin_ms * self._cycles_per_ms))
+        start.record()
+        call()
+        end.record()
+        return start, end
+
+    def _milliseconds(self, pairs: Sequence[_Events]) -> list[float]:
         self.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
+
+    @functools.cached_property
+    def _cycles_per_ms(self) -> float:
+        spins = self.eager_samples(lambda: torch.cuda._sleep(_SPIN_CYCLES), 3)
+        return _SPIN_CYCLES / min(spins)
 
     def synchronize(self) -> None:
         """Wait until the device has nothing left to do."""
@@ -99,6 +134,17 @@ class CudaClock:
             "copy_gb_s": 2 * _COPIED_BYTES / copy_ms * 1e-6,
             "gemm_bf16_tflop_s": 2 * _GEMM_SIZE**3 / gemm_ms * 1e-9,
         }
+
+
+class EagerClock:
+    """Times calls on a GPU as a program meets them, with what the device waits for the host."""
+
+    def __init__(self, clock: CudaClock) -> None:
+        self._clock = clock
+
+    def samples(self, call: Call, count: int) -> list[float]:
+        """Return the milliseconds of `count` calls, each from a cold L2 cache."""
+        return self._clock.eager_samples(call, count)
 
 
 class HostClock:
@@ -127,7 +173,7 @@ class OtherClock(Protocol):
         ...
 
 
-Clock = CpuClock | CudaClock | HostClock
+Clock = CpuClock | CudaClock | EagerClock | HostClock
 
 
 def clock_for(device: torch.device) -> CpuClock | CudaClock:

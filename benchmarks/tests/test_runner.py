@@ -217,6 +217,30 @@ def test_a_median_of_repeats_that_differ_is_marked(spread):
     assert ("| ~" in report.table([row])) == (spread > 0.25)
 
 
+def test_a_case_in_which_the_host_counts_is_marked_among_others():
+    _, rows, _ = measure(provider("a"), passes=("forward",))
+    eager = rows["a", "forward"]
+    queued = dataclasses.replace(eager, case="large", timing="queued")
+    assert f"| {CASE.id} |" in report.table([eager])
+    table = report.table([eager, queued])
+    assert f"| {CASE.id} (eager) |" in table
+    assert "| large |" in table
+
+
+def test_clocks_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(timing, "_READ_BYTES", 4)
+    monkeypatch.setattr(timing, "clock_for", timing.CudaClock)
+    runner = Runner(flash.SUBJECT, CPU, EFFORT, PASSES)
+    eager = dataclasses.replace(CASE, eager=True)
+    for case, pass_, expected in (
+        (CASE, "forward", timing.CudaClock),
+        (eager, "forward", timing.EagerClock),
+        (eager, "graph", timing.CudaClock),
+        (eager, "host", timing.HostClock),
+    ):
+        assert type(runner._clock_of(case, pass_)) is expected
+
+
 def test_plots_are_made_of_series(tmp_path):
     pytest.importorskip("matplotlib")
     result, _, _ = measure(provider("a"), provider("b", kind="ours"))
