@@ -201,6 +201,11 @@ CASES = [
     *[Case(**MIXED, causal=causal, window=w) for causal in (True, False) for w in ((3, 2), (0, 9))],
     Case(**MIXED, causal=False),
     Case(window=(4, -1)),
+    *[
+        Case(causal=False, window=(far, far), **x)
+        for far in (2**31 - 1, 2**40)
+        for x in ({}, MIXED)
+    ],
     *[Case(softcap=2.0, std=10.0, **x) for x in ({}, MIXED)],
     *[Case(alibi=shape, **x) for shape in ("h", "bh") for x in ({}, MIXED)],
     *[Case(has_sinks=True, **x) for x in ({}, MIXED)],

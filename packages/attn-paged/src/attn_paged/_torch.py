@@ -183,7 +183,7 @@ def _tile_queries(
     device = context_lens.device
     if cu_seqlens_q is None:
         each = torch.arange(sequences, device=device)
-        return _Tiles(each, each[:, None], context_lens[:, None] - 1)
+        return _Tiles(each, each[:, None], context_lens[:, None].long() - 1)
     size = min(_MAX_TILE_ROWS, -(-tokens // sequences))
     starts, lens = cu_seqlens_q[:-1], cu_seqlens_q.diff()
     counts = (lens + size - 1) // size
