@@ -59,7 +59,6 @@ def starter(kernel):
     """What does without the driver what a `GluonLauncher` does."""
 
     def start(num_programs, args, constants, maxnreg):
-        args = [arg.describe() if isinstance(arg, tuple) else arg for arg in args]
         kernel[num_programs,](*args, **constants, maxnreg=maxnreg)
 
     return start
@@ -67,4 +66,4 @@ def starter(kernel):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("attn_core.testing.hopper._PATIENCE", 0.5)
+    monkeypatch.setattr("attn_core.testing.hopper._threads.PATIENCE", 0.5)

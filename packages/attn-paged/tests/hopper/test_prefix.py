@@ -162,7 +162,6 @@ def prefix(monkeypatch):
         kernel = module._launch._kernel
 
         def start(num_programs, args, constants, maxnreg):
-            args = [arg.describe() if isinstance(arg, tuple) else arg for arg in args]
             kernel[num_programs,](*args, **constants, maxnreg=maxnreg)
 
         monkeypatch.setattr(module, "_launch", start)
@@ -189,7 +188,7 @@ def test_prefixes_are_attended_to(case, prefix, monkeypatch):
 @pytest.mark.parametrize("name", ["fence_async_shared", "_release"])
 def test_a_missing_signal_is_noticed(name, prefix, monkeypatch):
     """The emulation is worth its time: without what orders memory it fails."""
-    monkeypatch.setattr("attn_core.testing.hopper._PATIENCE", 0.5)
+    monkeypatch.setattr("attn_core.testing.hopper._threads.PATIENCE", 0.5)
     monkeypatch.setattr(prefix, name, lambda *args: None)
     info = DeviceInfo("cuda", "sm_90", num_sms=1)
     monkeypatch.setattr(prefix, "device_info", lambda device: info)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
 from attn_core.device import triton_version
 from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
-from attn_core.testing import hopper as emulator
+from attn_core.testing.hopper import emulation
 from attn_triangle import _backends, reference
 from attn_triangle.layout import new_heads_last
 
@@ -94,74 +93,13 @@ class Case(NamedTuple):
         return mask
 
 
-class Dtype(str):
-    """A dtype that kernels ask for its size."""
-
-    __slots__ = ()
-
-    @property
-    def primitive_bitwidth(self):
-        return 32 if self == "fp32" else 16
-
-
-class Descriptor(emulator.Descriptor):
-    """A descriptor that kernels ask for the shape of its tiles."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.dtype = Dtype(self.dtype)
-        self.block_type.shape = self.block_shape
-
-
-class Pointer(emulator.Pointer):
-    """A pointer into a tensor of any strides, which kernels ask for its dtype."""
-
-    def __init__(self, flat, offset=0):
-        super().__init__(flat, offset)
-        self.dtype = SimpleNamespace(element_ty=str(flat.dtype))
-
-    @classmethod
-    def to(cls, x):
-        size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-        return cls(x.as_strided((size,), (1,)))
-
-    def __add__(self, offset):
-        return Pointer(self.flat, self.offset + emulator._array(offset))
-
-
-class Integer(int):
-    """A number that kernels widen before they multiply it."""
-
-    def to(self, _dtype):
-        return int(self)
-
-
-def load(pointer, mask=None, other=0.0):
-    offsets = np.asarray(pointer.offset)
-    if offsets.ndim == 0:
-        return pointer.flat[int(offsets)].item()
-    mask = np.broadcast_to(True if mask is None else emulator._array(mask), offsets.shape)
-    found = np.full(offsets.shape, other, np.float32)
-    found[mask] = pointer.flat[torch.from_numpy(offsets[mask])].float().numpy()
-    return emulator._Tensor(found)
-
-
-def atomic_add(pointer, value, sem):
-    with emulator._changed:
-        index = torch.from_numpy(pointer.offset.reshape(-1))
-        pointer.flat.index_add_(0, index, torch.from_numpy(value.array.reshape(-1)))
-
-
 @pytest.fixture
 def hopper(monkeypatch):
     """The backend's modules on an emulated GPU of `SMS` multiprocessors, for rows of any length."""
     monkeypatch.setattr(short, "LONGEST", 0)
-    monkeypatch.setattr(emulator, "_LATENESS", 5e-4)
-    with emulator.emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
+    monkeypatch.setattr("attn_core.testing.hopper._threads.LATENESS", 5e-4)
+    with emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
         modules = dict(zip(MODULES, found, strict=True))
-        modules["descriptors"].TensorDescriptor = Descriptor
-        gl = modules["forward"].gl
-        gl.__dict__.update(load=load, atomic_add=atomic_add, to_tensor=Integer, int8="i8")
         for name, kernel in GLUON.items():
             monkeypatch.setattr(modules[name], "_launch", starter(getattr(modules[name], kernel)))
             monkeypatch.setattr(
@@ -174,15 +112,9 @@ def starter(kernel):
     """What does without the driver what a `GluonLauncher` does."""
 
     def start(num_programs, args, constants, maxnreg):
-        kernel[(num_programs,)](*map(argument, args), **constants)
+        kernel[(num_programs,)](*args, **constants)
 
     return start
-
-
-def argument(x):
-    if isinstance(x, torch.Tensor):
-        return Pointer.to(x)
-    return x.describe() if hasattr(x, "describe") else x
 
 
 def attend(hopper, case, inputs, mask, dout, dlse, wanted="dq dk_dv dbias"):
