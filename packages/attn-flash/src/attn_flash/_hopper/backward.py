@@ -428,16 +428,6 @@ def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
 
 
 @gluon.jit
-def _accumulate_first(tensors, shared, problem, tile):
-    _accumulate(tensors, shared, problem, tile, 0)
-
-
-@gluon.jit
-def _accumulate_second(tensors, shared, problem, tile):
-    _accumulate(tensors, shared, problem, tile, 1)
-
-
-@gluon.jit
 def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
     """How many programs add to dQ of query block m before this one: those with later keys."""
     sequence = tile.sequence
@@ -577,8 +567,8 @@ def _attention_backward_kernel(
     tile = _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M)
     gl.warp_specialize(
         [
-            (_accumulate_first, (tensors, shared, problem, tile)),
-            (_accumulate_second, (tensors, shared, problem, tile)),
+            (_accumulate, (tensors, shared, problem, tile, 0)),
+            (_accumulate, (tensors, shared, problem, tile, 1)),
             (_load, (tensors, shared, problem, tile)),
             (_add_dq, (tensors, shared, problem, tile, counters_ptr + 1)),
         ],
@@ -594,6 +584,12 @@ _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs m
 # Keys of a query up to which clearing the sum of dQ takes longer than asking who is first.
 _CLAIMED = {64: 1024, 128: 4096}
 _FEW_TILES = 4  # for every multiprocessor: fewer are split into two parts
+
+
+def _most_seen(longest_k: int, window: tuple[int, int]) -> int:
+    """Keys that a query sees, at most."""
+    is_closed = min(window) >= 0
+    return min(longest_k, sum(window) + 1) if is_closed else longest_k
 
 
 def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
@@ -643,10 +639,8 @@ def attention_backward(
     left, right = window
     block_d = 64 if D <= 64 else 128
     block_m = 8192 // block_d
-    seen = sequences.longest_k if is_ragged else N  # keys of a query, at most
-    if left >= 0 and right >= 0:
-        seen = min(seen, left + right + 1)
-    is_cleared = not deterministic and seen > _CLAIMED[block_d]
+    longest_k = sequences.longest_k if is_ragged else N
+    is_cleared = not deterministic and _most_seen(longest_k, window) > _CLAIMED[block_d]
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
     count, starts_q, starts_k = 0, None, None

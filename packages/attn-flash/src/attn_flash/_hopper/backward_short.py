@@ -368,16 +368,6 @@ def _compute(tensors, shared, problem, lse_ptr, W: gl.constexpr):
 
 
 @gluon.jit
-def _compute_first(tensors, shared, problem, lse_ptr):
-    _compute(tensors, shared, problem, lse_ptr, 0)
-
-
-@gluon.jit
-def _compute_second(tensors, shared, problem, lse_ptr):
-    _compute(tensors, shared, problem, lse_ptr, 1)
-
-
-@gluon.jit
 def _new_pieces(DTYPE: gl.constexpr, PIECES: gl.constexpr, BLOCK_D: gl.constexpr):
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     pieces = ()
@@ -435,8 +425,8 @@ def _attention_backward_short_kernel(
     problem = _Problem(M, H, num_heads, scale, scale_log2, TILES, PIECES)
     gl.warp_specialize(
         [
-            (_compute_first, (tensors, shared, problem, lse_ptr)),
-            (_compute_second, (tensors, shared, problem, lse_ptr)),
+            (_compute, (tensors, shared, problem, lse_ptr, 0)),
+            (_compute, (tensors, shared, problem, lse_ptr, 1)),
             (_load, (tensors, shared, problem)),
         ],
         [4, 1],

@@ -42,20 +42,6 @@ _CONSUMERS = gl.constexpr(256)
 
 
 @record
-class _Tensors:
-    """What the copy engine reads and writes, in tiles of [ROWS, BLOCK_D], and rows of [1, ROWS]."""
-
-    q: tma.tensor_descriptor
-    do: tma.tensor_descriptor
-    k: tma.tensor_descriptor
-    v: tma.tensor_descriptor
-    dk: tma.tensor_descriptor
-    dv: tma.tensor_descriptor
-    lse: tma.tensor_descriptor
-    delta: tma.tensor_descriptor
-
-
-@record
 class _Problem:
     """Sizes and window of the call."""
 
@@ -83,6 +69,20 @@ class _Tile:
 
 
 # --- dK and dV ----------------------------------------------------------------------------------
+
+
+@record
+class _Tensors:
+    """What the copy engine reads and writes for the first kernel."""
+
+    q: tma.tensor_descriptor  # in tiles of [ROWS, BLOCK_D], as do, k, v, dk and dv
+    do: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    dk: tma.tensor_descriptor
+    dv: tma.tensor_descriptor
+    lse: tma.tensor_descriptor  # in rows of [1, ROWS], as delta
+    delta: tma.tensor_descriptor
 
 
 @record
@@ -154,10 +154,10 @@ def _load_for_keys(tensors, shared, problem, tile):
 
 
 @gluon.jit
-def _store_tile(desc, buffer, tile, x):
+def _store_tile(desc, buffer, tile, row, x):
     buffer.store(x.to(desc.dtype))
     fence_async_shared()
-    store_rows(desc, tile.b, tile.h, tile.block * ROWS, buffer)
+    store_rows(desc, tile.b, tile.h, row, buffer)
     tma.store_wait(0)
 
 
@@ -201,7 +201,7 @@ def _accumulate_dv(tensors, shared, problem, tile):
         m += 1
         if m == tile.last:
             m = tile.first
-    _store_tile(tensors.dv, shared.k, tile, dv)
+    _store_tile(tensors.dv, shared.k, tile, tile.block * ROWS, dv)
 
 
 @gluon.jit
@@ -235,7 +235,7 @@ def _accumulate_dk(tensors, shared, problem, tile):
         dk = warpgroup_mma(ds_operand, shared.q.index(i), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(shared.empty.index(i), count=1)
-    _store_tile(tensors.dk, shared.v, tile, dk * problem.scale)
+    _store_tile(tensors.dk, shared.v, tile, tile.block * ROWS, dk * problem.scale)
 
 
 # fmt: off
@@ -286,6 +286,20 @@ def _attention_backward_dk_dv_kernel(
 
 
 # --- dQ -----------------------------------------------------------------------------------------
+
+
+@record
+class _QueryTensors:
+    """What the second kernel reads and writes."""
+
+    q: tma.tensor_descriptor  # in tiles of [ROWS, BLOCK_D], as do, k, v and dq
+    do: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    dq: tma.tensor_descriptor
+    lse_ptr: gl.tensor  # [B * H, padded_m], as delta
+    delta_ptr: gl.tensor
+    padded_m: gl.tensor
 
 
 @record
@@ -364,7 +378,7 @@ def _mask_keys(scores, row, key, problem):
 
 
 @gluon.jit
-def _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m, W: gl.constexpr):
+def _accumulate_dq(tensors, shared, problem, tile, W: gl.constexpr):
     """Compute dQ of queries [64 W, 64 W + 64) of the tile."""
     BLOCK_D: gl.constexpr = tensors.q.block_shape[3]
     DTYPE: gl.constexpr = tensors.q.dtype
@@ -372,10 +386,10 @@ def _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m,
     DQ_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, k_width=2)
     row = tile.block * 2 * ROWS + W * ROWS
-    offs = (tile.b * problem.H + tile.h) * padded_m + row
+    offs = (tile.b * problem.H + tile.h) * tensors.padded_m + row
     offs += gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    lse_log2 = gl.expand_dims(gl.load(lse_ptr + offs), 1)
-    delta = gl.expand_dims(gl.load(delta_ptr + offs), 1)
+    lse_log2 = gl.expand_dims(gl.load(tensors.lse_ptr + offs), 1)
+    delta = gl.expand_dims(gl.load(tensors.delta_ptr + offs), 1)
     q = shared.q.index(W)
     do = shared.do.index(W)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
@@ -403,20 +417,7 @@ def _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m,
         dq = warpgroup_mma(ds_operand, k, dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(shared.k_empty.index(i), count=1)
-    q.store((dq * problem.scale).to(DTYPE))
-    fence_async_shared()
-    store_rows(tensors.dk, tile.b, tile.h, row, q)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _accumulate_first(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m):
-    _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m, 0)
-
-
-@gluon.jit
-def _accumulate_second(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m):
-    _accumulate_dq(tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m, 1)
+    _store_tile(tensors.dq, q, tile, row, dq * problem.scale)
 
 
 # fmt: off
@@ -448,13 +449,15 @@ def _attention_backward_dq_kernel(
         mbarrier.init(shared.k_empty.index(i), count=2)
     mbarrier.init(shared.v_full, count=1)
     mbarrier.init(shared.v_empty, count=2)
-    tensors = _Tensors(q_desc, do_desc, k_desc, v_desc, dq_desc, dq_desc, k_desc, k_desc)
+    tensors = _QueryTensors(
+        q_desc, do_desc, k_desc, v_desc, dq_desc, lse_ptr, delta_ptr, padded_m
+    )
     problem = _Problem(M, N, H, group, left, right, scale, scale_log2, HAS_LEFT, HAS_RIGHT)
     tile = _tile_of_queries(problem, gl.program_id(0), num_heads, heads_per_group)
     gl.warp_specialize(
         [
-            (_accumulate_first, (tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m)),
-            (_accumulate_second, (tensors, shared, problem, tile, lse_ptr, delta_ptr, padded_m)),
+            (_accumulate_dq, (tensors, shared, problem, tile, 0)),
+            (_accumulate_dq, (tensors, shared, problem, tile, 1)),
             (_load_for_queries, (tensors, shared, problem, tile)),
         ],
         [4, 1],
