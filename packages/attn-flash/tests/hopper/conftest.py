@@ -14,8 +14,8 @@ from attn_flash._hopper.support import TRITON_VERSIONS
 # In the order in which they import one another.
 MODULES = (
     "primitives", "softmax", "problem", "descriptors", "schedules",
-    "forward", "forward_short", "backward_sums", "backward_tiles", "backward", "backward_short",
-    "backward_wide", "attention",
+    "forward_tiles", "forward_producer", "forward_consumer", "forward", "forward_short",
+    "backward_sums", "backward_tiles", "backward", "backward_short", "backward_wide", "attention",
 )  # fmt: skip
 LAUNCHERS = {
     "forward": ("_launch",),

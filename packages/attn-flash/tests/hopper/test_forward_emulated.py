@@ -117,10 +117,17 @@ SHORT = Case(1, 4, 1, 256, 256, 64)
 
 
 @pytest.mark.parametrize(
-    "name", ["meet_at", "arrive_at", "meet_at_stage", "arrive_at_stage", "_absorb"]
+    "role, name",
+    [
+        ("consumer", "meet_at"),
+        ("consumer", "arrive_at"),
+        ("consumer", "arrive_at_stage"),
+        ("producer", "meet_at_stage"),
+        ("producer", "_absorb"),
+    ],
 )
-def test_a_missing_arrival_at_a_named_barrier(name, hopper, monkeypatch, impatient):
-    forget(monkeypatch, hopper.forward, name)
+def test_a_missing_arrival_at_a_named_barrier(role, name, hopper, monkeypatch, impatient):
+    forget(monkeypatch, getattr(hopper, f"forward_{role}"), name)
     with pytest.raises((ProtocolError, AssertionError)):
         check(hopper, LONG)
 
@@ -142,26 +149,27 @@ def test_a_wrong_phase(hopper, monkeypatch, impatient):
 
 
 def test_products_that_nobody_waits_for(hopper, monkeypatch):
-    monkeypatch.setattr(hopper.forward, "warpgroup_mma_wait", lambda pendings, deps: deps[0])
+    consumer = hopper.forward_consumer
+    monkeypatch.setattr(consumer, "warpgroup_mma_wait", lambda pendings, deps: deps[0])
     with pytest.raises((ProtocolError, AssertionError)):
         check(hopper, LONG)
 
 
 def test_a_store_that_nobody_waits_for(hopper, monkeypatch):
-    forget(monkeypatch, hopper.forward.tma, "store_wait")
+    forget(monkeypatch, hopper.forward_consumer.tma, "store_wait")
     with pytest.raises(ProtocolError, match="work in flight"):
         check(hopper, LONG)
 
 
 def test_a_missing_fence(hopper, monkeypatch):
-    forget(monkeypatch, hopper.forward, "fence_async_shared")
+    forget(monkeypatch, hopper.forward_consumer, "fence_async_shared")
     with pytest.raises(ProtocolError, match="without a fence"):
         check(hopper, LONG)
 
 
 def test_buffers_that_are_filled_too_early(hopper, monkeypatch):
     """Keys of the block after next overwrite those that products are still to read."""
-    forget(monkeypatch, hopper.forward, "meet_at_stage")
-    forget(monkeypatch, hopper.forward, "arrive_at_stage")
+    forget(monkeypatch, hopper.forward_producer, "meet_at_stage")
+    forget(monkeypatch, hopper.forward_consumer, "arrive_at_stage")
     with pytest.raises((ProtocolError, AssertionError)):
         check(hopper, LONG._replace(N=1024))

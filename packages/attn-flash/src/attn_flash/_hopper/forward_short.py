@@ -294,30 +294,15 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
 
 
 @gluon.jit
-def _attend_first(tensors, shared, problem, lse_ptr):
-    _attend(tensors, shared, problem, lse_ptr, 0)
-
-
-@gluon.jit
-def _attend_second(tensors, shared, problem, lse_ptr):
-    _attend(tensors, shared, problem, lse_ptr, 1)
-
-
-@gluon.jit
-def _new_piece(
-    DTYPE: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr
-):
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    return gl.allocate_shared_memory(DTYPE, [STAGES, max(PIECE, ROWS), BLOCK_D], SWIZZLED)
-
-
-@gluon.jit
 def _new_pieces(
     DTYPE: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr
 ):
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     pieces = ()
     for i in gl.static_range(len(PIECES)):
-        pieces += (_new_piece(DTYPE, PIECES[i], STAGES, BLOCK_D),)
+        pieces += (
+            gl.allocate_shared_memory(DTYPE, [STAGES, max(PIECES[i], ROWS), BLOCK_D], SWIZZLED),
+        )
     return pieces
 
 
@@ -358,8 +343,8 @@ def _attention_forward_short_kernel(
     )
     gl.warp_specialize(
         [
-            (_attend_first, (tensors, shared, problem, lse_ptr)),
-            (_attend_second, (tensors, shared, problem, lse_ptr)),
+            (_attend, (tensors, shared, problem, lse_ptr, 0)),
+            (_attend, (tensors, shared, problem, lse_ptr, 1)),
             (_load, (tensors, shared, problem)),
         ],
         [4, 1],
