@@ -252,6 +252,8 @@ def test_a_query_without_keys():
         ({"bias": 1.0}, "bias must be an array, got float"),
         ({"sinks": np.zeros(3, np.float32)}, r"sinks must have a shape that broadcasts to \(4,\)"),
         ({"bias": np.zeros((1, 1))}, "bias must have dtype float32, got float64"),
+        ({"device": "0"}, "device must be an integer or None, got '0'"),
+        ({"device": True}, "device must be an integer or None, got True"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

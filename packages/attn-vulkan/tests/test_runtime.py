@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import itertools
 import os
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -18,8 +20,11 @@ from attn_vulkan._vk.errors import (
     VulkanOutOfMemoryError,
     error_of,
 )
+from attn_vulkan._vk.functions import Functions
 from attn_vulkan.runtime import context as context_module
 from attn_vulkan.runtime.context import open_context
+
+ERROR_OUT_OF_DEVICE_MEMORY = -2
 
 pytestmark = [pytest.mark.vulkan, pytest.mark.usefixtures("real_device")]
 
@@ -135,6 +140,61 @@ def test_out_of_memory_is_named(monkeypatch):
     monkeypatch.setattr(type(memory), "_allocate", fail)
     with pytest.raises(VulkanOutOfMemoryError, match=r"no memory for \d+ bytes: vkAllocateMemory"):
         memory.allocate(123 << 20)
+
+
+CREATED = {
+    "vkCreateInstance": "vkDestroyInstance",
+    "vkCreateDevice": "vkDestroyDevice",
+    "vkCreateSemaphore": "vkDestroySemaphore",
+    "vkCreatePipelineLayout": "vkDestroyPipelineLayout",
+    "vkCreatePipelineCache": "vkDestroyPipelineCache",
+    "vkCreateShaderModule": "vkDestroyShaderModule",
+    "vkCreateComputePipelines": "vkDestroyPipeline",
+    "vkCreateCommandPool": "vkDestroyCommandPool",
+    "vkCreateQueryPool": "vkDestroyQueryPool",
+    "vkCreateBuffer": "vkDestroyBuffer",
+    "vkAllocateMemory": "vkFreeMemory",
+}
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver that counts what it makes, and fails where `failing` names a function."""
+    real = Functions.__getattr__
+    state = types.SimpleNamespace(alive=collections.Counter(), failing=None)
+    made_by = {destroyer: creator for creator, destroyer in CREATED.items()}
+
+    def find(functions, name):
+        function = real(functions, name)
+
+        def call(*arguments):
+            if name == state.failing:
+                raise error_of(name, ERROR_OUT_OF_DEVICE_MEMORY)
+            if name in made_by and any(arguments[-2:-1]):  # to destroy nothing is allowed
+                state.alive[made_by[name]] -= 1
+            result = function(*arguments)
+            state.alive[name] += name in CREATED
+            return result
+
+        setattr(functions, name, call)
+        return call
+
+    monkeypatch.setattr(Functions, "__getattr__", find)
+    monkeypatch.setattr(context_module, "_contexts", {})
+    return state
+
+
+@pytest.mark.parametrize(
+    "function", [*CREATED, "vkAllocateCommandBuffers", "vkBeginCommandBuffer", "vkQueueSubmit"]
+)
+def test_a_function_that_fails_leaves_nothing_behind(driver, problem, function):
+    driver.failing = function
+    with pytest.raises(VulkanOutOfMemoryError, match=f"{function} failed"):
+        attn_vulkan.attention(*problem)
+    driver.failing = None
+    assert np.isfinite(attn_vulkan.attention(*problem)).all()
+    context_module.close_all()
+    assert not +driver.alive
 
 
 def test_a_lost_device_is_opened_again(problem, monkeypatch):

@@ -241,7 +241,9 @@ def _aligned(problem: Problem, arrays: dict[str, Array]) -> Problem:
     return dataclasses.replace(problem, is_aligned=launch.are_aligned(arrays))
 
 
-def _opened(device: int | None, problem: Problem) -> Context:
+def _opened(device: Any, problem: Problem) -> Context:
+    if device is not None and (isinstance(device, bool) or not hasattr(device, "__index__")):
+        raise ValueError(f"device must be an integer or None, got {device!r}")
     context = open_context(device)
     reason = variants.refusal(context.device, problem.dtype)
     if reason is not None:

@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ctypes import c_float, c_int, c_uint64, c_void_p
 
 from attn_vulkan._vk import registry as vk
@@ -67,16 +67,16 @@ class Context:
         self.is_closed = False
         self.handle = create_device(instance, self._physical, self.device, self.family)
         self.functions = self._functions()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.functions.vkDestroyDevice, self.handle, None)
             queue = c_void_p()
             self.functions.vkGetDeviceQueue(self.handle, self.family, 0, ctypes.addressof(queue))
             self._queue = queue.value
             self._semaphore = self.create_semaphore()
+            undo.callback(self.functions.vkDestroySemaphore, self.handle, self._semaphore, None)
             self.memory = Memory(self, instance.memory_properties(self._physical))
             self.pipelines = Pipelines(self, properties)
-        except BaseException:
-            self.functions.vkDestroyDevice(self.handle, None)
-            raise
+            self._made = undo.pop_all()
 
     @contextmanager
     def commands(self) -> Iterator[Commands]:
@@ -100,6 +100,7 @@ class Context:
             commands = None
             try:
                 commands = self._acquire()
+                commands.begin()
                 yield commands
             except BaseException as error:
                 self._settle()
@@ -201,8 +202,7 @@ class Context:
         self._idle.clear()
         self.pipelines.destroy()
         self.memory.trim()
-        self.functions.vkDestroySemaphore(self.handle, self._semaphore, None)
-        self.functions.vkDestroyDevice(self.handle, None)
+        self._made.close()
         self._instance.destroy()
 
     @functools.cache  # noqa: B019  (a context lives as long as its process)
@@ -219,13 +219,12 @@ class Context:
         return all(answer == 1.0 for answer in answers)
 
     def _acquire(self) -> Commands:
-        """Commands that are empty and ready to record."""
+        """Commands that are empty."""
         with self._lock:
             commands = self._finished()
         commands = commands or Commands(self)
         commands.pending = 0
         commands.release()
-        commands.begin()
         return commands
 
     def _recycle(self, commands: Commands) -> None:

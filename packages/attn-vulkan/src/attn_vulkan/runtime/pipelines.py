@@ -46,7 +46,11 @@ class Pipelines:
         identity = f"{bytes(properties.pipelineCacheUUID).hex()}-{properties.driverVersion:08x}"
         name = f"vulkan-{context.device.uuid or 'device'}-{identity}.bin"
         self._file = environment.cache_dir() / name
-        self._cache = self._create_cache()
+        try:
+            self._cache = self._create_cache()
+        except BaseException:
+            self._functions.vkDestroyPipelineLayout(self._device, self._layout, None)
+            raise
 
     def get(self, shader: str, constants: Sequence[int]) -> Pipeline:
         """Return `shader` with its specialisation constants 0, 1, 2... set to `constants`.
