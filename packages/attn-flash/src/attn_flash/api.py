@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attn_core import arguments, backends
+from attn_core import backends
 from attn_core.checks import (
     flag,
     require_dtype,
@@ -125,20 +125,8 @@ def flash_attn_func(
     >>> flash_attn_func(q, k, v, causal=True).shape
     torch.Size([2, 197, 12, 64])
     """
-    options = _options(
-        q,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        attn_bias,
-        key_mask,
-        sinks,
-        rng_state,
-    )
+    settings = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = checks.options_of(q, *settings, attn_bias, key_mask, sinks, rng_state)
     return _attend(q, k, v, options, return_attn_probs, backend)
 
 
@@ -180,20 +168,8 @@ def flash_attn_qkvpacked_func(
     torch.Size([2, 197, 12, 64])
     """
     q, k, v = _unpacked("qkv", qkv, "(B, S, 3, H, D)", 3)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        **extras,
-    )
+    settings = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_func(q, k, v, *settings, return_attn_probs, **extras)
 
 
 def flash_attn_kvpacked_func(
@@ -238,20 +214,8 @@ def flash_attn_kvpacked_func(
     torch.Size([2, 5, 8, 64])
     """
     k, v = _unpacked("kv", kv, "(B, N, 2, H_KV, D)", 2, q)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        **extras,
-    )
+    settings = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_func(q, k, v, *settings, return_attn_probs, **extras)
 
 
 @repeatable
@@ -343,15 +307,10 @@ def flash_attn_varlen_func(
     """
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         require_rank(name, starts, "(B + 1,)")
-    options = _options(
+    settings = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = checks.options_of(
         q,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
+        *settings,
         attn_bias,
         key_mask,
         sinks,
@@ -411,24 +370,11 @@ def flash_attn_varlen_qkvpacked_func(
     torch.Size([12, 4, 32])
     """
     q, k, v = _unpacked("qkv", qkv, "(T, 3, H, D)", 3)
+    settings = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        **extras,
-    )
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        *settings, return_attn_probs, **extras,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -480,24 +426,11 @@ def flash_attn_varlen_kvpacked_func(
     torch.Size([12, 4, 32])
     """
     k, v = _unpacked("kv", kv, "(T_k, 2, H_KV, D)", 2, q)
+    settings = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        **extras,
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        *settings, return_attn_probs, **extras,
+    )  # fmt: skip
 
 
 def dropout_mask(
@@ -544,12 +477,12 @@ def dropout_mask(
     tensor([[[[1, 0, 0, 1, 0, 0],
               [0, 1, 0, 1, 0, 1]]]])
     """
-    dropout_p = checks.dropout_p(dropout_p)
+    dropout_p = checks.probability(dropout_p)
     if not isinstance(shape, Sequence) or len(shape) != 4:
         raise ValueError(f"shape must be (B, H, M, N), got {shape}")
     require_tensor("rng_state", rng_state)
     device = rng_state.device
-    checks.rng_state(rng_state, dropout_p, device)
+    checks.dropout_state(rng_state, dropout_p, device)
     seed, offset = rng_state.unbind()
     return keep_mask(shape, dropout_p, seed, offset, device)
 
@@ -569,42 +502,6 @@ def get_available_backends() -> list[str]:
     True
     """
     return backends.runnable(ops.ATTENTION)
-
-
-def _options(
-    q: torch.Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Sequence[int],
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    deterministic: bool,
-    attn_bias: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    rng_state: torch.Tensor | None,
-    **ragged: Any,
-) -> Options:
-    """Put together what does not depend on shapes, with defaults in place."""
-    require_tensor("q", q)
-    left, right = arguments.window(causal, window_size)
-    dropout_p = checks.dropout_p(dropout_p)
-    return Options(
-        alibi_slopes=alibi_slopes,
-        attn_bias=checks.four_dimensional(attn_bias),
-        key_mask=key_mask,
-        sinks=sinks,
-        rng_state=checks.rng_state(rng_state, dropout_p, q.device),
-        scale=arguments.softmax_scale(softmax_scale, q.shape[-1] if q.dim() else 1),
-        window_left=left,
-        window_right=right,
-        softcap=arguments.softcap(softcap),
-        dropout_p=dropout_p,
-        deterministic=flag("deterministic", deterministic)
-        or torch.are_deterministic_algorithms_enabled(),
-        **ragged,
-    )
 
 
 def _attend(

@@ -8,50 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from attn_core import arguments, backends
+from attn_core import backends
 from attn_core.errors import UnsupportedProblemError
 from attn_flash import checks, ops
 from attn_flash.options import Options
-
-
-def options(
-    q: torch.Tensor,
-    *,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window: tuple[int, int],
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    rng_state: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-    seqused_k: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-) -> Options:
-    """Validate what an attention pass takes beside its large tensors."""
-    left, right = arguments.window(causal, window)
-    dropout_p = checks.dropout_p(dropout_p)
-    is_varlen = cu_seqlens_q is not None
-    return Options(
-        alibi_slopes=alibi_slopes,
-        rng_state=checks.rng_state(rng_state if dropout_p else None, dropout_p, q.device),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_k=seqused_k,
-        block_table=block_table,
-        max_seqlen_q=max_seqlen_q if is_varlen else 0,
-        max_seqlen_k=max_seqlen_k if is_varlen else 0,
-        scale=arguments.softmax_scale(softmax_scale, q.shape[-1]),
-        window_left=left,
-        window_right=right,
-        softcap=arguments.softcap(softcap),
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-    )
 
 
 def forward(
@@ -99,18 +59,10 @@ def _flash_attn_forward(
     return_softmax: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend with dense q (B, M, H, D): out, lse, no probabilities, and the state of dropout."""
-    opts = options(
-        q,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
-    _refuse_probabilities(return_softmax, dropout_p)
-    out, lse, rng_state = forward(q, k, v, opts)
-    return out, lse, q.new_empty(0), rng_state
+    window = (window_size_left, window_size_right)
+    settings = (dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    opts = checks.options_of(q, *settings)
+    return _forward(q, k, v, opts, return_softmax)
 
 
 def _flash_attn_varlen_forward(
@@ -137,14 +89,11 @@ def _flash_attn_varlen_forward(
     """Attend with ragged q (T_q, H, D); outputs are written in full, so zero_tensors is moot."""
     if leftpad_k is not None:
         raise UnsupportedProblemError("leftpad_k must be None for ragged sequences, got a tensor")
-    opts = options(
+    window = (window_size_left, window_size_right)
+    settings = (dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    opts = checks.options_of(
         q,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
+        *settings,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
@@ -152,9 +101,7 @@ def _flash_attn_varlen_forward(
         seqused_k=seqused_k,
         block_table=block_table,
     )
-    _refuse_probabilities(return_softmax, dropout_p)
-    out, lse, rng_state = forward(q, k, v, opts)
-    return out, lse, q.new_empty(0), rng_state
+    return _forward(q, k, v, opts, return_softmax)
 
 
 def _flash_attn_backward(
@@ -178,19 +125,10 @@ def _flash_attn_backward(
     rng_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write the gradients to dq, dk and dv, and return rowsum(dout * out) (B, H, M)."""
-    opts = options(
-        q,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        rng_state=rng_state,
-    )
-    _write((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, opts))
-    return _delta(dout, out)
+    window = (window_size_left, window_size_right)
+    settings = (dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic)
+    opts = checks.options_of(q, *settings, rng_state=rng_state if dropout_p else None)
+    return _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), opts)
 
 
 def _flash_attn_varlen_backward(
@@ -219,37 +157,42 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> torch.Tensor:
     """Write the gradients to dq, dk and dv, and return rowsum(dout * out) (H, T_q)."""
-    opts = options(
+    window = (window_size_left, window_size_right)
+    settings = (dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic)
+    opts = checks.options_of(
         q,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        rng_state=rng_state,
+        *settings,
+        rng_state=rng_state if dropout_p else None,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
-    _write((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, opts))
-    return _delta(dout, out)
+    return _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), opts)
 
 
-def _refuse_probabilities(return_softmax: bool, dropout_p: float) -> None:
-    if return_softmax and dropout_p > 0:
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, opts: Options, return_softmax: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if return_softmax and opts.dropout_p > 0:
         raise UnsupportedProblemError(
             "return_softmax must be False with dropout: flash_attn_func returns probabilities"
         )
+    out, lse, rng_state = forward(q, k, v, opts)
+    return out, lse, q.new_empty(0), rng_state
 
 
-def _write(targets: tuple[torch.Tensor | None, ...], gradients: tuple[torch.Tensor, ...]) -> None:
-    for target, gradient in zip(targets, gradients, strict=True):
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    targets: tuple[torch.Tensor | None, ...],
+    opts: Options,
+) -> torch.Tensor:
+    for target, gradient in zip(targets, backward(dout, q, k, v, out, lse, opts), strict=True):
         if target is not None:
             target.copy_(gradient)
-
-
-def _delta(dout: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -83,7 +84,43 @@ def describe(
     )
 
 
-def dropout_p(value: Any, name: str = "dropout_p") -> float:
+def options_of(
+    q: torch.Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    attn_bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
+    **ragged: Any,
+) -> Options:
+    """Put together what does not depend on shapes, with defaults in place."""
+    checks.require_tensor("q", q)
+    left, right = arguments.window(causal, window_size)
+    dropout_p = probability(dropout_p)
+    return Options(
+        alibi_slopes=alibi_slopes,
+        attn_bias=_four_dimensional(attn_bias),
+        key_mask=key_mask,
+        sinks=sinks,
+        rng_state=dropout_state(rng_state, dropout_p, q.device),
+        scale=arguments.softmax_scale(softmax_scale, q.shape[-1] if q.dim() else 1),
+        window_left=left,
+        window_right=right,
+        softcap=arguments.softcap(softcap),
+        dropout_p=dropout_p,
+        deterministic=checks.flag("deterministic", deterministic)
+        or torch.are_deterministic_algorithms_enabled(),
+        **ragged,
+    )
+
+
+def probability(value: Any, name: str = "dropout_p") -> float:
     """Return the probability that a weight is dropped."""
     if not checks.is_finite(value) or not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be a number from 0 to below 1, got {value!r}")
@@ -101,7 +138,7 @@ def length(name: str, value: Any) -> int:
     return number  # type: ignore[return-value]  # a symbolic integer will do
 
 
-def rng_state(
+def dropout_state(
     value: torch.Tensor | None, dropout_p: float, device: torch.device
 ) -> torch.Tensor | None:
     """Return the state of dropout, drawn from torch's default generator where none is given."""
@@ -116,7 +153,7 @@ def rng_state(
     return value
 
 
-def four_dimensional(attn_bias: torch.Tensor | None) -> torch.Tensor | None:
+def _four_dimensional(attn_bias: torch.Tensor | None) -> torch.Tensor | None:
     """Give a bias the leading dimensions that broadcasting would."""
     if attn_bias is None:
         return None

@@ -254,16 +254,8 @@ def flash_attn_varlen_func(
         q = q.index_select(0, token)
     mask = None
     if chunk:
-        require_rank("k", k, "(T_k, H_KV, D)")
-        check_starts("cu_seqlens_q", cu_seqlens_q, "q", q)
-        check_starts("cu_seqlens_k", cu_seqlens_k, "k", k)
-        require_shape("cu_seqlens_k", cu_seqlens_k, "(B + 1,)", cu_seqlens_q.shape)
-        if seqused_k is not None:
-            check_used("seqused_k", seqused_k, "cu_seqlens_k", cu_seqlens_k)
-        lengths_k = cu_seqlens_k.diff() if seqused_k is None else seqused_k
-        counts = cu_seqlens_q.diff()[:, None, None], lengths_k[:, None, None]
         size = length("max_seqlen_q", max_seqlen_q), length("max_seqlen_k", max_seqlen_k)
-        mask = chunk_mask(chunk, *counts, size, cu_seqlens_q.device)
+        mask = _ragged_chunks(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, size, chunk)
     out, lse, _ = api.flash_attn_varlen_func(
         q,
         k,
@@ -527,6 +519,25 @@ def _dense_chunks(q: torch.Tensor, k: torch.Tensor, chunk: int) -> torch.Tensor:
     require_rank("k", k, "(B, N, H_KV, D)")
     size = (q.shape[1], k.shape[1])
     return chunk_mask(chunk, *size, size, q.device)
+
+
+def _ragged_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    starts_q: torch.Tensor,
+    starts_k: torch.Tensor,
+    used: torch.Tensor | None,
+    size: tuple[int, int],
+    chunk: int,
+) -> torch.Tensor:
+    require_rank("k", k, "(T_k, H_KV, D)")
+    check_starts("cu_seqlens_q", starts_q, "q", q)
+    check_starts("cu_seqlens_k", starts_k, "k", k)
+    require_shape("cu_seqlens_k", starts_k, "(B + 1,)", starts_q.shape)
+    if used is not None:
+        check_used("seqused_k", used, "cu_seqlens_k", starts_k)
+    counts_q, counts_k = starts_q.diff(), starts_k.diff() if used is None else used
+    return chunk_mask(chunk, counts_q[:, None, None], counts_k[:, None, None], size, q.device)
 
 
 def _unpacked(qkv: torch.Tensor, num_heads_q: int | None) -> Sequence[torch.Tensor]:

@@ -47,7 +47,7 @@ class FlashAttention(torch.nn.Module):
         super().__init__()
         if softmax_scale is not None:
             softmax_scale = arguments.softmax_scale(softmax_scale, 1)
-        self.attention_dropout = checks.dropout_p(attention_dropout, "attention_dropout")
+        self.attention_dropout = checks.probability(attention_dropout, "attention_dropout")
         self.softmax_scale = softmax_scale
         self.backend = backend
 

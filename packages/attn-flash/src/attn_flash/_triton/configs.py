@@ -6,6 +6,9 @@ many small tiles beat few large ones, else "causal" or "full"; any window counts
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 
 from attn_core.tiling import padded_head_dim
@@ -16,17 +19,6 @@ from attn_flash.options import Options
 SHORT = 1024  # tokens
 SHORT_WINDOW = 512  # tokens
 _SHAPES = ("short", "causal", "full")
-
-
-def _rows(
-    scope: str, *rows: tuple[int, str, TileConfig]
-) -> dict[tuple[int | str, ...], TileConfig]:
-    """Rows of 16-bit elements: (BLOCK_D, shape or "any", config)."""
-    return {
-        (scope, block_d, 2, shape): config
-        for block_d, wanted, config in rows
-        for shape in (_SHAPES if wanted == "any" else (wanted,))
-    }
 
 
 # Tiles that fit the shared memory of any device, where the default's would not.
@@ -43,120 +35,110 @@ _LARGE_TILES: dict[tuple[int | str, ...], TileConfig] = {
     for shape in _SHAPES
 }
 
-FORWARD = Table(
-    "attn_flash.forward",
-    rows={
-        **_LARGE_TILES,
-        **_rows(
-            "sm_90",
-            (16, "any", TileConfig(64, 64, 4, 3)),
-            (32, "any", TileConfig(64, 64, 4, 3)),
-            (64, "short", TileConfig(64, 64, 4, 3)),
-            (64, "causal", TileConfig(128, 64, 8, 3)),
-            (64, "full", TileConfig(128, 64, 8, 3)),
-            (128, "short", TileConfig(64, 64, 4, 3)),
-            (128, "causal", TileConfig(64, 64, 4, 3)),
-            (128, "full", TileConfig(128, 64, 8, 3)),
-            (256, "any", TileConfig(128, 64, 8, 2)),
-        ),
-    },
+
+def _rows(*rows: tuple[int, str, TileConfig]) -> dict[tuple[int | str, ...], TileConfig]:
+    """Rows of 16-bit elements on an H200: (BLOCK_D, shape or "any", config)."""
+    return {
+        ("sm_90", block_d, 2, shape): config
+        for block_d, wanted, config in rows
+        for shape in (_SHAPES if wanted == "any" else (wanted,))
+    }
+
+
+def _table(
+    kernel: str,
+    *rows: tuple[int, str, TileConfig],
+    default: TileConfig,
+    candidates: Sequence[TileConfig],
+) -> Table:
+    return Table(
+        f"attn_flash.{kernel}",
+        rows={**_LARGE_TILES, **_rows(*rows)},
+        default=default,
+        candidates=candidates,
+        sources=(f"attn_flash._triton.{kernel}",),
+    )
+
+
+def _variant(table: Table, name: str, *rows: tuple[int, str, TileConfig]) -> Table:
+    """Tiles of the same kernel for problems that want others."""
+    return dataclasses.replace(
+        table, name=f"{table.name}_{name}", rows={**table.rows, **_rows(*rows)}
+    )
+
+
+_QUERIES_STAY = [
+    TileConfig(block_m, block_n, warps, stages)
+    for block_m, warps in ((64, 4), (128, 4), (128, 8))
+    for block_n in (32, 64, 128)
+    for stages in (1, 2, 3)
+]
+_KEYS_STAY = [
+    TileConfig(block_m, block_n, warps, stages)
+    for block_n, warps in ((64, 4), (128, 4), (128, 8))
+    for block_m in (32, 64, 128)
+    for stages in (1, 2, 3)
+]
+_NOTHING_STAYS = [
+    TileConfig(block_m, block_n, warps, stages)
+    for block_m, warps in ((32, 4), (64, 4), (128, 8))
+    for block_n in (32, 64)
+    for stages in (1, 2)
+]
+
+FORWARD = _table(
+    "forward",
+    (16, "any", TileConfig(64, 64, 4, 3)),
+    (32, "any", TileConfig(64, 64, 4, 3)),
+    (64, "short", TileConfig(64, 64, 4, 3)),
+    (64, "causal", TileConfig(128, 64, 8, 3)),
+    (64, "full", TileConfig(128, 64, 8, 3)),
+    (128, "short", TileConfig(64, 64, 4, 3)),
+    (128, "causal", TileConfig(64, 64, 4, 3)),
+    (128, "full", TileConfig(128, 64, 8, 3)),
+    (256, "any", TileConfig(128, 64, 8, 2)),
     default=TileConfig(64, 32, 4, 2),
-    candidates=[
-        TileConfig(block_m, block_n, warps, stages)
-        for block_m, warps in ((64, 4), (128, 4), (128, 8))
-        for block_n in (32, 64, 128)
-        for stages in (1, 2, 3)
-    ],
-    sources=("attn_flash._triton.forward",),
+    candidates=_QUERIES_STAY,
 )
 # Score terms and dropout need the registers that smaller tiles leave to a second program, whose
 # arithmetic then overlaps the products of the first.
-FORWARD_TERMS = Table(
-    "attn_flash.forward_terms",
-    rows={**FORWARD.rows, **_rows("sm_90", (64, "any", TileConfig(64, 64, 4, 3)))},
-    default=FORWARD.default,
-    candidates=FORWARD.candidates,
-    sources=FORWARD.sources,
-)
-BACKWARD_DQ = Table(
-    "attn_flash.backward_dq",
-    rows={
-        **_LARGE_TILES,
-        **_rows(
-            "sm_90",
-            (16, "any", TileConfig(64, 64, 4, 3)),
-            (32, "any", TileConfig(64, 64, 4, 3)),
-            (64, "any", TileConfig(64, 64, 4, 3)),
-            (128, "any", TileConfig(128, 64, 8, 3)),
-            (256, "any", TileConfig(128, 32, 8, 2)),
-        ),
-    },
+FORWARD_TERMS = _variant(FORWARD, "terms", (64, "any", TileConfig(64, 64, 4, 3)))
+BACKWARD_DQ = _table(
+    "backward_dq",
+    (16, "any", TileConfig(64, 64, 4, 3)),
+    (32, "any", TileConfig(64, 64, 4, 3)),
+    (64, "any", TileConfig(64, 64, 4, 3)),
+    (128, "any", TileConfig(128, 64, 8, 3)),
+    (256, "any", TileConfig(128, 32, 8, 2)),
     default=TileConfig(64, 32, 4, 2),
-    candidates=FORWARD.candidates,
-    sources=("attn_flash._triton.backward_dq",),
+    candidates=_QUERIES_STAY,
 )
 # Of a short window, small tiles compute less that is outside.
-BACKWARD_DQ_WINDOW = Table(
-    "attn_flash.backward_dq_window",
-    rows={**BACKWARD_DQ.rows, **_rows("sm_90", (128, "any", TileConfig(64, 64, 4, 2)))},
-    default=BACKWARD_DQ.default,
-    candidates=BACKWARD_DQ.candidates,
-    sources=BACKWARD_DQ.sources,
-)
-BACKWARD_DK_DV = Table(
-    "attn_flash.backward_dk_dv",
-    rows={
-        **_LARGE_TILES,
-        **_rows(
-            "sm_90",
-            (16, "any", TileConfig(64, 64, 4, 3)),
-            (32, "any", TileConfig(64, 64, 4, 3)),
-            (64, "any", TileConfig(64, 64, 4, 3)),
-            (128, "short", TileConfig(32, 64, 4, 3)),
-            (128, "causal", TileConfig(32, 64, 4, 3)),
-            (128, "full", TileConfig(64, 128, 8, 3)),
-            (256, "any", TileConfig(64, 64, 8, 2)),
-        ),
-    },
+BACKWARD_DQ_WINDOW = _variant(BACKWARD_DQ, "window", (128, "any", TileConfig(64, 64, 4, 2)))
+BACKWARD_DK_DV = _table(
+    "backward_dk_dv",
+    (16, "any", TileConfig(64, 64, 4, 3)),
+    (32, "any", TileConfig(64, 64, 4, 3)),
+    (64, "any", TileConfig(64, 64, 4, 3)),
+    (128, "short", TileConfig(32, 64, 4, 3)),
+    (128, "causal", TileConfig(32, 64, 4, 3)),
+    (128, "full", TileConfig(64, 128, 8, 3)),
+    (256, "any", TileConfig(64, 64, 8, 2)),
     default=TileConfig(32, 64, 4, 2),
-    candidates=[
-        TileConfig(block_m, block_n, warps, stages)
-        for block_n, warps in ((64, 4), (128, 4), (128, 8))
-        for block_m in (32, 64, 128)
-        for stages in (1, 2, 3)
-    ],
-    sources=("attn_flash._triton.backward_dk_dv",),
+    candidates=_KEYS_STAY,
 )
 # Positions, a bias and random numbers take registers, which tiles of fewer queries leave.
-BACKWARD_DK_DV_TERMS = Table(
-    "attn_flash.backward_dk_dv_terms",
-    rows={**BACKWARD_DK_DV.rows, **_rows("sm_90", (128, "any", TileConfig(32, 128, 8, 3)))},
-    default=BACKWARD_DK_DV.default,
-    candidates=BACKWARD_DK_DV.candidates,
-    sources=BACKWARD_DK_DV.sources,
-)
+BACKWARD_DK_DV_TERMS = _variant(BACKWARD_DK_DV, "terms", (128, "any", TileConfig(32, 128, 8, 3)))
 # Every operand changes from step to step, so all of them go through the pipeline's shared memory.
-BACKWARD_BIAS = Table(
-    "attn_flash.backward_bias",
-    rows={
-        **_LARGE_TILES,
-        **_rows(
-            "sm_90",
-            (16, "any", TileConfig(64, 64, 4, 2)),
-            (32, "any", TileConfig(64, 64, 4, 2)),
-            (64, "any", TileConfig(64, 64, 4, 2)),
-            (128, "any", TileConfig(64, 64, 4, 2)),
-            (256, "any", TileConfig(64, 32, 4, 2)),
-        ),
-    },
+BACKWARD_BIAS = _table(
+    "backward_bias",
+    (16, "any", TileConfig(64, 64, 4, 2)),
+    (32, "any", TileConfig(64, 64, 4, 2)),
+    (64, "any", TileConfig(64, 64, 4, 2)),
+    (128, "any", TileConfig(64, 64, 4, 2)),
+    (256, "any", TileConfig(64, 32, 4, 2)),
     default=TileConfig(32, 32, 4, 1),
-    candidates=[
-        TileConfig(block_m, block_n, warps, stages)
-        for block_m, warps in ((32, 4), (64, 4), (128, 8))
-        for block_n in (32, 64)
-        for stages in (1, 2)
-    ],
-    sources=("attn_flash._triton.backward_bias",),
+    candidates=_NOTHING_STAYS,
 )
 
 

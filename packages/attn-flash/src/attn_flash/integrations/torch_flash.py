@@ -18,6 +18,7 @@ import torch
 
 from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
 from attn_flash import below_autograd
+from attn_flash.checks import options_of
 
 __all__ = ["NAME", "register"]
 
@@ -90,19 +91,14 @@ def _flash_attention_forward(
     """Attend heads last; dense (B, S, H, D), or ragged (T, H, D) with cum_seq_q."""
     if return_debug_mask and dropout_p > 0:
         raise UnsupportedProblemError("return_debug_mask must be False with dropout, got True")
-    opts = below_autograd.options(
+    window = _window(window_size_left, window_size_right)
+    opts = options_of(
         query,
-        dropout_p=dropout_p,
-        softmax_scale=scale,
-        causal=is_causal,
-        window=_window(window_size_left, window_size_right),
+        *(dropout_p, scale, is_causal, window),
         alibi_slopes=alibi_slopes,
-        cu_seqlens_q=cum_seq_q,
-        cu_seqlens_k=cum_seq_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
         seqused_k=seqused_k,
         block_table=block_table,
+        **_ragged(cum_seq_q, cum_seq_k, max_q, max_k),
     )
     out, lse, rng_state = below_autograd.forward(query, key, value, opts)
     return out, lse, rng_state, rng_state.new_zeros(()), query.new_empty(0)
@@ -136,18 +132,12 @@ def _flash_attention_backward(
     window_size_right: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value."""
-    opts = below_autograd.options(
+    window = _window(window_size_left, window_size_right)
+    opts = options_of(
         query,
-        dropout_p=dropout_p,
-        softmax_scale=scale,
-        causal=is_causal,
-        window=_window(window_size_left, window_size_right),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        rng_state=rng_state,
-        cu_seqlens_q=cum_seq_q,
-        cu_seqlens_k=cum_seq_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
+        *(dropout_p, scale, is_causal, window),
+        rng_state=rng_state if dropout_p else None,
+        **_ragged(cum_seq_q, cum_seq_k, max_q, max_k),
     )
     return below_autograd.backward(grad_out, query, key, value, out, logsumexp, opts)
 
@@ -180,33 +170,12 @@ def _scaled_dot_product_flash_attention_backward(
     logsumexp: torch.Tensor,
     cum_seq_q: torch.Tensor | None,
     cum_seq_k: torch.Tensor | None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    philox_seed: torch.Tensor,
-    philox_offset: torch.Tensor,
-    *,
+    *rest: Any,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value, heads first."""
-    grads = _flash_attention_backward(
-        grad_out.transpose(1, 2),
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        out.transpose(1, 2),
-        logsumexp,
-        None,
-        None,
-        max_q,
-        max_k,
-        dropout_p,
-        is_causal,
-        philox_seed,
-        philox_offset,
-        scale=scale,
-    )
+    dout, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    grads = _flash_attention_backward(dout, q, k, v, o, logsumexp, None, None, *rest, scale=scale)
     return tuple(grad.transpose(1, 2) for grad in grads)
 
 
@@ -221,3 +190,17 @@ _OPERATORS = {
 
 def _window(left: int | None, right: int | None) -> tuple[int, int]:
     return -1 if left is None else left, -1 if right is None else right
+
+
+def _ragged(
+    cum_seq_q: torch.Tensor | None, cum_seq_k: torch.Tensor | None, max_q: int, max_k: int
+) -> dict[str, Any]:
+    """What ragged sequences add; torch names the lengths of dense ones too."""
+    if cum_seq_q is None:
+        return {}
+    return {
+        "cu_seqlens_q": cum_seq_q,
+        "cu_seqlens_k": cum_seq_k,
+        "max_seqlen_q": max_q,
+        "max_seqlen_k": max_k,
+    }
