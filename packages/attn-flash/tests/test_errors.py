@@ -456,7 +456,7 @@ def test_the_environment_may_name_a_backend(monkeypatch):
 
 
 def test_a_named_backend_is_not_replaced():
-    with pytest.raises(UnsupportedProblemError, match=r"no backend runs this .* \(triton: "):
+    with pytest.raises(UnsupportedProblemError, match=r"named does not run this .* \(triton: "):
         flash_attn_func(**tensors(), backend="triton")
 
 

@@ -156,9 +156,11 @@ def _tables(found: dict[str, Any]) -> Iterable[Any]:
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(
+        *(Column(name, overflow="fold") for name in columns), title=title, title_justify="left"
+    )
     for row in rows:
         table.add_row(*row)
     return table

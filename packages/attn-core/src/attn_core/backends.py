@@ -240,7 +240,7 @@ def require(op: str, problem: Problem, name: str) -> None:
         return
     reason = _refusal(_named(op, name), op, problem)
     if reason is not None:
-        raise UnsupportedProblemError(f"no backend runs this {op} problem ({name}: {reason})")
+        raise _unsupported(op, name, [f"{name}: {reason}"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -260,7 +260,12 @@ def _resolve(op: str, problem: Problem, requested: str) -> str:
         if reason is None:
             return backend.name
         refusals.append(f"{backend.name}: {reason}")
-    raise UnsupportedProblemError(f"no backend runs this {op} problem ({'; '.join(refusals)})")
+    raise _unsupported(op, requested, refusals)
+
+
+def _unsupported(op: str, requested: str, refusals: list[str]) -> UnsupportedProblemError:
+    who = "no backend runs" if requested == AUTO else "the backend that was named does not run"
+    return UnsupportedProblemError(f"{who} this {op} problem ({'; '.join(refusals)})")
 
 
 @functools.lru_cache(maxsize=None)
