@@ -38,6 +38,22 @@ def test_no_device_as_json(use_loader, capsys):
     assert answer["reason"].startswith("no Vulkan device")
 
 
+def test_a_device_that_cannot_be_used(use_loader, fake_device, capsys):
+    use_loader(fake_device("Old GPU"))
+    assert main(["--self-test", "--benchmark"]) == 0
+    reason = "0: cannot be used: Old GPU lacks pointers to buffers"
+    assert capsys.readouterr().out.count(reason) == 2
+
+
+@pytest.mark.vulkan
+@pytest.mark.usefixtures("real_device")
+def test_a_self_test_that_fails(monkeypatch, capsys):
+    monkeypatch.setenv("ATTN_VULKAN_VARIANT", "warp")
+    assert main(["--self-test", "--json"]) == 1
+    (line,) = json.loads(capsys.readouterr().out)["devices"][0]["self_test"]
+    assert line.startswith("failed: ATTN_VULKAN_VARIANT must be one of ")
+
+
 @pytest.mark.vulkan
 @pytest.mark.usefixtures("real_device")
 def test_self_test_and_benchmark(monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Print the Vulkan devices of this machine, or why there are none.
 
-With --self-test each device computes small problems that are compared with numpy, and with
---benchmark it is timed. The exit status is 0 where there is a device and every test passes.
+With --self-test each device that can be used computes small problems that are compared with numpy,
+and with --benchmark it is timed. The exit status is 0 where there is a device and nothing fails.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,9 @@ from attn_vulkan.device import NO_DEVICE, Device, devices
 from attn_vulkan.problem import ITEM_BYTES
 from attn_vulkan.quirks import quirks_of, usable
 
+_Line = tuple[str, bool]  # and whether it tells of a success
+_Job = Callable[[Device], Iterator[_Line]]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m attn_vulkan``."""
@@ -29,19 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--self-test", action="store_true", help="compare results with numpy")
     parser.add_argument("--benchmark", action="store_true", help="time a few problems")
     options = parser.parse_args(arguments)
+    jobs = {"self_test": _self_test, "benchmark": _benchmark}
     found, reason = _probe()
-    if options.json:
-        listed = [_facts(device) for device in found]
-        print(json.dumps({"devices": listed, "reason": reason}, indent=2))
-    else:
+    listed = [_facts(device) for device in found]
+    if not options.json:
         Console().print(_table(found) if found else f"Vulkan cannot be used: {reason}")
-    failures = 0
-    for device in found:
-        if options.self_test:
-            failures += _self_test(device)
-        if options.benchmark:
-            _benchmark(device)
-    return 0 if found and not failures else 1
+    passes = bool(found)
+    for device, facts in zip(found, listed, strict=True):
+        for name in (name for name in jobs if getattr(options, name)):
+            lines = facts[name] = []
+            for line, passed in _tried(device, jobs[name]):
+                lines.append(line)
+                passes = passes and passed
+                if not options.json:
+                    print(f"{device.index}: {line}", flush=True)
+    if options.json:
+        print(json.dumps({"devices": listed, "reason": reason}, indent=2))
+    return 0 if passes else 1
 
 
 def _probe() -> tuple[list[Device], str | None]:
@@ -52,7 +60,7 @@ def _probe() -> tuple[list[Device], str | None]:
     return found, None if found else NO_DEVICE
 
 
-def _facts(device: Device) -> dict[str, object]:
+def _facts(device: Device) -> dict[str, Any]:
     return {
         **dataclasses.asdict(device),
         "variants": _variants(device),
@@ -92,17 +100,24 @@ def _table(found: list[Device]) -> Table:
     return table
 
 
-def _self_test(device: Device) -> int:
-    failures = 0
-    for outcome in selftest.check(device):
-        print(f"{device.index}: {outcome}", flush=True)
-        failures += not outcome.passed
-    return failures
+def _tried(device: Device, job: _Job) -> Iterator[_Line]:
+    """The lines of a job, and why it ended before its time or did not begin."""
+    reason = variants.refusal(usable(device), "float32")
+    if reason is not None:
+        yield f"cannot be used: {reason}", True
+        return
+    try:
+        yield from job(device)
+    except (VulkanError, ValueError) as error:  # the latter of a variable of the environment
+        yield f"failed: {error}", False
 
 
-def _benchmark(device: Device) -> None:
-    for line in selftest.benchmark(device):
-        print(f"{device.index}: {line}", flush=True)
+def _self_test(device: Device) -> Iterator[_Line]:
+    return ((str(outcome), outcome.passed) for outcome in selftest.check(device))
+
+
+def _benchmark(device: Device) -> Iterator[_Line]:
+    return ((line, True) for line in selftest.benchmark(device))
 
 
 if __name__ == "__main__":
