@@ -72,7 +72,7 @@ def markdown(
 ) -> str:
     """Return where and when it was measured, the pictures, and a table for each pass."""
     parts = [_origin(result)]
-    parts += [f"![{picture.stem}]({_relative(picture, folder)})" for picture in pictures]
+    parts += [f"![{picture.stem}]({relative(picture, folder)})" for picture in pictures]
     for pass_, title in _PASS_TITLES.items():
         chosen = [row for row in rows if row.pass_ == pass_]
         if any(row.status == results.OK for row in chosen):
@@ -84,7 +84,7 @@ def markdown(
             parts.append(f"{heading} {title}\n\n{memory_table(weighed)}")
     if any(row.timing == "queued" for row in rows):
         parts.append(_QUEUED)
-    if any(map(_is_rough, rows)):
+    if any(map(is_rough, rows)):
         parts.append("~: half of the repeats differ by over a quarter, as where the host is busy.")
     reasons = _reasons(rows)
     if reasons:
@@ -305,13 +305,14 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.status != results.OK or row.ms is None:
         return row.status
-    sign = "~" if _is_rough(row) else ""
+    sign = "~" if is_rough(row) else ""
     if row.pass_ in ("host", "host_grad"):
         return f"{sign}{row.ms * 1e3:.1f}"
     return f"{sign}{row.tflop_s:.3g}" if row.tflop_s else f"{sign}{row.ms:.3g}"
 
 
-def _is_rough(row: Row) -> bool:
+def is_rough(row: Row) -> bool:
+    """Whether the repeats of a row differ much."""
     return row.status == results.OK and (row.spread or 0.0) > _WIDE_SPREAD
 
 
@@ -338,7 +339,8 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _relative(path: Path, folder: Path) -> str:
+def relative(path: Path, folder: Path) -> str:
+    """Return a path as a page of `folder` links to it."""
     try:
         return path.resolve().relative_to(folder.resolve()).as_posix()
     except ValueError:
