@@ -43,7 +43,7 @@ def siblings(package: str) -> list[str]:
 # In the order in which they depend on one another.
 PACKAGES = tuple(graphlib.TopologicalSorter({p: siblings(p) for p in PYPROJECT}).static_order())
 
-# A stack is one name for a set of versions that install together.
+# A stack is one name for a set of versions that install together; Triton stands on one of torch.
 STACKS = tuple(path.stem for path in sorted(CONSTRAINTS.glob("*.txt")))
 DEFAULT_STACK = "torch-2.13"
 MINIMUMS = "minimums"
@@ -255,11 +255,10 @@ def release(session: nox.Session) -> None:
 def dev(session: nox.Session) -> None:
     """Make .venv with every package editable and every tool."""
     home = ROOT / ".venv"
-    stack = CONSTRAINTS / f"{TRITON_STACKS[0]}.txt"
     tools = root_groups(*TOOLS["dependency-groups"])
     session.run(sys.executable, "-m", "virtualenv", str(home))
     session.run(
-        *(python_of(home), "-m", "pip", "install", "-r", str(stack)),
+        *(python_of(home), "-m", "pip", "install", *stack_files("-r", TRITON_STACKS[0])),
         *(*editable(), *package_group("test"), *tools),
     )
 
@@ -307,8 +306,8 @@ def install(session: nox.Session, stack: str, *requirements: str) -> dict[str, s
         # Tiles measured on this machine stay out of the way, and platformdirs may be missing.
         return {**RUN_ENV, **source_path(), "ATTN_CACHE_DIR": str(ROOT / ".nox" / "attn-cache")}
     put_stack(session, python(session), stack)
-    constraint = ("-c", str(CONSTRAINTS / f"{stack}.txt"))
-    session.install("--no-build-isolation", *constraint, *editable(), *requirements)
+    constraints = stack_files("-c", stack)
+    session.install("--no-build-isolation", *constraints, *editable(), *requirements)
     return RUN_ENV
 
 
@@ -333,28 +332,45 @@ def install_lavapipe(session: nox.Session) -> None:
 def put_stack(session: nox.Session, interpreter: str, stack: str) -> None:
     """Let the environment of `interpreter` see a stack.
 
-    torch is large, so a stack is installed once, into a folder of its own. An environment holds
-    the packages of this repository and the tools of a session, and sees the rest there.
+    torch and Triton are large, so each is installed once, into a folder of its own. An environment
+    holds the packages of this repository and the tools of a session, and sees the rest there.
     """
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = session.run(interpreter, "-c", code, external=True, silent=True, log=False)
-    Path(str(site).strip(), "stack.pth").write_text(f"{stack_folder(session, stack)}\n")
+    folders = [f"{layer_folder(session, layer)}\n" for layer in layers(stack)]
+    Path(str(site).strip(), "stack.pth").write_text("".join(folders))
 
 
-def stack_folder(session: nox.Session, stack: str) -> Path:
-    """Where a stack is installed: on first use, and again when its file changes."""
-    requirements = CONSTRAINTS / f"{stack}.txt"
-    folder = ROOT / session.cache_dir / "stacks" / stack
+def layers(stack: str) -> list[str]:
+    """Names of what is installed apart for a stack: its Triton if it names one, then its torch."""
+    torch, _, triton = stack.partition("-triton-")
+    return [stack, torch] if triton else [stack]
+
+
+def stack_files(option: str, stack: str) -> list[str]:
+    """Arguments of pip that give the files of a stack to `option`."""
+    return [arg for layer in layers(stack) for arg in (option, str(CONSTRAINTS / f"{layer}.txt"))]
+
+
+def layer_folder(session: nox.Session, layer: str) -> Path:
+    """Where a layer is installed: on first use, and again when its file changes."""
+    requirements = CONSTRAINTS / f"{layer}.txt"
+    folder = ROOT / session.cache_dir / "stacks" / layer
     stamp = folder / "installed"
     wanted = "\n".join((sys.version, requirements.read_text(), *BUILD_BACKEND))
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    session.run_install(
-        *(python(session), "-m", "pip", "install", "--target", str(folder)),
+    fresh = folder.with_name(f"{layer}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    installed = session.run_install(
+        *(python(session), "-m", "pip", "install", "--target", str(fresh)),
         *("-r", str(requirements), *BUILD_BACKEND),
         silent=True,
     )
+    if installed is None:  # nox -R makes do with what there is
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
     stamp.write_text(wanted)
     return folder
 
