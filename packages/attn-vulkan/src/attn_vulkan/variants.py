@@ -200,40 +200,11 @@ def fits_backward(name: str, problem: Problem) -> bool:
 
 def forward(device: Device, variant: str, problem: Problem, scale: float) -> Plan:
     """Plan the forward pass."""
+    if variant == "matrix":
+        return _forward_matrix(device, problem, scale)
     if variant == "matrix2":
         return _forward_matrix2(problem, scale)
-    pack = problem.group if _packs(problem) else 1
-    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
-    if variant == "matrix":
-        tile = _matrix_tile(problem, problem.len_q * pack)
-        busy = device.processors * _BUSY_DECODERS[tile.threads] if tile.is_shared else 0
-        splits = _splits(problem, tile.rows, pack, busy or _BUSY_WORKGROUPS[device.type])
-        dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
-        return Plan(
-            f"forward_matrix_{problem.dtype}",
-            _numbers(
-                *(tile.threads, *dims, tile.columns, *flags),
-                *(problem.block_size > 0, splits > 1, pack, scale <= 0, tile.blocks),
-                tile.is_shared,
-            ),
-            tile.rows,
-            pack,
-            splits,
-        )
-    rows = problem.len_q * pack
-    simple = _first_fitting(_FORWARD_TILES, device, rows, problem, _forward_bytes)
-    splits = _splits(problem, simple.rows, pack, _BUSY_WORKGROUPS[device.type])
-    dims = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * simple.column_threads)
-    return Plan(
-        f"forward_{_filled(variant, device, simple)}_{problem.dtype}",
-        _numbers(
-            *(simple.threads, *dims, simple.rows, simple.columns, simple.column_threads, *flags),
-            *(problem.block_size > 0, splits > 1, pack, simple.direct_dim > 0),
-        ),
-        simple.rows,
-        pack,
-        splits,
-    )
+    return _forward_tiles(device, variant, problem)
 
 
 def backward(device: Device, variant: str, problem: Problem) -> tuple[Plan, Plan]:
@@ -243,10 +214,9 @@ def backward(device: Device, variant: str, problem: Problem) -> tuple[Plan, Plan
     length = max(problem.len_q, problem.len_k)
     tile = _first_fitting(_BACKWARD_TILES, device, length, problem, _backward_bytes)
     dim = padded(max(problem.head_dim, problem.head_dim_v), 4 * tile.column_threads)
-    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
     constants = _numbers(
-        *(tile.threads, dim, tile.rows, tile.columns, tile.column_threads, *flags),
-        tile.direct_dim > 0,
+        *(tile.threads, dim, tile.rows, tile.columns, tile.column_threads),
+        *(*_flags(problem), tile.direct_dim > 0),
     )
     shader = _filled(variant, device, tile)
     dq, dkv = (
@@ -261,30 +231,62 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _forward_matrix2(problem: Problem, scale: float) -> Plan:
-    dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
-    tile = _filled_by(problem.len_q, _of_dim(_MATRIX2_TILES, dim))
-    dims = padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
-    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
+def _forward_matrix(device: Device, problem: Problem, scale: float) -> Plan:
+    pack = problem.group if _packs(problem) else 1
+    tile = _matrix_tile(problem, problem.len_q * pack)
+    busy = device.processors * _BUSY_DECODERS[tile.threads] if tile.is_shared else 0
+    splits = _splits(problem, tile.rows, pack, busy or _BUSY_WORKGROUPS[device.type])
     constants = _numbers(
-        *(tile.threads, *dims, tile.columns, *flags),
+        *(tile.threads, *_matrix_dims(problem), tile.columns, *_flags(problem)),
+        *(problem.block_size > 0, splits > 1, pack, scale <= 0, tile.blocks, tile.is_shared),
+    )
+    return Plan(f"forward_matrix_{problem.dtype}", constants, tile.rows, pack, splits)
+
+
+def _forward_matrix2(problem: Problem, scale: float) -> Plan:
+    dims = _matrix_dims(problem)
+    tile = _filled_by(problem.len_q, _of_dim(_MATRIX2_TILES, max(dims)))
+    constants = _numbers(
+        *(tile.threads, *dims, tile.columns, *_flags(problem)),
         *(problem.block_size > 0, scale <= 0, tile.blocks),
     )
     return Plan(f"forward_matrix2_{problem.dtype}", constants, tile.rows)
 
 
+def _forward_tiles(device: Device, variant: str, problem: Problem) -> Plan:
+    pack = problem.group if _packs(problem) else 1
+    tile = _first_fitting(_FORWARD_TILES, device, problem.len_q * pack, problem, _forward_bytes)
+    splits = _splits(problem, tile.rows, pack, _BUSY_WORKGROUPS[device.type])
+    dims = padded(problem.head_dim, 4), padded(problem.head_dim_v, 4 * tile.column_threads)
+    constants = _numbers(
+        *(tile.threads, *dims, tile.rows, tile.columns, tile.column_threads, *_flags(problem)),
+        *(problem.block_size > 0, splits > 1, pack, tile.direct_dim > 0),
+    )
+    shader = f"forward_{_filled(variant, device, tile)}_{problem.dtype}"
+    return Plan(shader, constants, tile.rows, pack, splits)
+
+
 def _backward_matrix(problem: Problem) -> tuple[Plan, Plan]:
-    dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
-    flags = (problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes)
+    dim = max(_matrix_dims(problem))
     dq, dkv = (
         Plan(
             f"backward_{name}_matrix_{problem.dtype}",
-            _numbers(tile.threads, dim, tile.columns, *flags),
+            _numbers(tile.threads, dim, tile.columns, *_flags(problem)),
             tile.rows,
         )
         for name, tile in zip(("dq", "dkv"), _of_dim(_BACKWARD_MATRIX_TILES, dim), strict=True)
     )
     return dq, dkv
+
+
+def _flags(problem: Problem) -> tuple[bool, ...]:
+    """What every shader of attention is told of a problem, in this order."""
+    return problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes
+
+
+def _matrix_dims(problem: Problem) -> tuple[int, int]:
+    """Head dimensions that whole matrices cover."""
+    return padded(problem.head_dim, 16), padded(problem.head_dim_v, 16)
 
 
 def _packs(problem: Problem) -> bool:
@@ -293,11 +295,11 @@ def _packs(problem: Problem) -> bool:
 
 
 def _matrix_tile(problem: Problem, rows: int) -> MatrixTile:
-    dim = padded(max(problem.head_dim, problem.head_dim_v), 16)
-    for tile in _of_dim(_DECODING_TILES, dim):
-        if rows <= tile.rows and padded(problem.head_dim_v, 16) % (tile.threads // 2) == 0:
+    dims = _matrix_dims(problem)
+    for tile in _of_dim(_DECODING_TILES, max(dims)):
+        if rows <= tile.rows and dims[1] % (tile.threads // 2) == 0:
             return tile
-    return _filled_by(rows, _of_dim(_MATRIX_TILES, dim))
+    return _filled_by(rows, _of_dim(_MATRIX_TILES, max(dims)))
 
 
 def _splits(problem: Problem, rows: int, pack: int, busy: int) -> int:
