@@ -355,16 +355,17 @@ def stack_files(option: str, stack: str) -> list[str]:
 def layer_folder(session: nox.Session, layer: str) -> Path:
     """Where a layer is installed: on first use, and again when its file changes."""
     requirements = CONSTRAINTS / f"{layer}.txt"
+    build_backend = [] if layer in TRITON_STACKS else BUILD_BACKEND  # torch's layer has it
     folder = ROOT / session.cache_dir / "stacks" / layer
     stamp = folder / "installed"
-    wanted = "\n".join((sys.version, requirements.read_text(), *BUILD_BACKEND))
+    wanted = "\n".join((sys.version, requirements.read_text(), *build_backend))
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
     fresh = folder.with_name(f"{layer}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     installed = session.run_install(
         *(python(session), "-m", "pip", "install", "--target", str(fresh)),
-        *("-r", str(requirements), *BUILD_BACKEND),
+        *("-r", str(requirements), *build_backend),
         silent=True,
     )
     if installed is None:  # nox -R makes do with what there is
