@@ -2,7 +2,7 @@
 
 import pytest
 
-from attn_vulkan import cuda
+from attn_vulkan import cuda_driver
 
 PRIMARY = 0xC0FFEE
 
@@ -34,27 +34,27 @@ class Driver:
 
 @pytest.fixture
 def use_driver(monkeypatch):
-    cuda._primary_context.cache_clear()
+    cuda_driver._primary_context.cache_clear()
 
     def use(current):
         driver = Driver(current)
-        monkeypatch.setattr(cuda, "_library", lambda: driver)
+        monkeypatch.setattr(cuda_driver, "_library", lambda: driver)
         return driver
 
     yield use
-    cuda._primary_context.cache_clear()
+    cuda_driver._primary_context.cache_clear()
 
 
 def test_a_thread_without_a_context_gets_that_of_its_device(use_driver):
     driver = use_driver(None)
-    cuda._require_context(1)
+    cuda_driver.require_context(1)
     assert driver.current == PRIMARY
     driver.current = None
-    cuda._require_context(1)
+    cuda_driver.require_context(1)
     assert (driver.current, driver.retained) == (PRIMARY, [1])
 
 
 def test_the_context_of_a_thread_stays(use_driver):
     driver = use_driver(7)
-    cuda._require_context(0)
+    cuda_driver.require_context(0)
     assert (driver.current, driver.retained) == (7, [])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-import functools
 import math
 import os
 import threading
@@ -19,56 +18,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ctypes import c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 
-from attn_vulkan._vk.errors import VulkanError, VulkanOutOfMemoryError
+from attn_vulkan import cuda_driver as driver
+from attn_vulkan._vk.errors import VulkanError
 from attn_vulkan.device import devices
 from attn_vulkan.placement import Span
 from attn_vulkan.runtime.commands import Commands
 from attn_vulkan.runtime.context import Context, open_context
 from attn_vulkan.runtime.memory import Buffer
 
-_PINNED = _POSIX_FD = _ON_DEVICE = 1
-_READ_AND_WRITE = 3
-_OUT_OF_MEMORY = 2
-_TIMELINE_FD = 9
 _SMALLEST = 1 << 21
-
-
-class _Location(ctypes.Structure):
-    _fields_: ClassVar = [("type", c_int), ("id", c_int)]
-
-
-class _Properties(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("type", c_int),
-        ("requestedHandleTypes", c_int),
-        ("location", _Location),
-        ("win32HandleMetaData", c_void_p),
-        ("allocFlags", ctypes.c_ubyte * 8),
-    ]
-
-
-class _Access(ctypes.Structure):
-    _fields_: ClassVar = [("location", _Location), ("flags", c_int)]
-
-
-class _SemaphoreHandle(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("type", c_int),
-        ("fd", c_ulonglong),
-        ("rest", c_ulonglong),
-        ("flags", c_uint),
-        ("reserved", c_uint * 16),
-    ]
-
-
-class _SemaphoreParameters(ctypes.Structure):
-    """Of a signal as of a wait: the value first, zeros after it."""
-
-    _fields_: ClassVar = [("value", c_ulonglong), ("rest", c_ulonglong * 17)]
 
 
 class SharedMemory:
@@ -110,21 +71,23 @@ class SharedMemory:
             return buffer.address + pointer - start if pointer + size <= start + block else None
 
     def _create(self, size: int, stream: int) -> int:
-        location = _Location(_ON_DEVICE, self._index)
-        properties = _Properties(_PINNED, _POSIX_FD, location)
+        location = driver.Location(driver.ON_DEVICE, self._index)
+        properties = driver.Properties(driver.PINNED, driver.POSIX_FD, location)
         handle, address, fd = c_ulonglong(), c_ulonglong(), c_int(-1)
         none, length = c_ulonglong(0), c_size_t(size)
-        access = _Access(location, _READ_AND_WRITE)
+        access = driver.Access(location, driver.READ_AND_WRITE)
         with ExitStack() as undo:
-            _call("cuMemCreate", ctypes.byref(handle), length, ctypes.byref(properties), none)
-            undo.callback(_call, "cuMemRelease", handle)
-            _call("cuMemAddressReserve", ctypes.byref(address), length, c_size_t(0), none, none)
-            undo.callback(_call, "cuMemAddressFree", address, length)
-            _call("cuMemMap", address, length, c_size_t(0), handle, none)
-            undo.callback(_call, "cuMemUnmap", address, length)
-            _call("cuMemSetAccess", address, length, ctypes.byref(access), c_size_t(1))
-            kind = c_int(_POSIX_FD)
-            _call("cuMemExportToShareableHandle", ctypes.byref(fd), handle, kind, none)
+            driver.call("cuMemCreate", ctypes.byref(handle), length, ctypes.byref(properties), none)
+            undo.callback(driver.call, "cuMemRelease", handle)
+            driver.call(
+                "cuMemAddressReserve", ctypes.byref(address), length, c_size_t(0), none, none
+            )
+            undo.callback(driver.call, "cuMemAddressFree", address, length)
+            driver.call("cuMemMap", address, length, c_size_t(0), handle, none)
+            undo.callback(driver.call, "cuMemUnmap", address, length)
+            driver.call("cuMemSetAccess", address, length, ctypes.byref(access), c_size_t(1))
+            kind = c_int(driver.POSIX_FD)
+            driver.call("cuMemExportToShareableHandle", ctypes.byref(fd), handle, kind, none)
             undo.callback(os.close, fd.value)
             buffer = self._context.memory.import_fd(fd.value, size)
             undo.pop_all()
@@ -145,8 +108,10 @@ class _Timeline:
     def enqueue(self, function: str, value: int) -> None:
         """Signal or wait for a value in the order of the stream."""
         semaphores = (c_void_p * 1)(self.imported)
-        parameters = _SemaphoreParameters(value)
-        _call(function, semaphores, ctypes.byref(parameters), c_uint(1), c_void_p(self.stream))
+        parameters = driver.SemaphoreParameters(value)
+        driver.call(
+            function, semaphores, ctypes.byref(parameters), c_uint(1), c_void_p(self.stream)
+        )
 
 
 class Bridge:
@@ -177,9 +142,11 @@ class Bridge:
 
     def _create(self, stream: int) -> _Timeline:
         semaphore = self.context.create_semaphore(exported=True)
-        description = _SemaphoreHandle(_TIMELINE_FD, self.context.export_semaphore(semaphore))
+        description = driver.SemaphoreHandle(
+            driver.TIMELINE_FD, self.context.export_semaphore(semaphore)
+        )
         handle = c_void_p()
-        _call("cuImportExternalSemaphore", ctypes.byref(handle), ctypes.byref(description))
+        driver.call("cuImportExternalSemaphore", ctypes.byref(handle), ctypes.byref(description))
         return _Timeline(semaphore, handle.value or 0, stream)
 
 
@@ -229,7 +196,7 @@ class CudaPlacement:
 
     def _copy(self, target: int, source: int, size: int) -> None:
         sizes = c_ulonglong(target), c_ulonglong(source), c_size_t(size)
-        _call("cuMemcpyDtoDAsync_v2", *sizes, c_void_p(self._stream))
+        driver.call("cuMemcpyDtoDAsync_v2", *sizes, c_void_p(self._stream))
 
 
 @contextmanager
@@ -304,7 +271,7 @@ def open_bridge(device: torch.device) -> Bridge:
     """Open the Vulkan device that is the same GPU as a CUDA device, or return it where it is."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     torch.cuda.init()
-    _require_context(index)
+    driver.require_context(index)
     with _open_lock:
         bridge = _bridges.get(index)
         if bridge is None or bridge.context.is_closed:
@@ -323,36 +290,6 @@ def _make_bridge(index: int) -> Bridge:
     return Bridge(open_context(found), index)
 
 
-def _require_context(index: int) -> None:
-    """Give this thread a CUDA context; those of autograd have none before their first kernel."""
-    current = c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(current))
-    if not current:
-        _call("cuCtxSetCurrent", _primary_context(index))
-
-
-@functools.cache
-def _primary_context(index: int) -> c_void_p:
-    """Return the context that torch uses too."""
-    device, context = c_int(), c_void_p()
-    _call("cuDeviceGet", ctypes.byref(device), c_int(index))
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    return context
-
-
 def _vulkan_index(device: torch.device) -> int | None:
     uuid = str(torch.cuda.get_device_properties(device).uuid).replace("-", "")
     return next((found.index for found in devices() if found.uuid == uuid), None)
-
-
-@functools.cache
-def _library() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _call(name: str, *arguments: Any) -> None:
-    result = getattr(_library(), name)(*arguments)
-    if result == _OUT_OF_MEMORY:
-        raise VulkanOutOfMemoryError(f"{name} failed: CUDA has no memory left")
-    if result:
-        raise VulkanError(f"{name} failed with CUresult {result}")
