@@ -17,6 +17,7 @@ from attn_triangle._hopper.dk_dv import dk_dv
 from attn_triangle._hopper.dq import dq as fill_dq
 from attn_triangle._hopper.dq_dbias import dq_dbias, new_sums
 from attn_triangle._hopper.rows import add_unseeing, deltas
+from attn_triangle._triton import backward as portable
 from attn_triangle._triton import short
 from attn_triangle._triton.dbias import sum_of_splits
 from attn_triangle.layout import new_heads_last, new_unwanted
@@ -43,7 +44,9 @@ def attention_backward(
     """
     M, N = q.shape[3], k.shape[3]
     if q.numel() * N == 0:
-        return _zeros(q, k, v, bias, wanted)
+        return portable.attention_backward(
+            dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows, wanted, deterministic
+        )
     if short.takes(q, k, mask, wanted):
         return short.short_backward(dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows)
     dout = problem.readable(dout)
@@ -74,13 +77,3 @@ def _in_one_kernel(q: torch.Tensor, wanted: str) -> bool:
     """Whether dq and dbias come from one kernel."""
     is_narrow = padded_head_dim(q.shape[4]) in configs.BACKWARD_DQ_DBIAS
     return is_narrow and "dq" in wanted and "dbias" in wanted
-
-
-def _zeros(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, wanted: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients where there is no query or no key."""
-    dq = new_heads_last(q).zero_() if "dq" in wanted else new_unwanted(q)
-    dk, dv = (new_heads_last(x).zero_() if "dk_dv" in wanted else new_unwanted(x) for x in (k, v))
-    dbias = bias.new_zeros(bias.shape) if "dbias" in wanted else new_unwanted(bias)
-    return dq, dk, dv, dbias, new_unwanted(q)

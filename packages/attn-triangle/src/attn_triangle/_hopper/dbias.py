@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import exp2
+from attn_core.tiles.hopper import accumulator_layout, exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
@@ -28,7 +28,10 @@ from attn_triangle._hopper.tiles import (
     load_mask,
     load_rows,
     load_wide,
+    new_mask_rows,
     new_ring,
+    new_tiles,
+    num_steps,
 )
 from attn_triangle._triton.dbias import sum_of_splits
 
@@ -52,12 +55,6 @@ def _tile_of(step, sizes):
     return b, bh - b * H, tile_m, tile_n, split, first, gl.minimum(first + rows_per_split, R)
 
 
-@gluon.jit
-def _num_steps(sizes):
-    H, R, num_tiles_m, num_tiles_n, num_heads, rows_per_split, total = sizes
-    return gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
-
-
 # fmt: off
 @gluon.jit
 def _load(
@@ -78,7 +75,7 @@ def _load(
     )
     bias_bytes: gl.constexpr = TILES * bias_desc.block_type.nbytes
     count = 0
-    for step in range(_num_steps(sizes)):
+    for step in range(num_steps(sizes)):
         b, h, tile_m, tile_n, split, first, last = _tile_of(step, sizes)
         start_m = tile_m * WG_ROWS
         start_n = tile_n * (TILES * BLOCK_N)
@@ -119,10 +116,10 @@ def _sum(
     bias_full, bias_empty, full, empty = rings
     lse_ptr, delta_ptr, columns = query_rows
     H, R, num_tiles_m, num_tiles_n, num_heads, rows_per_split, total = sizes
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
     zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     count = 0
-    for step in range(_num_steps(sizes)):
+    for step in range(num_steps(sizes)):
         b, h, tile_m, tile_n, split, first, last = _tile_of(step, sizes)
         start_m = tile_m * WG_ROWS
         start_n = (tile_n * TILES + WARPGROUP) * BLOCK_N
@@ -186,19 +183,12 @@ def _attention_backward_dbias_kernel(
 ):
     # fmt: on
     dtype: gl.constexpr = q_desc.dtype
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
-    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
-    q_buf = gl.allocate_shared_memory(dtype, [STAGES, WG_ROWS, BLOCK_D], LAYOUT)
-    do_buf = gl.allocate_shared_memory(dtype, [STAGES, WG_ROWS, BLOCK_D], LAYOUT)
-    k_buf = gl.allocate_shared_memory(dtype, [STAGES * TILES, BLOCK_N, BLOCK_D], LAYOUT)
-    v_buf = gl.allocate_shared_memory(dtype, [STAGES * TILES, BLOCK_N, BLOCK_D], LAYOUT)
-    bias_buf = gl.allocate_shared_memory(bias_desc.dtype, [TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT)
-    mask_buf = k_buf
-    if HAS_MASK:
-        mask_buf = gl.allocate_shared_memory(
-            gl.float32, [STAGES * TILES, 1, BLOCK_N], mask_desc.layout
-        )
+    q_buf = new_tiles(dtype, STAGES, WG_ROWS, BLOCK_D)
+    do_buf = new_tiles(dtype, STAGES, WG_ROWS, BLOCK_D)
+    k_buf = new_tiles(dtype, STAGES * TILES, BLOCK_N, BLOCK_D)
+    v_buf = new_tiles(dtype, STAGES * TILES, BLOCK_N, BLOCK_D)
+    bias_buf = new_tiles(bias_desc.dtype, TILES, WG_ROWS, BLOCK_N)
+    mask_buf = new_mask_rows(mask_desc, k_buf, HAS_MASK, STAGES * TILES, BLOCK_N)
     bias_full, bias_empty = new_ring(1, TILES)
     full, empty = new_ring(STAGES, TILES)
     gl.thread_barrier()

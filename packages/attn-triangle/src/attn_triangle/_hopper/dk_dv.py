@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import exp2
+from attn_core.tiles.hopper import accumulator_layout, exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
@@ -30,6 +30,7 @@ from attn_triangle._hopper.tiles import (
     load_wide,
     moved,
     new_ring,
+    new_tiles,
     num_steps,
     place_of,
     rows_of,
@@ -167,8 +168,8 @@ def _differentiate(
     mask_ptr, mask_steps, columns = mask
     dtype: gl.constexpr = k_desc.dtype
     BLOCK_D: gl.constexpr = k_buf.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
+    O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW: gl.constexpr = WARPGROUP // TILES
     TILE: gl.constexpr = WARPGROUP % TILES
@@ -247,18 +248,11 @@ def _attention_backward_dk_dv_kernel(
     # fmt: on
     dtype: gl.constexpr = q_desc.dtype
     WARPGROUPS: gl.constexpr = TILES * ROWS
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
-    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, WG_ROWS * BITS // 8), BITS, rank=2)
-    own: gl.constexpr = [2 * WARPGROUPS, WG_ROWS, BLOCK_D]
-    streamed: gl.constexpr = [STAGES * ROWS, BLOCK_M, BLOCK_D]
-    k_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    v_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    q_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    do_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    bias_buf = gl.allocate_shared_memory(
-        bias_desc.dtype, [STAGES * TILES, BLOCK_M, WG_ROWS], BIAS_LAYOUT
-    )
+    k_buf = new_tiles(dtype, 2 * WARPGROUPS, WG_ROWS, BLOCK_D)
+    v_buf = new_tiles(dtype, 2 * WARPGROUPS, WG_ROWS, BLOCK_D)
+    q_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_M, BLOCK_D)
+    do_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_M, BLOCK_D)
+    bias_buf = new_tiles(bias_desc.dtype, STAGES * TILES, BLOCK_M, WG_ROWS)
     numbers: gl.constexpr = [STAGES * ROWS, 1, BLOCK_M]
     lse_buf = gl.allocate_shared_memory(gl.float32, numbers, delta_desc.layout)
     delta_buf = gl.allocate_shared_memory(gl.float32, numbers, delta_desc.layout)

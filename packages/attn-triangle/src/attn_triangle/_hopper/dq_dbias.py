@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import exp2
+from attn_core.tiles.hopper import accumulator_layout, exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.tiles import (
@@ -37,6 +37,7 @@ from attn_triangle._hopper.tiles import (
     load_queries_and_keys,
     load_wide,
     new_query_buffers,
+    num_steps,
     store_rows,
 )
 
@@ -65,7 +66,7 @@ def _tile_of(step, sizes, ROWS: gl.constexpr):
 def _num_steps(sizes):
     """How many tiles this CTA computes."""
     H, R, num_tiles, num_parts, groups, total = sizes
-    return gl.cdiv(total - gl.program_id(0), gl.num_programs(0)) * groups
+    return num_steps(sizes) * groups
 
 
 # fmt: off
@@ -122,8 +123,8 @@ def _differentiate(
     H, R, num_tiles, num_parts, groups, total = sizes
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
+    O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     count = 0

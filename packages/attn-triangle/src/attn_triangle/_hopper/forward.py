@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import exp2, log2, reciprocal, thread_sums
+from attn_core.tiles.hopper import accumulator_layout, exp2, log2, reciprocal, thread_sums
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
 from attn_triangle._hopper.redo import redo
@@ -35,7 +35,9 @@ from attn_triangle._hopper.tiles import (
     load_rows,
     load_wide,
     moved,
+    new_mask_rows,
     new_ring,
+    new_tiles,
     num_steps,
     place_of,
     rows_of,
@@ -141,8 +143,8 @@ def _attend(
     range_strides, bias_strides, mask_steps = strides
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
+    O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW: gl.constexpr = WARPGROUP // TILES
     TILE: gl.constexpr = WARPGROUP % TILES
@@ -211,21 +213,12 @@ def _attention_forward_kernel(
     # fmt: on
     dtype: gl.constexpr = q_desc.dtype
     WARPGROUPS: gl.constexpr = TILES * ROWS
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
-    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
-    q_buf = gl.allocate_shared_memory(dtype, [2 * WARPGROUPS, WG_ROWS, BLOCK_D], LAYOUT)
-    k_buf = gl.allocate_shared_memory(dtype, [STAGES * ROWS, BLOCK_N, BLOCK_D], LAYOUT)
-    v_buf = gl.allocate_shared_memory(dtype, [STAGES * ROWS, BLOCK_N, BLOCK_D], LAYOUT)
-    out_buf = gl.allocate_shared_memory(dtype, [WARPGROUPS, WG_ROWS, BLOCK_D], LAYOUT)
-    bias_buf = gl.allocate_shared_memory(
-        bias_desc.dtype, [STAGES * TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT
-    )
-    mask_buf = k_buf
-    if HAS_MASK:
-        mask_buf = gl.allocate_shared_memory(
-            gl.float32, [STAGES * ROWS, 1, BLOCK_N], mask_desc.layout
-        )
+    q_buf = new_tiles(dtype, 2 * WARPGROUPS, WG_ROWS, BLOCK_D)
+    k_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_N, BLOCK_D)
+    v_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_N, BLOCK_D)
+    out_buf = new_tiles(dtype, WARPGROUPS, WG_ROWS, BLOCK_D)
+    bias_buf = new_tiles(bias_desc.dtype, STAGES * TILES, WG_ROWS, BLOCK_N)
+    mask_buf = new_mask_rows(mask_desc, k_buf, HAS_MASK, STAGES * ROWS, BLOCK_N)
     q_full, q_empty = new_ring(2, WARPGROUPS)
     full, empty = new_ring(STAGES, WARPGROUPS)
     gl.thread_barrier()

@@ -10,6 +10,7 @@ from attn_core import tiling
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tuning import TileConfig
+from attn_triangle._triton.tiles import sum_of_unseeing
 
 _CONFIG = TileConfig(128, 1, 4, 1)
 _UNSEEING_CONFIG = TileConfig(64, 64, 4, 1)
@@ -64,7 +65,6 @@ def _unseeing_kernel(
 ):
     # fmt: on
     """Add to dv what queries without keys give it, whose output is the mean of the row's values."""
-    CHUNK: tl.constexpr = 1024
     row = tl.program_id(0).to(tl.int64)
     r = row % R
     h = row // R % H
@@ -74,20 +74,10 @@ def _unseeing_kernel(
     dv_ptr += b * stride_dvb + h * stride_dvh + r * stride_dvr
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    total = tl.zeros([BLOCK_D], tl.float32)
-    unseeing = 0
-    for start in range(0, M, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        lowest = tl.min(tl.load(lse_ptr + offs, mask=offs < M, other=0.0), 0)
-        if lowest == -float("inf"):
-            unseeing = 1
-            for start_m in range(start, tl.minimum(start + CHUNK, M), BLOCK_M):
-                offs_m = start_m + tl.arange(0, BLOCK_M)
-                lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=0.0)
-                do_ptrs = do_ptr + tile_offsets(offs_m.to(tl.int64), stride_dom, offs_d, stride_dod)
-                do = load_tile(do_ptrs, lse == -float("inf"), mask_d, True, True)
-                total += tl.sum(do.to(tl.float32), 0)
-    if unseeing == 1:
+    total, has_unseeing = sum_of_unseeing(
+        do_ptr, stride_dom, stride_dod, lse_ptr, M, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
+    if has_unseeing == 1:
         for start_n in range(0, N, BLOCK_M):
             offs_n = (start_n + tl.arange(0, BLOCK_M)).to(tl.int64)
             dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dvn, offs_d, stride_dvd)

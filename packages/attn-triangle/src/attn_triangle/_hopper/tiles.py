@@ -92,8 +92,8 @@ def rows_of(group, sizes, ROWS: gl.constexpr):
 
 @gluon.jit
 def num_steps(sizes):
-    """How many tiles this CTA computes."""
-    H, R, num_tiles, num_groups, total = sizes
+    """How many tiles this CTA computes, of as many as the last of sizes says."""
+    total = sizes[-1]
     return gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
 
 
@@ -224,6 +224,22 @@ def new_ring(stages: gl.constexpr, readers: gl.constexpr, WRITERS: gl.constexpr 
     return full, empty
 
 
+@gluon.jit
+def new_tiles(dtype, count, rows, columns):
+    """Memory for tiles of rows by columns that products read."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+    return gl.allocate_shared_memory(dtype, [count, rows, columns], LAYOUT)
+
+
+@gluon.jit
+def new_mask_rows(desc, unread, HAS_MASK: gl.constexpr, COUNT: gl.constexpr, BLOCK: gl.constexpr):
+    """Memory for what a mask adds to the scores of BLOCK keys, or `unread` without a mask."""
+    rows = unread
+    if HAS_MASK:
+        rows = gl.allocate_shared_memory(gl.float32, [COUNT, 1, BLOCK], desc.layout)
+    return rows
+
+
 # fmt: off
 @gluon.jit
 def new_query_buffers(
@@ -234,23 +250,12 @@ def new_query_buffers(
     # fmt: on
     """Memory for two tiles of queries and dO and for blocks of what streams by, with barriers."""
     dtype: gl.constexpr = q_desc.dtype
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * BLOCK_D), 16, rank=2)
-    BITS: gl.constexpr = bias_desc.dtype.primitive_bitwidth
-    BIAS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_N * BITS // 8), BITS, rank=2)
-    own: gl.constexpr = [2 * TILES * ROWS, WG_ROWS, BLOCK_D]
-    streamed: gl.constexpr = [STAGES * ROWS, BLOCK_N, BLOCK_D]
-    q_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    do_buf = gl.allocate_shared_memory(dtype, own, LAYOUT)
-    k_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    v_buf = gl.allocate_shared_memory(dtype, streamed, LAYOUT)
-    bias_buf = gl.allocate_shared_memory(
-        bias_desc.dtype, [STAGES * TILES, WG_ROWS, BLOCK_N], BIAS_LAYOUT
-    )
-    mask_buf = k_buf
-    if HAS_MASK:
-        mask_buf = gl.allocate_shared_memory(
-            gl.float32, [STAGES * ROWS, 1, BLOCK_N], mask_desc.layout
-        )
+    q_buf = new_tiles(dtype, 2 * TILES * ROWS, WG_ROWS, BLOCK_D)
+    do_buf = new_tiles(dtype, 2 * TILES * ROWS, WG_ROWS, BLOCK_D)
+    k_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_N, BLOCK_D)
+    v_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_N, BLOCK_D)
+    bias_buf = new_tiles(bias_desc.dtype, STAGES * TILES, WG_ROWS, BLOCK_N)
+    mask_buf = new_mask_rows(mask_desc, k_buf, HAS_MASK, STAGES * ROWS, BLOCK_N)
     q_full, q_empty = new_ring(2, READERS)
     full, empty = new_ring(STAGES, READERS)
     gl.thread_barrier()

@@ -39,18 +39,18 @@ def attention_backward(
 
     What is not `wanted` is an empty tensor. All are deterministic, asked or not.
     """
-    N = k.shape[3]
+    is_empty = q.numel() * k.shape[3] == 0
+    if not is_empty and short.takes(q, k, mask, wanted):
+        return short.short_backward(dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows)
     needs_dmask = mask is not None and "dmask" in wanted
     needs_dk_dv = "dk_dv" in wanted or needs_dmask
     dq = new_heads_last(q) if "dq" in wanted else new_unwanted(q)
     dk, dv = (new_heads_last(x) if needs_dk_dv else new_unwanted(x) for x in (k, v))
-    if q.numel() * N == 0:
+    if is_empty:
         dbias = bias.new_zeros(bias.shape) if "dbias" in wanted else new_unwanted(bias)
         dmask = mask.new_zeros(mask.shape) if needs_dmask else new_unwanted(q)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dmask
-    if short.takes(q, k, mask, wanted):
-        return short.short_backward(dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows)
-    keys = visible_keys(mask, N, unread=lse)
+    keys = visible_keys(mask, k.shape[3], unread=lse)
     rows = lse.new_empty((*lse.shape, 2))
     fill_dq(dq if "dq" in wanted else None, rows, dout, dlse, q, k, v, bias, keys, out, lse, scale)
     if needs_dk_dv:

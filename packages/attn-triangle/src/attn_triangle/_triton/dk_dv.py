@@ -13,6 +13,7 @@ from attn_core.tiles.offsets import load_tile, tile_offsets
 from attn_core.tiles.softmax import LOG2_E
 from attn_triangle._triton import configs, problem
 from attn_triangle._triton.keys import VisibleKeys
+from attn_triangle._triton.tiles import sum_of_unseeing
 
 
 # fmt: off
@@ -60,28 +61,6 @@ def _accumulate_dk_dv(
         do_ptr += BLOCK_M * stride_dom
         bias_ptr += BLOCK_M * stride_bm
     return dk, dv, dshut
-
-
-@triton.jit
-def _sum_of_unseeing(
-    do_ptr, stride_dom, stride_dod, lse_ptr, M,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Sum dO over the queries of a row that see no key: [BLOCK_D]."""
-    CHUNK: tl.constexpr = 1024
-    offs_d = tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, M, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        lowest = tl.min(tl.load(lse_ptr + offs, mask=offs < M, other=0.0), 0)
-        if lowest == -float("inf"):
-            for start_m in range(start, tl.minimum(start + CHUNK, M), BLOCK_M):
-                offs_m = start_m + tl.arange(0, BLOCK_M)
-                lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=0.0)
-                do_ptrs = do_ptr + tile_offsets(offs_m.to(tl.int64), stride_dom, offs_d, stride_dod)
-                do = load_tile(do_ptrs, lse == -float("inf"), offs_d < HEAD_DIM, True, True)
-                total += tl.sum(do.to(tl.float32), 0)
-    return total
 
 
 # fmt: off
@@ -161,7 +140,7 @@ def _attention_backward_dk_dv_kernel(
         dk = tl.where(visible[:, None], dk, 0.0)
         dv = tl.where(visible[:, None], dv, 0.0)
     if IS_MEAN:
-        total = _sum_of_unseeing(
+        total, _ = sum_of_unseeing(
             do_ptr, stride_dom, stride_dod, lse_ptr + pid_row * M, M, HEAD_DIM, BLOCK_M, BLOCK_D
         )
         dv += total[None, :] / N
