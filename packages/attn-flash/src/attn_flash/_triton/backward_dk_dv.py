@@ -262,28 +262,22 @@ def _attention_backward_dk_dv_kernel(
         if HAS_BIAS > 0:
             bias_head = bias_ptr + b * stride_bb + h * stride_bh
             bias_head += start_n.to(tl.int64) * stride_bn
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, bias_cols, key_mask, start_n,
-            q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
-            bias_head, stride_bm,
-            lo, full_lo, full_hi, tail, M, N, b, h,
-            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
-            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION, BIAS_RUN,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        if (tail < hi) | (not (HAS_LEFT or HAS_RIGHT)):
-            dk, dv = _accumulate_dk_dv(
-                dk, dv, k, v, bias_cols, key_mask, start_n,
-                q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
-                bias_head, stride_bm,
-                tail, full_lo, full_hi, hi, M, N, b, h,
-                scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
-                left, right,
-                HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION, BIAS_RUN,
-                TAIL_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
+        for is_tail in tl.static_range(2):
+            first, last = lo, tail
+            if is_tail:
+                first, last = tail, hi
+            if (first < last) | (not is_tail) | (not (HAS_LEFT or HAS_RIGHT)):
+                dk, dv = _accumulate_dk_dv(
+                    dk, dv, k, v, bias_cols, key_mask, start_n,
+                    q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
+                    bias_head, stride_bm,
+                    first, full_lo, full_hi, last, M, N, b, h,
+                    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
+                    left, right,
+                    HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, is_tail,
+                    SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION, BIAS_RUN,
+                    TAIL_M if is_tail else BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
 
     if HAS_DROPOUT:
         dv *= keep_scale

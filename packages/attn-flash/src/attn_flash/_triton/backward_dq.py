@@ -205,39 +205,26 @@ def _attention_backward_dq_kernel(
         dbias_rows = offs_m * stride_dbm
         dbias_ptr += b * stride_dbb + h * stride_dbh + start_m.to(tl.int64) * stride_dbm
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_LEFT:
-        dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
-            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            bias_ptr, stride_bn, key_mask_ptr, stride_mn,
-            dbias_ptr, dbias_rows, mask_m, lo, full_lo, M, N, b, h,
-            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
-            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
-        k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-        bias_ptr, stride_bn, key_mask_ptr, stride_mn,
-        dbias_ptr, dbias_rows, mask_m, full_lo, full_hi, M, N, b, h,
-        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
-        HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, False,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    # Without this branch ptxas cannot overlap the products where the loops also store (C7515).
-    if (full_hi < hi) | (not STORES_DBIAS):
-        dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
-            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            bias_ptr, stride_bn, key_mask_ptr, stride_mn,
-            dbias_ptr, dbias_rows, mask_m, full_hi, hi, M, N, b, h,
-            scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
-            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, True,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
-            BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+    # Keys to the left of those that all rows see, these, and keys to their right.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        first, last = full_lo, full_hi
+        if part == 0:
+            first, last = lo, full_lo
+        elif part == 2:
+            first, last = full_hi, hi
+        # Without this branch ptxas cannot overlap the products where the loops also store (C7515).
+        if (first < last) | (part < 2) | (not STORES_DBIAS):
+            dq = _accumulate_dq(
+                dq, q, do, lse_log2, delta, start_m + offs_m, bias_rows,
+                k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
+                bias_ptr, stride_bn, key_mask_ptr, stride_mn,
+                dbias_ptr, dbias_rows, mask_m, first, last, M, N, b, h,
+                scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
+                left, right,
+                HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, part != 1,
+                SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, STORES_DBIAS, PRECISION,
+                BLOCK_M, TAIL_N if part == 2 else BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh + first_row * stride_dqm
     dq_ptrs = dq_ptr + head_offsets(offs_m, stride_dqm, stride_dqd, BLOCK_D)

@@ -180,37 +180,23 @@ def _attend_rows(
     if IS_ADDED:
         m_i = first_maximum_added(m_i)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if HAS_LEFT:
+    # Keys to the left of those that all rows see, these, and keys to their right.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        first, last = full_lo, full_hi
+        if part == 0:
+            first, last = lo, full_lo
+        elif part == 2:
+            first, last = full_hi, hi
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, rows, bias_rows,
             k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
             table_ptr, stride_tn, bias_ptr, stride_bn, key_mask_ptr, stride_mn,
-            lo, full_lo, M, N, b, h,
+            first, last, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
-            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
+            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, part != 1,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            BLOCK_M, TAIL_N if part == 2 else BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, rows, bias_rows,
-        k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-        table_ptr, stride_tn, bias_ptr, stride_bn, key_mask_ptr, stride_mn,
-        full_lo, full_hi, M, N, b, h,
-        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
-        HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, False,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, rows, bias_rows,
-        k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-        table_ptr, stride_tn, bias_ptr, stride_bn, key_mask_ptr, stride_mn,
-        full_hi, hi, M, N, b, h,
-        scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
-        HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, True,
-        SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
-        BLOCK_M, TAIL_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
 
     if HAS_DROPOUT:
         acc *= keep_scale
