@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
 import math
+import sys
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -209,3 +211,22 @@ def compiler(monkeypatch, module, launcher="_launch"):
 
 def forget(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda *args, **options: None)
+
+
+def forget_wait(monkeypatch, mbarrier, function, barrier):
+    """Leave out the waits for a barrier in `shared` that one function of a kernel has."""
+    wait = mbarrier.wait
+
+    def wait_elsewhere(*args, **options):
+        caller = sys._getframe(1)
+        line = linecache.getline(caller.f_code.co_filename, caller.f_lineno)
+        if caller.f_code.co_name != function or f"shared.{barrier}" not in line:
+            wait(*args, **options)
+
+    monkeypatch.setattr(mbarrier, "wait", wait_elsewhere)
+
+
+def check_often(check, *args):
+    """A race that is open is not lost every time."""
+    for _ in range(20):
+        check(*args)

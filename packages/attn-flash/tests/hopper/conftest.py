@@ -15,7 +15,8 @@ from attn_flash._hopper.support import TRITON_VERSIONS
 MODULES = (
     "primitives", "softmax", "problem", "descriptors", "schedules",
     "forward_tiles", "forward_producer", "forward_consumer", "forward", "forward_short",
-    "backward_sums", "backward_tiles", "backward", "backward_short", "backward_wide", "attention",
+    "backward_sums", "backward_tiles", "backward_consumer", "backward_loader", "backward_adder",
+    "backward", "backward_short", "backward_wide", "attention",
 )  # fmt: skip
 LAUNCHERS = {
     "forward": ("_launch",),
@@ -67,3 +68,9 @@ def starter(kernel):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr("attn_core.testing.hopper._threads.PATIENCE", 0.5)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Copies that land, and threads that fall behind, later than other tests have time for."""
+    monkeypatch.setattr("attn_core.testing.hopper._threads.LATENESS", 0.02)

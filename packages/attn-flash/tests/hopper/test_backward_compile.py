@@ -64,7 +64,7 @@ def test_products_overlap_and_accumulators_stay_in_registers(D, window, determin
 
 @pytest.mark.parametrize("D", [64, 128])
 def test_sums_that_are_cleared_first(D, monkeypatch):
-    monkeypatch.setattr(backward, "_CLAIMED", {D: 0})
+    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, 0))
     compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=False)
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]

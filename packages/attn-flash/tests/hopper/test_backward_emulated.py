@@ -18,7 +18,17 @@ from attn_core.testing.hopper import ProtocolError
 from attn_flash._hopper.problem import Sequences
 
 from . import sums_torch
-from .cases import CAUSAL, HALF, Case, assert_gradients, assert_same_bits, exact, forget
+from .cases import (
+    CAUSAL,
+    HALF,
+    Case,
+    assert_gradients,
+    assert_same_bits,
+    check_often,
+    exact,
+    forget,
+    forget_wait,
+)
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -27,7 +37,7 @@ pytestmark = pytest.mark.compile
 
 @pytest.fixture
 def backward(hopper, monkeypatch):
-    """The module of the kernel, on the emulator."""
+    """The module of the kernel, on the emulator; its roles are modules of `hopper`."""
     for name in ("prepare", "finish", "new_gradient"):
         monkeypatch.setattr(hopper.backward_sums, name, getattr(sums_torch, name))
     monkeypatch.setattr(hopper.backward, "_FEW_TILES", 0)
@@ -72,9 +82,15 @@ def test_gradients(case, deterministic, backward):
     check(backward, case, deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_late_copies(D, deterministic, backward, late):
+    check(backward, Case(1, 2, 1, 150, 270, D, CAUSAL), deterministic)
+
+
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_sums_that_are_cleared_first(case, backward, monkeypatch):
-    monkeypatch.setattr(backward, "_CLAIMED", {64: 0, 128: 0})
+    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, 0))
     check(backward, case)
 
 
@@ -147,9 +163,18 @@ def test_ragged_sequences(lengths_q, lengths_k, case, deterministic, backward):
 SMALL = Case(1, 1, 1, 256, 256, 128)
 
 
-@pytest.mark.parametrize("name", ["meet_at", "arrive_at"])
-def test_a_missing_arrival_at_a_named_barrier(name, backward, monkeypatch, impatient):
-    forget(monkeypatch, backward, name)
+@pytest.mark.parametrize(
+    "role, name",
+    [
+        ("consumer", "meet_at"),
+        ("consumer", "arrive_at"),
+        ("adder", "meet_at"),
+        ("adder", "arrive_at"),
+        ("loader", "meet_at"),
+    ],
+)
+def test_a_missing_arrival_at_a_named_barrier(role, name, hopper, backward, monkeypatch, impatient):
+    forget(monkeypatch, getattr(hopper, f"backward_{role}"), name)
     with pytest.raises((ProtocolError, AssertionError)):
         check(backward, SMALL)
 
@@ -161,43 +186,55 @@ def test_a_missing_arrival_or_wait_at_an_mbarrier(name, backward, monkeypatch, i
         check(backward, SMALL)
 
 
+@pytest.mark.parametrize(
+    "function, barrier",
+    [
+        ("load", "empty"),
+        ("accumulate", "k_full"),
+        ("accumulate", "v_full"),
+        ("accumulate", "q_full"),
+        ("accumulate", "do_full"),
+    ],
+)
+def test_each_wait(function, barrier, backward, monkeypatch, impatient, late):
+    forget_wait(monkeypatch, backward.mbarrier, function, barrier)
+    with pytest.raises((ProtocolError, AssertionError)):
+        check_often(check, backward, SMALL)
+
+
 def test_a_store_that_nobody_waits_for(backward, monkeypatch):
     forget(monkeypatch, backward.tma, "store_wait")
     with pytest.raises(ProtocolError, match="work in flight"):
         check(backward, SMALL)
 
 
-def test_a_missing_fence(backward, monkeypatch):
-    forget(monkeypatch, backward, "fence_async_shared")
+def test_a_missing_fence(hopper, backward, monkeypatch):
+    forget(monkeypatch, hopper.backward_consumer, "fence_async_shared")
     with pytest.raises(ProtocolError, match="without a fence"):
         check(backward, SMALL)
 
 
-def test_a_sum_that_nobody_waits_for(backward, monkeypatch):
+def test_a_sum_that_nobody_waits_for(hopper, backward, monkeypatch):
     """A second summand before the first one is stored."""
-    monkeypatch.setattr(backward, "claim", lambda ptr: backward.PUBLISHED)
+    adder = hopper.backward_adder
+    monkeypatch.setattr(adder, "claim", lambda ptr: adder.PUBLISHED)
     with pytest.raises(AssertionError, match="dq"):
         check(backward, SMALL)
 
 
-def test_a_sum_that_is_not_published(backward, monkeypatch, impatient):
-    forget(monkeypatch, backward, "publish")
+def test_a_sum_that_is_not_published(hopper, backward, monkeypatch, impatient):
+    forget(monkeypatch, hopper.backward_adder, "publish")
     with pytest.raises(ProtocolError, match="claimed"):
         check(backward, SMALL)
 
 
-def test_a_part_that_nobody_waits_for(in_parts, monkeypatch):
-    forget(monkeypatch, in_parts, "wait_until_set")
-
-    def check_often():  # the first part may be there in time
-        for _ in range(20):
-            check(in_parts, SMALL._replace(H=2, N=700))
-
+def test_a_part_that_nobody_waits_for(hopper, in_parts, monkeypatch):
+    forget(monkeypatch, hopper.backward_consumer, "wait_until_set")
     with pytest.raises(AssertionError, match="d[kv]"):
-        check_often()
+        check_often(check, in_parts, SMALL._replace(H=2, N=700))
 
 
-def test_a_sum_that_is_passed_on_before_it_is_written(backward, monkeypatch):
-    forget(monkeypatch, backward, "wait_for_bulk_writes")
+def test_a_sum_that_is_passed_on_before_it_is_written(hopper, backward, monkeypatch):
+    forget(monkeypatch, hopper.backward_adder, "wait_for_bulk_writes")
     with pytest.raises(AssertionError, match="dq"):
         check(backward, SMALL._replace(N=700), deterministic=True)

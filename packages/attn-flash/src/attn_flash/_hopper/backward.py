@@ -9,12 +9,16 @@ Scores are computed transposed, keys by queries: P^T and dS^T leave the first pr
 registers from which the products of dV and dK take them. dQ is summed over programs in float32, in
 the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their protocol:
 
-* `_load` copies K and V, then each step's Q, dO, lse and delta, two steps ahead, and at the end dK
-  and dV: what it alone knows takes no register of those who compute;
-* two of `_accumulate`, a warpgroup for 64 keys each, keep dK and dV in registers, and each compute
-  one half of a step's dQ. They take turns: one's exponentials run under the other's products;
-* `_add_dq` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the keys.
+* `backward_loader` copies K and V, then each step's Q, dO, lse and delta, two steps ahead, and at
+  the end dK and dV: what it alone knows takes no register of those who compute;
+* two of `backward_consumer`, a warpgroup for 64 keys each, keep dK and dV in registers, and each
+  compute one half of a step's dQ. They take turns: one's exponentials run under the other's
+  products;
+* `backward_adder` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the
+  keys.
 
+This file has what they share, the kernel and its launcher, and `backward_tiles` which keys and
+queries a program works on.
 Where there are few tiles, the query heads of a key head are the work of two programs.
 
 Shah et al., "FlashAttention-3", 2024; Dao, "FlashAttention-2", 2023, algorithm 2.
@@ -23,49 +27,20 @@ Shah et al., "FlashAttention-3", 2024; Dao, "FlashAttention-2", 2023, algorithm 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from attn_core.gluon_launch import GluonLauncher
-from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at, record
+from attn_core.tiles.hopper import record
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper import problem as host
-from attn_flash._hopper.backward_tiles import KEYS, crosses_edge, mask, place, queries_that_see
+from attn_flash._hopper.backward_adder import add_dq
+from attn_flash._hopper.backward_consumer import accumulate
+from attn_flash._hopper.backward_loader import load
+from attn_flash._hopper.backward_tiles import KEYS, tile_at
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
-from attn_flash._hopper.primitives import (
-    PUBLISHED,
-    claim,
-    columns,
-    keep_branch,
-    load_ragged_rows,
-    load_row,
-    load_rows,
-    publish,
-    reduce_add,
-    store_ragged_rows,
-    store_rows,
-    wait_for_bulk_writes,
-    wait_until_set,
-)
 from attn_flash._hopper.problem import Sequences
 
-BLOCK_N = gl.constexpr(128)
 _STAGES = gl.constexpr(2)
-
-# Named barriers and the threads that meet there; barriers below 8 are the compiler's.
-_KEYS_READ = gl.constexpr(8)
-_DQ_EMPTY = gl.constexpr(9)  # 10 for the second consumer
-_DQ_FULL = gl.constexpr(11)  # 12 for the second consumer
-_TURN = gl.constexpr(13)  # 14 for the second consumer
-_KEYS_DONE = gl.constexpr(15)
-_CONSUMERS = gl.constexpr(256)
-_CONSUMERS_AND_LOADER = gl.constexpr(288)
-_CONSUMER_AND_ADDER = gl.constexpr(160)
 
 
 @record
@@ -108,7 +83,7 @@ class _Problem:
 
     starts_q_ptr: gl.tensor  # [B + 1] of ragged sequences, as starts_k_ptr
     starts_k_ptr: gl.tensor
-    parts_ptr: gl.tensor  # dK and dV of the first of two parts, as `_add_other_part` keeps them
+    parts_ptr: gl.tensor  # dK and dV of the first of two parts, as consumers keep them
     are_left_ptr: gl.tensor  # whether they are there
     B: gl.tensor  # ragged sequences
     M: gl.tensor  # queries of a batch entry, as keys
@@ -127,386 +102,6 @@ class _Problem:
     PARTS: gl.constexpr  # programs that share the query heads of a key head
     DETERMINISTIC: gl.constexpr
     IS_CLEARED: gl.constexpr  # the sum of dq is 0 at first
-
-
-@record
-class _Sequence:
-    """A ragged sequence; the entries of a batch are alike, and one for all of them."""
-
-    start_q: gl.tensor  # where its queries begin
-    start_k: gl.tensor
-    M: gl.tensor
-    N: gl.tensor
-    block_q: gl.tensor  # its first block of padded queries
-    block_n: gl.tensor  # and of padded keys
-
-
-@record
-class _Tile:
-    """The keys of a program, and the query blocks [first, last) of each head that see them."""
-
-    sequence: _Sequence
-    n: gl.tensor
-    b: gl.tensor
-    h_kv: gl.tensor
-    h: gl.tensor  # the first query head
-    part: gl.tensor  # which of PARTS
-    first: gl.tensor
-    last: gl.tensor
-
-
-@gluon.jit
-def _find(problem, block_n):
-    """Find the sequence of a block of padded keys; the last one has those past its end too."""
-    low = 0
-    high = problem.B - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        start = gl.load(problem.starts_k_ptr + middle)
-        is_before = start // BLOCK_N + middle <= block_n
-        low = gl.where(is_before, middle, low)
-        high = gl.where(is_before, high, middle - 1)
-    return low
-
-
-@gluon.jit
-def _sequence(problem, block_n, BLOCK_M: gl.constexpr):
-    """Return the sequence of a block of padded keys."""
-    if problem.IS_RAGGED:
-        i = _find(problem, block_n)
-        start_q = gl.load(problem.starts_q_ptr + i)
-        start_k = gl.load(problem.starts_k_ptr + i)
-        return _Sequence(
-            start_q, start_k,
-            gl.load(problem.starts_q_ptr + i + 1) - start_q,
-            gl.load(problem.starts_k_ptr + i + 1) - start_k,
-            (start_q // BLOCK_N + i) * (BLOCK_N // BLOCK_M),
-            start_k // BLOCK_N + i,
-        )  # fmt: skip
-    else:  # noqa: RET505 - decided while compiling
-        zero = gl.to_tensor(0)
-        return _Sequence(zero, zero, problem.M, problem.N, zero, zero)
-
-
-@gluon.jit
-def _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
-    """Return tile number `ticket`.
-
-    Heads alternate, within groups whose queries the L2 cache holds. Where tiles differ in length
-    the longest come first, and where the sum of dq has an order the last keys do.
-    """
-    n, head = place(ticket, problem.blocks_n, num_heads, heads_per_group)
-    if problem.DETERMINISTIC:
-        n = problem.blocks_n - 1 - n
-    sequence = _sequence(problem, n, BLOCK_M)
-    n -= sequence.block_n
-    first, last = queries_that_see(problem, sequence.M, sequence.N, n, BLOCK_M, BLOCK_N)
-    if problem.IS_RAGGED:
-        last = gl.where(n * BLOCK_N < sequence.N, last, first)
-    groups = problem.H // problem.group
-    g = head % groups
-    return _Tile(
-        sequence, n, head // groups, g // problem.PARTS, g * problem.group, g % problem.PARTS,
-        first, last,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _load_tile(problem, tile, desc, start, length, h, row, barrier, buffer):
-    """Start to copy rows of the tile's sequence, which begins at `start` where it is ragged."""
-    if problem.IS_RAGGED:
-        load_ragged_rows(desc, start, length, h, row, barrier, buffer)
-    else:
-        load_rows(desc, tile.b, h, row, barrier, buffer)
-
-
-@gluon.jit
-def _load_keys(problem, tile, desc, barrier, buffers):
-    sequence = tile.sequence
-    mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
-    for w in gl.static_range(2):
-        row = tile.n * BLOCK_N + w * KEYS
-        _load_tile(
-            problem, tile, desc, sequence.start_k, sequence.N, tile.h_kv, row,
-            barrier, buffers.index(w),
-        )  # fmt: skip
-
-
-@gluon.jit
-def _load_queries(problem, tile, desc, row_desc, barrier, buffer, row_buffer, h, m):
-    BLOCK_M: gl.constexpr = desc.block_shape[len(desc.block_shape) - 2]
-    sequence = tile.sequence
-    mbarrier.expect(barrier, desc.block_type.nbytes + row_desc.block_type.nbytes)
-    _load_tile(problem, tile, desc, sequence.start_q, sequence.M, h, m * BLOCK_M, barrier, buffer)
-    coord = [tile.b * problem.H + h, (sequence.block_q + m) * BLOCK_M]
-    tma.async_copy_global_to_shared(row_desc, coord, barrier, row_buffer)
-
-
-@gluon.jit
-def _store_keys(problem, tile, desc, buffers):
-    sequence = tile.sequence
-    for w in gl.static_range(2):
-        row = tile.n * BLOCK_N + w * KEYS
-        if problem.IS_RAGGED:
-            store_ragged_rows(desc, sequence.start_k, sequence.N, tile.h_kv, row, buffers.index(w))
-        else:
-            store_rows(desc, tile.b, tile.h_kv, row, buffers.index(w))
-
-
-@gluon.jit
-def _load(tensors, shared, problem, tile):
-    """Fill the stages of shared memory with what each step needs; write dK and dV at the end."""
-    steps = (tile.last - tile.first) * problem.group
-    _load_keys(problem, tile, tensors.k, shared.k_full, shared.k)
-    m = tile.first
-    h = tile.h
-    # The last rounds only wait: the consumers' arrivals must not outlive the program.
-    for step in range(steps + _STAGES):
-        i = step % _STAGES
-        if step >= _STAGES:
-            mbarrier.wait(shared.empty.index(i), (step // _STAGES + 1) & 1)
-        if step < steps:
-            _load_queries(
-                problem, tile, tensors.q, tensors.lse, shared.q_full.index(i),
-                shared.q.index(i), shared.lse.index(i), h, m,
-            )  # fmt: skip
-            if step == 0:
-                _load_keys(problem, tile, tensors.v, shared.v_full, shared.v)
-            _load_queries(
-                problem, tile, tensors.do, tensors.delta, shared.do_full.index(i),
-                shared.do.index(i), shared.delta.index(i), h, m,
-            )  # fmt: skip
-        m += 1
-        if m == tile.last:
-            m = tile.first
-            h += 1
-    if tile.part == problem.PARTS - 1:
-        meet_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
-        _store_keys(problem, tile, tensors.dv, shared.v)
-        _store_keys(problem, tile, tensors.dk, shared.k)
-        tma.store_wait(0)
-
-
-@gluon.jit
-def _start_dq(shared, step, W: gl.constexpr):
-    """Start this consumer's half of dS K: its columns of 64 queries, or its 64 of 128 queries."""
-    BLOCK_M: gl.constexpr = shared.ds.shape[2]
-    BLOCK_D: gl.constexpr = shared.k.shape[2]
-    dq = gl.zeros([64, 64], gl.float32, accumulator_layout(64))
-    for w in gl.static_range(2):
-        ds = shared.ds.index(step % _STAGES * 2 + w)
-        if BLOCK_M == 64:
-            k = columns(shared.k.index(w), W, KEYS, BLOCK_D)
-        else:
-            ds = columns(ds, W, KEYS, BLOCK_M)
-            k = shared.k.index(w)
-        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
-    return dq
-
-
-@gluon.jit
-def _hand_over(shared, dq, W: gl.constexpr):
-    """Let the adder add this consumer's half of dQ."""
-    meet_at(_DQ_EMPTY + W, _CONSUMER_AND_ADDER)
-    shared.dq.index(W).store(sums.to_unit(dq))
-    fence_async_shared()
-    arrive_at(_DQ_FULL + W, _CONSUMER_AND_ADDER)
-
-
-@gluon.jit
-def _add_other_part(problem, tile, dk, dv, W: gl.constexpr):
-    """Leave dK and dV of the first part to the second, which adds them to its own."""
-    BLOCK_D: gl.constexpr = dk.shape[1]
-    LAYOUT: gl.constexpr = dk.type.layout
-    heads_kv = problem.H // (problem.group * problem.PARTS)
-    head = tile.b * heads_kv + tile.h_kv
-    number = (head * problem.blocks_n + tile.sequence.block_n + tile.n) * 2 + W
-    offs_n = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
-    offs_d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    # There are few tiles: 32 bits hold this.
-    ptrs = problem.parts_ptr + number * (2 * KEYS * BLOCK_D) + offs_n * BLOCK_D + offs_d
-    if tile.part == 1:
-        wait_until_set(problem.are_left_ptr + number)
-        dv += gl.load(ptrs, volatile=True)
-        dk += gl.load(ptrs + KEYS * BLOCK_D, volatile=True)
-    else:
-        gl.store(ptrs, dv)
-        gl.store(ptrs + KEYS * BLOCK_D, dk)
-        gl.thread_barrier()
-        gl.atomic_add(problem.are_left_ptr + number, 1, sem="release")
-    return dk, dv
-
-
-@gluon.jit
-def _accumulate(tensors, shared, problem, tile, W: gl.constexpr):
-    """Compute dK and dV of consumer W's keys, and its half of each step's dQ.
-
-    A turn is the products of P and dS, for narrow heads also the next scores. When the second
-    consumer's comes, both have stored the dS of the step; when the first one's comes, that of the
-    step before, whose dQ it computes.
-    """
-    BLOCK_M: gl.constexpr = shared.q.shape[1]
-    BLOCK_D: gl.constexpr = shared.q.shape[2]
-    DTYPE: gl.constexpr = tensors.q.dtype
-    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
-    DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
-    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    IS_BEHIND: gl.constexpr = W == 0  # with dQ
-    KEEPS_TURN: gl.constexpr = BLOCK_D == 64  # for the next scores
-    key = tile.n * BLOCK_N + W * KEYS
-    count = tile.sequence.N - key
-    row = tile.sequence.M - count  # of the query at the first key's position
-    k = shared.k.index(W)
-    v = shared.v.index(W)
-    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, S_LAYOUT)
-    dk = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
-    dv = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
-    m = tile.first
-    steps = (tile.last - tile.first) * problem.group
-    mbarrier.wait(shared.k_full, 0)
-    if steps > 0:
-        mbarrier.wait(shared.v_full, 0)
-        if W == 1 and KEEPS_TURN:
-            meet_at(_TURN + 1, _CONSUMERS)
-        elif W == 1:
-            arrive_at(_TURN, _CONSUMERS)  # the first turn is the first consumer's
-    for step in range(steps):
-        i = step % _STAGES
-        phase = (step // _STAGES) & 1
-        q = shared.q.index(i)
-        do = shared.do.index(i)
-        mbarrier.wait(shared.q_full.index(i), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(shared.do_full.index(i), phase)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        if KEEPS_TURN:
-            arrive_at(_TURN + 1 - W, _CONSUMERS)
-        lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        ahead = row - m * BLOCK_M
-        if crosses_edge(problem, count, ahead, BLOCK_M):
-            keep_branch()
-            s = mask(s, problem, count, ahead)
-        p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
-        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        # Not before the wait, where scores and lse still fill the registers.
-        delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
-        ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
-        ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
-        shared.ds.index(i * 2 + W).store(ds)
-        fence_async_shared()
-        meet_at(_TURN + W, _CONSUMERS)
-        dv = warpgroup_mma(p_operand, do, dv, is_async=True)
-        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, W)
-        dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
-        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-        if not KEEPS_TURN:
-            arrive_at(_TURN + 1 - W, _CONSUMERS)
-        if not IS_BEHIND or step > 0:
-            _hand_over(shared, dq, W)
-        dk = warpgroup_mma_wait(0, deps=(dk,))
-        mbarrier.arrive(shared.empty.index(i), count=1)
-        m += 1
-        if m == tile.last:
-            m = tile.first
-    if KEEPS_TURN and steps > 0:
-        arrive_at(_TURN + 1 - W, _CONSUMERS)
-    if IS_BEHIND and steps > 0:
-        meet_at(_TURN, _CONSUMERS)
-        dq = _start_dq(shared, steps - 1, W)
-        _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
-    if problem.PARTS == 2:
-        dk, dv = _add_other_part(problem, tile, dk, dv, W)
-    if tile.part == problem.PARTS - 1:
-        v.store(dv.to(DTYPE))
-        meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
-        k.store((dk * problem.scale).to(DTYPE))
-        fence_async_shared()
-        arrive_at(_KEYS_DONE, _CONSUMERS_AND_LOADER)
-
-
-@gluon.jit
-def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
-    """How many programs add to dQ of query block m before this one: those with later keys."""
-    sequence = tile.sequence
-    last_n = gl.cdiv(sequence.N, BLOCK_N) - 1
-    if problem.HAS_RIGHT:
-        end_key = (m + 1) * BLOCK_M + sequence.N - sequence.M + problem.right
-        last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
-    return last_n - tile.n
-
-
-@gluon.jit
-def _wait_to_add(problem, tile, m, state, state_ptr, BLOCK_M: gl.constexpr):
-    """Wait until this program may add to dQ of query block m. Return whether nobody has.
-
-    `state` is what was at `state_ptr` some time ago.
-    """
-    if problem.DETERMINISTIC:
-        turn = _turn(problem, tile, m, BLOCK_M)
-        while state != turn:
-            state = gl.load(state_ptr, volatile=True)
-        return turn == 0
-    else:  # noqa: RET505 - decided while compiling
-        if state != PUBLISHED:
-            state = claim(state_ptr)
-        return state == 0
-
-
-@gluon.jit
-def _let_others_add(problem, is_first, state_ptr):
-    """Let those go on who wait for what this program has added."""
-    if problem.DETERMINISTIC:
-        wait_for_bulk_writes()
-        gl.thread_barrier()
-        gl.atomic_add(state_ptr, 1, sem="release")
-    elif is_first:
-        publish(state_ptr)
-
-
-@gluon.jit
-def _add_dq(tensors, shared, problem, tile, states_ptr):
-    """Add each step's dQ to its sum in memory, whose first summand is stored."""
-    BLOCK_M: gl.constexpr = shared.q.shape[1]
-    UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
-    m = tile.first
-    steps = (tile.last - tile.first) * problem.group
-    row = tile.b * problem.H + tile.h
-    block = row * problem.blocks_m + tile.sequence.block_q + m  # of all blocks of queries
-    state = 0
-    is_first = False
-    if steps > 0:
-        arrive_at(_DQ_EMPTY + 1, _CONSUMER_AND_ADDER)
-        if not problem.IS_CLEARED:
-            state = gl.load(states_ptr + block, volatile=True)
-    for step in range(steps):
-        if not problem.IS_CLEARED:
-            is_first = _wait_to_add(problem, tile, m, state, states_ptr + block, BLOCK_M)
-        this_block = block
-        block += 1
-        m += 1
-        if m == tile.last:
-            m = tile.first
-            block += problem.blocks_m - (tile.last - tile.first)
-        is_last = step + 1 == steps
-        if not problem.IS_CLEARED:
-            # Looked up a step ahead, as its way from memory is long.
-            state = gl.load(states_ptr + block, mask=not is_last, other=0, volatile=True)
-        for w in gl.static_range(1, -1, -1):  # the first consumer's half comes later
-            meet_at(_DQ_FULL + w, _CONSUMER_AND_ADDER)
-            coord = [(this_block * UNITS + w) * 16, 0]
-            if is_first:
-                tma.async_copy_shared_to_global(tensors.dq_sum, coord, shared.dq.index(w))
-            else:
-                reduce_add(tensors.dq_sum, coord, shared.dq.index(w))
-            tma.store_wait(1)  # the copy before this one has read the other half
-            if (w == 1) | (not is_last):
-                arrive_at(_DQ_EMPTY + 1 - w, _CONSUMER_AND_ADDER)
-        if not problem.IS_CLEARED:
-            _let_others_add(problem, is_first, states_ptr + this_block)
-    tma.store_wait(0)
 
 
 # fmt: off
@@ -564,13 +159,13 @@ def _attention_backward_kernel(
     if DETERMINISTIC or PARTS == 2:
         # A program waits for those with lower tickets: they have begun, so they will end.
         ticket = gl.atomic_add(counters_ptr, 1)
-    tile = _tile(problem, ticket, heads_per_group, num_heads, BLOCK_M)
+    tile = tile_at(problem, ticket, heads_per_group, num_heads, BLOCK_M)
     gl.warp_specialize(
         [
-            (_accumulate, (tensors, shared, problem, tile, 0)),
-            (_accumulate, (tensors, shared, problem, tile, 1)),
-            (_load, (tensors, shared, problem, tile)),
-            (_add_dq, (tensors, shared, problem, tile, counters_ptr + 1)),
+            (accumulate, (tensors, shared, problem, tile, 0)),
+            (accumulate, (tensors, shared, problem, tile, 1)),
+            (load, (tensors, shared, problem, tile)),
+            (add_dq, (tensors, shared, problem, tile, counters_ptr + 1)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -602,7 +197,7 @@ def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
 
 
 def _parts(q, group, tiles, block_d, unused):
-    """Into how many parts a key head's group is split, and what `_add_other_part` works in.
+    """Into how many parts a key head's group is split, and where the first one leaves dK and dV.
 
     A tile has as many steps as its group has heads. When there are few tiles, the last ones to end
     leave most multiprocessors idle.

@@ -1,12 +1,42 @@
 """Where programs of the backward kernels work: their tiles, what those meet, and what is hidden.
 
-`problem` is a record of the kernel with the window: HAS_LEFT and HAS_RIGHT, left and right.
+`problem` is a record of the kernel with the window: HAS_LEFT and HAS_RIGHT, left and right. Records
+and `tile_at` are of the kernel for heads of up to 128, which takes ragged sequences, too.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attn_core.tiles.hopper import record
+
 KEYS = gl.constexpr(64)  # of a consumer
+BLOCK_N = gl.constexpr(128)  # keys of a program
+
+
+@record
+class Sequence:
+    """A ragged sequence; the entries of a batch are alike, and one for all of them."""
+
+    start_q: gl.tensor  # where its queries begin
+    start_k: gl.tensor
+    M: gl.tensor
+    N: gl.tensor
+    block_q: gl.tensor  # its first block of padded queries
+    block_n: gl.tensor  # and of padded keys
+
+
+@record
+class Tile:
+    """The keys of a program, and the query blocks [first, last) of each head that see them."""
+
+    sequence: Sequence
+    n: gl.tensor
+    b: gl.tensor
+    h_kv: gl.tensor
+    h: gl.tensor  # the first query head
+    part: gl.tensor  # which of PARTS
+    first: gl.tensor
+    last: gl.tensor
 
 
 @gluon.jit
@@ -71,3 +101,59 @@ def crosses_edge(problem, count, ahead, ROWS: gl.constexpr):
     if problem.HAS_LEFT:
         crosses = crosses | (ahead + problem.left < ROWS - 1)
     return crosses
+
+
+@gluon.jit
+def _find(problem, block_n):
+    """Find the sequence of a block of padded keys; the last one has those past its end too."""
+    low = 0
+    high = problem.B - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        start = gl.load(problem.starts_k_ptr + middle)
+        is_before = start // BLOCK_N + middle <= block_n
+        low = gl.where(is_before, middle, low)
+        high = gl.where(is_before, high, middle - 1)
+    return low
+
+
+@gluon.jit
+def _sequence(problem, block_n, BLOCK_M: gl.constexpr):
+    """Return the sequence of a block of padded keys."""
+    if problem.IS_RAGGED:
+        i = _find(problem, block_n)
+        start_q = gl.load(problem.starts_q_ptr + i)
+        start_k = gl.load(problem.starts_k_ptr + i)
+        return Sequence(
+            start_q, start_k,
+            gl.load(problem.starts_q_ptr + i + 1) - start_q,
+            gl.load(problem.starts_k_ptr + i + 1) - start_k,
+            (start_q // BLOCK_N + i) * (BLOCK_N // BLOCK_M),
+            start_k // BLOCK_N + i,
+        )  # fmt: skip
+    else:  # noqa: RET505 - decided while compiling
+        zero = gl.to_tensor(0)
+        return Sequence(zero, zero, problem.M, problem.N, zero, zero)
+
+
+@gluon.jit
+def tile_at(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
+    """Return tile number `ticket`.
+
+    Heads alternate, within groups whose queries the L2 cache holds. Where tiles differ in length
+    the longest come first, and where the sum of dq has an order the last keys do.
+    """
+    n, head = place(ticket, problem.blocks_n, num_heads, heads_per_group)
+    if problem.DETERMINISTIC:
+        n = problem.blocks_n - 1 - n
+    sequence = _sequence(problem, n, BLOCK_M)
+    n -= sequence.block_n
+    first, last = queries_that_see(problem, sequence.M, sequence.N, n, BLOCK_M, BLOCK_N)
+    if problem.IS_RAGGED:
+        last = gl.where(n * BLOCK_N < sequence.N, last, first)
+    groups = problem.H // problem.group
+    g = head % groups
+    return Tile(
+        sequence, n, head // groups, g // problem.PARTS, g * problem.group, g % problem.PARTS,
+        first, last,
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""The consumers of the backward kernel: two warpgroups of 64 keys each."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at
+from attn_flash._hopper.backward_sums import to_unit
+from attn_flash._hopper.backward_tiles import BLOCK_N, KEYS, crosses_edge, mask
+from attn_flash._hopper.primitives import columns, keep_branch, load_row, wait_until_set
+
+# Named barriers and the threads that meet there; barriers below 8 are the compiler's.
+_KEYS_READ = gl.constexpr(8)
+DQ_EMPTY = gl.constexpr(9)  # 10 for the second consumer
+DQ_FULL = gl.constexpr(11)  # 12 for the second consumer
+_TURN = gl.constexpr(13)  # 14 for the second consumer
+KEYS_DONE = gl.constexpr(15)
+_CONSUMERS = gl.constexpr(256)
+CONSUMERS_AND_LOADER = gl.constexpr(288)
+CONSUMER_AND_ADDER = gl.constexpr(160)
+
+
+@gluon.jit
+def _start_dq(shared, step, W: gl.constexpr):
+    """Start this consumer's half of dS K: its columns of 64 queries, or its 64 of 128 queries."""
+    BLOCK_M: gl.constexpr = shared.ds.shape[2]
+    BLOCK_D: gl.constexpr = shared.k.shape[2]
+    STAGES: gl.constexpr = shared.q.shape[0]
+    dq = gl.zeros([64, 64], gl.float32, accumulator_layout(64))
+    for w in gl.static_range(2):
+        ds = shared.ds.index(step % STAGES * 2 + w)
+        if BLOCK_M == 64:
+            k = columns(shared.k.index(w), W, KEYS, BLOCK_D)
+        else:
+            ds = columns(ds, W, KEYS, BLOCK_M)
+            k = shared.k.index(w)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _hand_over(shared, dq, W: gl.constexpr):
+    """Let the adder add this consumer's half of dQ."""
+    meet_at(DQ_EMPTY + W, CONSUMER_AND_ADDER)
+    shared.dq.index(W).store(to_unit(dq))
+    fence_async_shared()
+    arrive_at(DQ_FULL + W, CONSUMER_AND_ADDER)
+
+
+@gluon.jit
+def _add_other_part(problem, tile, dk, dv, W: gl.constexpr):
+    """Leave dK and dV of the first part to the second, which adds them to its own."""
+    BLOCK_D: gl.constexpr = dk.shape[1]
+    LAYOUT: gl.constexpr = dk.type.layout
+    heads_kv = problem.H // (problem.group * problem.PARTS)
+    head = tile.b * heads_kv + tile.h_kv
+    number = (head * problem.blocks_n + tile.sequence.block_n + tile.n) * 2 + W
+    offs_n = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    offs_d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # There are few tiles: 32 bits hold this.
+    ptrs = problem.parts_ptr + number * (2 * KEYS * BLOCK_D) + offs_n * BLOCK_D + offs_d
+    if tile.part == 1:
+        wait_until_set(problem.are_left_ptr + number)
+        dv += gl.load(ptrs, volatile=True)
+        dk += gl.load(ptrs + KEYS * BLOCK_D, volatile=True)
+    else:
+        gl.store(ptrs, dv)
+        gl.store(ptrs + KEYS * BLOCK_D, dk)
+        gl.thread_barrier()
+        gl.atomic_add(problem.are_left_ptr + number, 1, sem="release")
+    return dk, dv
+
+
+@gluon.jit
+def accumulate(tensors, shared, problem, tile, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys, and its half of each step's dQ.
+
+    A turn is the products of P and dS, for narrow heads also the next scores. When the second
+    consumer's comes, both have stored the dS of the step; when the first one's comes, that of the
+    step before, whose dQ it computes.
+    """
+    BLOCK_M: gl.constexpr = shared.q.shape[1]
+    BLOCK_D: gl.constexpr = shared.q.shape[2]
+    DTYPE: gl.constexpr = tensors.q.dtype
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
+    DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    STAGES: gl.constexpr = shared.q.shape[0]
+    IS_BEHIND: gl.constexpr = W == 0  # with dQ
+    KEEPS_TURN: gl.constexpr = BLOCK_D == 64  # for the next scores
+    key = tile.n * BLOCK_N + W * KEYS
+    count = tile.sequence.N - key
+    row = tile.sequence.M - count  # of the query at the first key's position
+    k = shared.k.index(W)
+    v = shared.v.index(W)
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, S_LAYOUT)
+    dk = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    dv = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    m = tile.first
+    steps = (tile.last - tile.first) * problem.group
+    mbarrier.wait(shared.k_full, 0)
+    if steps > 0:
+        mbarrier.wait(shared.v_full, 0)
+        if W == 1 and KEEPS_TURN:
+            meet_at(_TURN + 1, _CONSUMERS)
+        elif W == 1:
+            arrive_at(_TURN, _CONSUMERS)  # the first turn is the first consumer's
+    for step in range(steps):
+        i = step % STAGES
+        phase = (step // STAGES) & 1
+        q = shared.q.index(i)
+        do = shared.do.index(i)
+        mbarrier.wait(shared.q_full.index(i), phase)
+        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(shared.do_full.index(i), phase)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        if KEEPS_TURN:
+            arrive_at(_TURN + 1 - W, _CONSUMERS)
+        lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        ahead = row - m * BLOCK_M
+        if crosses_edge(problem, count, ahead, BLOCK_M):
+            keep_branch()
+            s = mask(s, problem, count, ahead)
+        p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
+        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        # Not before the wait, where scores and lse still fill the registers.
+        delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
+        ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+        ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
+        shared.ds.index(i * 2 + W).store(ds)
+        fence_async_shared()
+        meet_at(_TURN + W, _CONSUMERS)
+        dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, W)
+        dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+        if not KEEPS_TURN:
+            arrive_at(_TURN + 1 - W, _CONSUMERS)
+        if not IS_BEHIND or step > 0:
+            _hand_over(shared, dq, W)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(shared.empty.index(i), count=1)
+        m += 1
+        if m == tile.last:
+            m = tile.first
+    if KEEPS_TURN and steps > 0:
+        arrive_at(_TURN + 1 - W, _CONSUMERS)
+    if IS_BEHIND and steps > 0:
+        meet_at(_TURN, _CONSUMERS)
+        dq = _start_dq(shared, steps - 1, W)
+        _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
+    if problem.PARTS == 2:
+        dk, dv = _add_other_part(problem, tile, dk, dv, W)
+    if tile.part == problem.PARTS - 1:
+        v.store(dv.to(DTYPE))
+        meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
+        k.store((dk * problem.scale).to(DTYPE))
+        fence_async_shared()
+        arrive_at(KEYS_DONE, CONSUMERS_AND_LOADER)
