@@ -156,6 +156,28 @@ def test_models_that_would_generate_something_else_are_refused(name, sizes, mess
         ContinuousBatching(model, cache)
 
 
+def test_keys_wider_than_values(prompts):
+    """Latent attention, as transformers expands it."""
+    model = new_model(
+        "DeepseekV3",
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        first_k_dense_replace=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        initializer_range=0.5,
+    ).eval()
+    wanted = [generate(model, prompt, 6) for prompt in prompts[:3]]
+    batching = ContinuousBatching(model, cache_for(model, 64, 4), chunk=7)
+    names = [batching.add(prompt, 6) for prompt in prompts[:3]]
+    results = dict(batching.run())
+    assert [results[name] for name in names] == wanted
+
+
 def test_a_layer_that_attends_twice_is_refused():
     model = new_model("DiffLlama", **HEADS).eval()
     batching = ContinuousBatching(model, cache_for(model, 8, 4))

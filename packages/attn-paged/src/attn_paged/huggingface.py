@@ -288,16 +288,22 @@ def cache_for(model: Any, num_blocks: int, block_size: int = 16, **options: Any)
     Returns
     -------
     PagedKVCache
-        Of the model's layers, key heads, head dimension, dtype and device.
+        Of the model's layers, key heads, head dimensions, dtype and device.
     """
     config = model.config
     heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim_v = head_dim
+    if getattr(config, "kv_lora_rank", None):  # a key of latent attention has two parts
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        head_dim_v = config.v_head_dim
     return PagedKVCache(
         num_blocks,
         block_size,
         getattr(config, "num_key_value_heads", None) or heads,  # GPT-2 and others say nothing
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim,
         **{
+            "head_dim_v": head_dim_v,
             "num_layers": config.num_hidden_layers,
             "dtype": model.dtype,
             "device": model.device,
