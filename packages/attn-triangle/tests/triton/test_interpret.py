@@ -159,6 +159,16 @@ def test_short_rows(case, monkeypatch):
     check(case, inputs, with_dlse=True)
 
 
+def test_gradients_of_short_rows_are_allocated_once(monkeypatch):
+    case = SHORT[-1]
+    q = case.inputs()[0]
+    monkeypatch.setattr(short, "LONGEST", 128)
+    monkeypatch.setattr(short, "short_backward", lambda *_: "all gradients")
+    monkeypatch.setattr(backward, "new_heads_last", lambda _: pytest.fail("allocated before"))
+    arguments = (q, None, q, q, q, q, None, q, q, 1.0, "mean", "dq dk_dv dbias", True)
+    assert backward.attention_backward(*arguments) == "all gradients"
+
+
 LENGTHS = [(1, 2), (15, 16), (16, 17), (16, 16), (31, 7), (2, 35), (35, 2)]
 
 
