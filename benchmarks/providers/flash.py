@@ -59,7 +59,17 @@ def window(case: Case) -> tuple[int, int]:
 
 def visible_pairs(case: Case) -> float:
     """Count the scores a call must compute; causal self-attention counts as half, as is usual."""
-    len_q, len_k = case["M"], case["N"]
+    if is_ragged(case):
+        return sum(_pairs(case, length, length) for length in case["lengths"])
+    return _pairs(case, case["M"], case["N"])
+
+
+def is_ragged(case: Case) -> bool:
+    """Whether the tokens are those of sequences that attend to themselves alone."""
+    return "lengths" in case.sizes
+
+
+def _pairs(case: Case, len_q: int, len_k: int) -> float:
     left, right = window(case)
     if (left, right) == (-1, 0) and len_q == len_k:
         return len_q * len_k / 2
@@ -157,7 +167,28 @@ def _visible(case: Case, rows: slice, device: torch.device) -> torch.Tensor:
         mask &= j >= i - left
     if right >= 0:
         mask &= j <= i + right
+    if is_ragged(case):
+        sequence = _sequences(case, device)
+        mask &= sequence[rows, None] == sequence
     return mask
+
+
+def _sequences(case: Case, device: torch.device) -> torch.Tensor:
+    """Which sequence each token is of, (M,)."""
+    lengths = torch.tensor(case["lengths"], device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+
+
+def _bounds(case: Case, device: torch.device) -> tuple[Any, ...]:
+    """Where sequences of queries and keys begin, and the length of the longest."""
+    lengths = torch.tensor(case["lengths"], device=device)
+    starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return starts, starts, max(case["lengths"]), max(case["lengths"])
+
+
+def _packed(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Make a function of tensors (T, H, D) one of tensors (1, T, H, D)."""
+    return lambda *tensors: attend(*(x.flatten(0, 1) for x in tensors)).unsqueeze(0)
 
 
 def _heads_second(
@@ -190,17 +221,22 @@ def _heads_first(
 
 
 def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
-    from attn_flash import flash_attn_func
+    from attn_flash import flash_attn_func, flash_attn_varlen_func
 
-    attend = functools.partial(
-        flash_attn_func, causal=case["causal"], window_size=case["window"], backend=backend
+    options = {"causal": case["causal"], "window_size": case["window"], "backend": backend}
+    if not is_ragged(case):
+        return _heads_second(case, inputs, functools.partial(flash_attn_func, **options))
+    bounds = _bounds(case, inputs.q.device)
+    return _heads_second(
+        case, inputs, _packed(lambda q, k, v: flash_attn_varlen_func(q, k, v, *bounds, **options))
     )
-    return _heads_second(case, inputs, attend)
 
 
 def _sdpa(backend: str, case: Case, inputs: Inputs) -> Call:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if backend == "FLASH_ATTENTION" and is_ragged(case):
+        return _ragged_sdpa(case, inputs)
     _require_top_left(case)
     _require_kernel(backend, case, inputs.q.device)
     attend = functools.partial(
@@ -213,6 +249,20 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Call:
     # With one backend allowed torch raises where that one cannot run, and never takes another.
     pinned = functools.partial(sdpa_kernel, getattr(SDPBackend, backend))
     return _heads_first(case, inputs, attend, pinned)
+
+
+def _ragged_sdpa(case: Case, inputs: Inputs) -> Call:
+    """The operator that torch's functions for ragged sequences call, in all of its versions."""
+    bounds = _bounds(case, inputs.q.device)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        dropout_p, debug = 0.0, False
+        outputs = torch.ops.aten._flash_attention_forward(
+            q, k, v, *bounds, dropout_p, case["causal"], debug
+        )
+        return _first(outputs)
+
+    return _heads_second(case, inputs, _packed(attend))
 
 
 def _require_kernel(backend: str, case: Case, device: torch.device) -> None:
@@ -230,17 +280,23 @@ def _flex(case: Case, inputs: Inputs) -> Call:
 
     flex = compiled(flex_attention)
     block_mask = None
-    if window(case) != (-1, -1):
+    if window(case) != (-1, -1) or is_ragged(case):
         block_mask = create_block_mask(
-            _mask_mod(case), None, None, case["M"], case["N"], device=str(inputs.q.device)
+            _mask_mod(case, inputs.q.device),
+            None,
+            None,
+            case["M"],
+            case["N"],
+            device=str(inputs.q.device),
         )
     attend = functools.partial(flex, block_mask=block_mask, enable_gqa=case["H"] != case["H_KV"])
     return _heads_first(case, inputs, attend)
 
 
-def _mask_mod(case: Case) -> Callable[..., torch.Tensor]:
+def _mask_mod(case: Case, device: torch.device) -> Callable[..., torch.Tensor]:
     left, right = window(case)
     shift = case["N"] - case["M"]
+    sequence = _sequences(case, device) if is_ragged(case) else None
 
     def mask_mod(
         b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor
@@ -250,17 +306,25 @@ def _mask_mod(case: Case) -> Callable[..., torch.Tensor]:
             mask = mask & (j >= i + shift - left)
         if right >= 0:
             mask = mask & (j <= i + shift + right)
+        if sequence is not None:
+            mask = mask & (sequence[i] == sequence[j])
         return mask
 
     return mask_mod
 
 
 def _flash4(case: Case, inputs: Inputs) -> Call:
-    from flash_attn.cute import flash_attn_func
+    from flash_attn import cute
 
     sides = tuple(None if side < 0 else side for side in case["window"])
-    attend = functools.partial(flash_attn_func, causal=case["causal"], window_size=sides)
-    return _heads_second(case, inputs, lambda q, k, v: _first(attend(q, k, v)))
+    options = {"causal": case["causal"], "window_size": sides}
+    if not is_ragged(case):
+        attend = functools.partial(cute.flash_attn_func, **options)
+        return _heads_second(case, inputs, lambda q, k, v: _first(attend(q, k, v)))
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    bounds = dict(zip(names, _bounds(case, inputs.q.device), strict=True))
+    attend = functools.partial(cute.flash_attn_varlen_func, **options, **bounds)
+    return _heads_second(case, inputs, _packed(lambda q, k, v: _first(attend(q, k, v))))
 
 
 def _first(result: Any) -> torch.Tensor:
@@ -278,6 +342,8 @@ def _aule(case: Case, inputs: Inputs) -> Call:
 
 
 def _require_top_left(case: Case) -> None:
+    if is_ragged(case):
+        raise UnsupportedProblemError("it has no ragged sequences")
     if tuple(case["window"]) != (-1, -1):
         raise UnsupportedProblemError("it has no sliding window")
     if case["causal"] and case["M"] != case["N"]:

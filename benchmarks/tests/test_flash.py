@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -101,13 +103,22 @@ def fa4(q, k, v, causal, window_size):
     return out.transpose(1, 2), None
 
 
+def ragged_fa4(q, k, v, causal, window_size, **bounds):
+    starts = bounds["cu_seqlens_q"].tolist()
+    assert bounds["cu_seqlens_k"].tolist() == starts
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    assert bounds["max_seqlen_q"] == bounds["max_seqlen_k"] == max(lengths)
+    parts = zip(*(x[None].split(lengths, 1) for x in (q, k, v)), strict=True)
+    return torch.cat([fa4(*part, causal, window_size)[0] for part in parts], 1)[0], None
+
+
 def aule(q, k, v, causal):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
 @pytest.fixture
 def peers(monkeypatch):
-    cute = types.SimpleNamespace(flash_attn_func=fa4)
+    cute = types.SimpleNamespace(flash_attn_func=fa4, flash_attn_varlen_func=ragged_fa4)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
     module = types.SimpleNamespace(flash_attention=aule, get_available_backends=lambda: ["triton"])
@@ -136,6 +147,40 @@ def test_each_peer_is_called_rightly(name, causal):
     assert checking.check_backward(call, out, expected[1:]) < error_limit(torch.float32)
 
 
+RAGGED = {"B": 1, "H": 4, "H_KV": 2, "M": 33, "N": 33, "D": 16, "lengths": [17, 1, 15]}
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("prepare", [flash._flash4, functools.partial(flash._ours, "torch")])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_ragged_sequences(prepare, causal):
+    case = make_case(causal=causal, **RAGGED)
+    inputs = flash.make_inputs(case, torch.device("cpu"))
+    expected = flash.reference(case, inputs, gradients=True)
+    parts = zip(*(x.split(case["lengths"], 1) for x in inputs), strict=True)
+    for part, out in zip(parts, expected[0].value.split(case["lengths"], 1), strict=True):
+        own = make_case(causal=causal, **RAGGED | {"M": out.shape[1], "N": out.shape[1]})
+        del own.sizes["lengths"]
+        alone = flash.reference(own, flash.Inputs(*part), gradients=False)[0].value
+        torch.testing.assert_close(out, alone)
+    call = prepare(case, inputs)
+    out, error = checking.check_forward(call, expected[0], grad=True)
+    assert error < error_limit(torch.float32)
+    assert checking.check_backward(call, out, expected[1:]) < error_limit(torch.float32)
+
+
+def test_ragged_sequences_count_their_own_scores():
+    assert flash.visible_pairs(make_case(**RAGGED)) == 17**2 + 1 + 15**2
+    assert flash.visible_pairs(make_case(causal=True, **RAGGED)) == (17**2 + 1 + 15**2) / 2
+
+
+def test_flex_sees_no_other_sequence():
+    mask_mod = flash._mask_mod(make_case(**RAGGED), torch.device("cpu"))
+    i = torch.arange(33)
+    seen = mask_mod(0, 0, i[:, None], i)
+    assert seen.equal(torch.block_diag(*(torch.ones(n, n) for n in RAGGED["lengths"])).bool())
+
+
 @pytest.mark.usefixtures("peers")
 def test_fa4_gets_open_sides_as_none():
     case = make_case(H=2, M=33, N=33, causal=True, window=(5, 0))
@@ -149,6 +194,9 @@ def test_peers_refuse_what_they_would_compute_wrongly(peers):
     inputs = flash.make_inputs(make_case(), torch.device("cpu"))
     with pytest.raises(ValueError, match="no sliding window"):
         flash._aule(make_case(window=(2, 0)), inputs)
+    for prepare in (flash._aule, functools.partial(flash._sdpa, "CUDNN_ATTENTION")):
+        with pytest.raises(ValueError, match="no ragged sequences"):
+            prepare(make_case(lengths=[3, 5]), inputs)
     with pytest.raises(ValueError, match="top left"):
         flash._sdpa("", make_case(causal=True, M=3), inputs)
     peers.get_available_backends = lambda: ["cpu"]
