@@ -51,6 +51,17 @@ def test_empty_part_changes_nothing():
         assert torch.equal(merged[1], a[1])
 
 
+def test_lse_of_inf_is_that_of_an_empty_part():
+    (out_a, lse_a), (out_b, lse_b) = state("a"), state("b")
+    of_a, of_b = lse_a.clone(), lse_b.clone()
+    of_a[0], of_b[1, 0] = torch.inf, torch.inf
+    empty = [lse.masked_fill(lse == torch.inf, -torch.inf) for lse in (of_a, of_b)]
+    merged = merge_attention_states(out_a, of_a, out_b, of_b)
+    wanted = merge_attention_states(out_a, empty[0], out_b, empty[1])
+    assert all(map(torch.equal, merged, wanted))
+    assert torch.equal(merged[0][0], out_b[0])
+
+
 def test_two_empty_parts_stay_empty_and_have_gradients_of_zero():
     inputs = [x.requires_grad_() for x in (*empty_state(), *empty_state())]
     out, lse = merge_attention_states(*inputs)

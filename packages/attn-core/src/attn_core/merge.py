@@ -22,7 +22,8 @@ def merge_attention_states(
     out_a : Tensor, shape (B, M, H, D)
         Output over the one set of keys, normalised over these.
     lse_a : Tensor, shape (B, H, M), float32 or float64
-        Log-sum-exp of its scaled scores, natural logarithm; -inf where a query sees no key.
+        Log-sum-exp of its scaled scores, natural logarithm; -inf where a query sees no key, or inf,
+        as FlashAttention-2 writes it there.
     out_b : Tensor, shape (B, M, H, D)
         Output over the other set.
     lse_b : Tensor, shape (B, H, M), float32 or float64
@@ -54,6 +55,7 @@ def merge_attention_states(
     (True, True)
     """
     _require_states(out_a, lse_a, out_b, lse_b)
+    lse_a, lse_b = (lse.masked_fill(lse == torch.inf, -torch.inf) for lse in (lse_a, lse_b))
     pivot = torch.maximum(lse_a, lse_b).detach()
     is_empty = pivot == -torch.inf
     pivot = pivot.masked_fill(is_empty, 0.0)
