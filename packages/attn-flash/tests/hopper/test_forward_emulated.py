@@ -91,8 +91,8 @@ def test_programs_without_a_tile(hopper, monkeypatch):
     [
         Case(1, 3, 1, 197, 197, 64),
         Case(2, 2, 2, 257, 257, 64),
-        Case(1, 4, 4, 64, 130, 64),
-        Case(1, 4, 4, 65, 300, 64, dtype=HALF),
+        Case(1, 10, 10, 64, 130, 64),  # more heads a program than it has room for, as the next
+        Case(1, 6, 6, 65, 300, 64, dtype=HALF),
         Case(1, 7, 7, 30, 1, 40),
         Case(1, 4, 2, 130, 90, 64, factor=-1.0),
     ],
