@@ -221,6 +221,13 @@ def test_strides():
     )
 
 
+def test_a_negative_stride_of_one_element_counts_for_nothing():
+    q, k, v = make("single", (1, 20, 30, 2, 1, 16, 16), "float32")
+    expected = attn_vulkan.attention(q, k, v)
+    out = attn_vulkan.attention(q[::-1], k[:, :, ::-1], v[::-1])
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_keys_that_are_hidden_change_nothing():
     q, k, v = make("hidden", (1, 40, 40, 2, 2, 32, 32), "float32")
     expected = attn_vulkan.attention(q, k, v, window_size=(5, 0))[:, :20]

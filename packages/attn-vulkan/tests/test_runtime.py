@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import dataclasses
 import itertools
 import os
 import threading
@@ -331,6 +332,47 @@ def test_copies_and_timestamps():
     copied, start, end = found
     assert copied == bytes(16) + b"\x07" * 32 + bytes(16)
     assert 0 <= end - start < 10
+
+
+@pytest.fixture
+def small_dispatches(monkeypatch):
+    """The device allows few workgroups in a dispatch: problems are computed in parts."""
+
+    def allow(*workgroups):
+        context = open_context()
+        device = dataclasses.replace(context.device, workgroups=workgroups)
+        monkeypatch.setattr(context, "device", device)
+
+    return allow
+
+
+@pytest.mark.parametrize("workgroups", [(9, 9, 1), (2, 9, 9), (1, 1, 1)], ids=str)
+def test_more_workgroups_than_a_dispatch_has(small_dispatches, workgroups):
+    random = np.random.default_rng(0)
+    q, k, v, dout = (
+        random.standard_normal((3, n, h, 24), np.float32)
+        for n, h in ((70, 6), (90, 3), (90, 3), (70, 6))
+    )
+    options = {"causal": True, "bias": random.standard_normal((3, 6, 70, 90), np.float32)}
+    options["alibi_slopes"] = random.random((3, 6), np.float32)
+    sinks = random.standard_normal(6).astype(np.float32)
+
+    def both_passes():
+        out, lse = attn_vulkan.attention(q, k, v, sinks=sinks, return_lse=True, **options)
+        return out, lse, *attn_vulkan.attention_backward(dout, q, k, v, out, lse, **options)
+
+    expected = both_passes()
+    small_dispatches(*workgroups)
+    for result, want in zip(both_passes(), expected, strict=True):
+        np.testing.assert_array_equal(result, want)
+
+
+def test_more_parts_of_keys_than_a_dispatch_has(small_dispatches):
+    random = np.random.default_rng(0)
+    q, k = (random.standard_normal((2, n, 2, 16), np.float32) for n in (1, 2000))
+    expected = attn_vulkan.attention(q, k, k)
+    small_dispatches(1, 1, 4)
+    np.testing.assert_allclose(attn_vulkan.attention(q, k, k), expected, atol=1e-6)
 
 
 def test_too_many_timestamps():

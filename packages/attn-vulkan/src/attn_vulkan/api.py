@@ -253,7 +253,7 @@ def _opened(device: Any, problem: Problem) -> Context:
 
 def _array(name: str, array: Any) -> Array:
     strides = tuple(stride // array.itemsize for stride in array.strides)
-    if any(stride < 0 for stride in strides):
+    if any(stride < 0 and size > 1 for stride, size in zip(strides, array.shape, strict=True)):
         raise ValueError(
             f"the strides of {name} must not be negative, got {array.strides}: copy the array"
         )

@@ -114,6 +114,8 @@ class Device:
         Cooperative matrices with float32 sums, such as ``"float16 16x16x16"``.
     processors : int
         Multiprocessors, or compute units; 0 where the driver does not say.
+    workgroups : tuple of int
+        Workgroups that one dispatch may have in each of its three dimensions.
     """
 
     index: int
@@ -129,6 +131,7 @@ class Device:
     uuid: str = ""
     matrix_shapes: tuple[str, ...] = ()
     processors: int = 0
+    workgroups: tuple[int, ...] = (65535, 65535, 65535)  # what every device allows
 
 
 def devices() -> list[Device]:
@@ -188,6 +191,7 @@ def _describe(instance: Instance, handle: int, index: int) -> Device:
         uuid=_uuid(instance, handle, version),
         matrix_shapes=_matrix_shapes(instance, handle) if features.cooperative_matrix else (),
         processors=_processors(instance, handle, version),
+        workgroups=tuple(properties.limits.maxComputeWorkGroupCount),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attn_vulkan import variants
-from attn_vulkan.parameters import Parameters, Tensors, View, parameters
+from attn_vulkan.device import Device
+from attn_vulkan.parameters import Parameters, Tensors, View, halves, parameters
 from attn_vulkan.placement import Placement, Span
 from attn_vulkan.problem import Problem
 from attn_vulkan.runtime.commands import Commands
@@ -114,15 +115,22 @@ def record_forward(
     """Record the forward pass on tensors of the device, by default with the fastest variant."""
     variant = variant or variants.choose(runnable(context, problem, variants.fits_forward))
     plan = variants.forward(context.device, variant, problem, softmax_scale)
+    dispatches = [plan.groups(problem)]
+    if plan.splits > 1:
+        dispatches.append((problem.len_q, problem.heads, problem.batches))
+    rest = _halved(context.device, problem, tensors, dispatches)
+    for half in rest:
+        record_forward(context, commands, *half, softmax_scale, variant)
+    if rest:
+        return plan
     block = parameters(problem, tensors, softmax_scale)
     if plan.splits > 1:
         _allocate_parts(context, commands, problem, plan, block)
     pipeline = context.pipelines.get(plan.shader, plan.constants)
-    commands.dispatch(pipeline, bytes(block), plan.groups(problem))
+    commands.dispatch(pipeline, bytes(block), dispatches[0])
     if plan.splits > 1:
         combine = context.pipelines.get(f"combine_{problem.dtype}", (_COMBINE_THREADS,))
-        groups = problem.len_q, problem.heads, problem.batches
-        commands.dispatch(combine, bytes(block), groups)
+        commands.dispatch(combine, bytes(block), dispatches[1])
     return plan
 
 
@@ -137,23 +145,43 @@ def record_backward(
     """Record the backward pass on tensors of the device, by default with the fastest variant."""
     variant = variant or variants.choose(runnable(context, problem, variants.fits_backward))
     plans = variants.backward(context.device, variant, problem)
+    deltas = -(-problem.len_q // _DELTA_THREADS), problem.heads, problem.batches
+    dq, dkv = (
+        (-(-length // plan.rows) * heads, 1, problem.batches)
+        for plan, length, heads in (
+            (plans[0], problem.len_q, problem.heads),
+            (plans[1], problem.len_k, problem.heads_kv),
+        )
+    )
+    rest = _halved(context.device, problem, tensors, [deltas, dq, dkv])
+    for half in rest:
+        record_backward(context, commands, *half, softmax_scale, variant)
+    if rest:
+        return plans
     block = parameters(problem, tensors, softmax_scale)
     has_dlse = tensors.delta is not None
     if not has_dlse:
         _allocate_delta(context, commands, problem, block)
-    blocks_of_rows = -(-problem.len_q // _DELTA_THREADS)
     delta = context.pipelines.get(
         f"delta_{problem.dtype}", (_DELTA_THREADS, int(problem.is_aligned), int(has_dlse))
     )
-    commands.dispatch(delta, bytes(block), (blocks_of_rows, problem.heads, problem.batches))
-    for plan, length, heads in (
-        (plans[0], problem.len_q, problem.heads),
-        (plans[1], problem.len_k, problem.heads_kv),
-    ):
+    commands.dispatch(delta, bytes(block), deltas)
+    for plan, groups in zip(plans, (dq, dkv), strict=True):
         pipeline = context.pipelines.get(plan.shader, plan.constants)
-        groups = -(-length // plan.rows) * heads, 1, problem.batches
         commands.dispatch(pipeline, bytes(block), groups, barrier=plan is plans[0])
     return plans
+
+
+def _halved(
+    device: Device, problem: Problem, tensors: Tensors, dispatches: Sequence[tuple[int, int, int]]
+) -> list[tuple[Problem, Tensors]]:
+    """Halves of a problem where a dispatch has more workgroups than it may, or else nothing."""
+    most_x, most_y, most_z = device.workgroups
+    if problem.batches > 1 and any(z > most_z for _, _, z in dispatches):
+        return halves(problem, tensors, of_batch=True)
+    if problem.heads_kv > 1 and any(x > most_x or y > most_y for x, y, _ in dispatches):
+        return halves(problem, tensors, of_batch=False)
+    return []
 
 
 def _run(

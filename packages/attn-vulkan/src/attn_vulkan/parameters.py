@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from attn_vulkan.problem import Problem
+from attn_vulkan.problem import ITEM_BYTES, Problem
 
 LOG2_E = 1.4426950408889634
 
@@ -27,6 +27,11 @@ class View:
         """Return the view of packed sequences, whose rows are those of one batch."""
         return View(self.address, (0, *self.strides[1:]))
 
+    def at(self, batch: int, head: int, item_bytes: int) -> View:
+        """Return the view of the sequences and heads from these on."""
+        elements = batch * self.strides[0] + head * self.strides[2]
+        return View(self.address + elements * item_bytes, self.strides)
+
 
 class _View(ctypes.Structure):
     _fields_: ClassVar = [
@@ -37,6 +42,8 @@ class _View(ctypes.Structure):
 
 _VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "bias", "lse", "delta", "slopes")
 _ADDRESSES = ("sinks", "cu_q", "cu_k", "lens_k", "blocks")
+_OF_KEYS = ("k", "v", "dk", "dv")
+_FLOAT32 = ("lse", "delta", "slopes")
 
 
 class Parameters(ctypes.Structure):
@@ -92,6 +99,44 @@ class Tensors:
     lens_k: int = 0
     blocks: int = 0
     blocks_stride: int = 0
+
+
+def halves(problem: Problem, tensors: Tensors, of_batch: bool) -> list[tuple[Problem, Tensors]]:
+    """Cut a problem between two of its sequences, or else between two of its key heads."""
+    size = problem.batches if of_batch else problem.heads_kv
+    return [
+        _part(problem, tensors, range(first, end), of_batch)
+        for first, end in ((0, size // 2), (size // 2, size))
+    ]
+
+
+def _part(
+    problem: Problem, tensors: Tensors, part: range, of_batch: bool
+) -> tuple[Problem, Tensors]:
+    batch, head_kv = (part.start, 0) if of_batch else (0, part.start)
+    head = head_kv * problem.group
+    fields: dict[str, Any] = {}
+    for name in _VIEWS:
+        view, is_of_keys = getattr(tensors, name), name in _OF_KEYS
+        if view is not None:
+            fields[name] = view.at(
+                0 if is_of_keys and tensors.blocks else batch,  # all sequences share the blocks
+                head_kv if is_of_keys else head,
+                4 if name in _FLOAT32 else ITEM_BYTES[problem.dtype],
+            )
+    firsts = {
+        "sinks": head,
+        **dict.fromkeys(("cu_q", "cu_k", "lens_k"), batch),
+        "blocks": batch * tensors.blocks_stride,
+    }
+    for name, first in firsts.items():
+        address = getattr(tensors, name)
+        fields[name] = address + 4 * first if address else 0
+    if of_batch:
+        problem = replace(problem, batches=len(part))
+    else:
+        problem = replace(problem, heads=len(part) * problem.group, heads_kv=len(part))
+    return problem, replace(tensors, **fields)
 
 
 def parameters(problem: Problem, tensors: Tensors, softmax_scale: float) -> Parameters:
