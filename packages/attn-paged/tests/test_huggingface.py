@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_paged import PagedKVCache
+from attn_paged import OutOfBlocksError, PagedKVCache
 from attn_paged.huggingface import ContinuousBatching, cache_for
 
 transformers = pytest.importorskip("transformers")
@@ -108,6 +108,18 @@ def test_a_common_prompt_is_computed_once(model, prompts, expected):
     sequence = batching.cache.allocate(prompts[2])
     assert batching.cache.written(sequence) == 36
     assert results == [expected[2], expected[2]]
+
+
+def test_blocks_that_others_hold_are_missed(model, prompts, expected):
+    """Instead of waiting for them for ever."""
+    batching = ContinuousBatching(model, cache_for(model, 5, 4))
+    other = batching.cache.allocate(16)
+    batching.add(prompts[0], NEW_TOKENS[0])
+    for _ in range(2):
+        with pytest.raises(OutOfBlocksError, match="2 cache blocks are needed and 1 are free"):
+            list(batching.run())
+    batching.cache.free(other)
+    assert [tokens for _, tokens in batching.run()] == [expected[0]]
 
 
 def test_bad_requests_are_named(model):

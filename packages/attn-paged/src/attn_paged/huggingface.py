@@ -173,6 +173,12 @@ class ContinuousBatching:
         -------
         dict of int to list of int
             Requests that this step finished, with the tokens they generated.
+
+        Raises
+        ------
+        OutOfBlocksError
+            No request runs and the first that waits does not fit beside sequences that others have
+            in the cache. Once these are freed, steps go on.
         """
         self._reserve()
         self._admit()
@@ -206,6 +212,11 @@ class ContinuousBatching:
             A finished request.
         tokens : list of int
             What it generated.
+
+        Raises
+        ------
+        OutOfBlocksError
+            As in `step`.
         """
         while not self.is_idle:
             yield from self.step().items()
@@ -231,6 +242,8 @@ class ContinuousBatching:
                 else:
                     self._resume(request.sequence, request.tokens)
             except OutOfBlocksError:
+                if not self._running:  # none of them will give blocks back
+                    raise
                 return
             self._running.append(self._waiting.popleft())
 
