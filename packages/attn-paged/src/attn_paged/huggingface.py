@@ -386,11 +386,14 @@ def paged_attention_forward(
     Raises
     ------
     ValueError
-        The model is not called by `ContinuousBatching`, asks for dropout or a mask, or attends
-        twice in one layer.
+        The model is not called by `ContinuousBatching` or does not pass on what it is called with,
+        asks for dropout or a mask, or attends twice in one layer.
     """
     if paged_cache is None or paged_batch is None:
-        raise ValueError("paged_cache and paged_batch must be passed to the model, got None")
+        raise ValueError(
+            "paged_cache and paged_batch must be passed to the model, and by it to its attention, "
+            "got None"
+        )
     if attention_mask is not None or dropout:
         raise ValueError("attention_mask must be None and dropout 0 over a paged cache")
     if module.layer_idx not in paged_batch._unwritten_layers:
