@@ -235,6 +235,7 @@ def _flash_problem(
         has_bias="bias" in arrays,
         has_slopes="slopes" in arrays,
         has_sinks="sinks" in arrays,
+        tokens=len(q) if "cu_q" in arrays else 0,
         block_size=k.shape[1] if "blocks" in arrays else 0,
         is_aligned=launch.are_aligned(arrays),
     )

@@ -241,9 +241,9 @@ def _allocate_parts(
 def _allocate_delta(
     context: Context, commands: Commands, problem: Problem, block: Parameters
 ) -> None:
-    rows = problem.batches * problem.heads * problem.len_q
-    delta = commands.keep(context.memory.allocate(rows * _FLOAT_BYTES))
-    block.delta.address = delta.address
-    # Contiguous (batch, head, query); packed sequences are one batch of all their queries.
-    batch = 0 if block.cu_q else problem.heads * problem.len_q
-    block.delta.strides[:] = [batch, 1, problem.len_q, 0]
+    """Make room for delta: (batch, head, query), or (head, query) of packed sequences."""
+    rows = problem.tokens or problem.len_q
+    batches = 1 if problem.tokens else problem.batches
+    size = batches * problem.heads * rows * _FLOAT_BYTES
+    block.delta.address = commands.keep(context.memory.allocate(size)).address
+    block.delta.strides[:] = [0 if problem.tokens else problem.heads * rows, 1, rows, 0]

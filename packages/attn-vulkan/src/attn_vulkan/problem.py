@@ -30,6 +30,8 @@ class Problem:
         0 for none.
     has_bias, has_slopes, has_sinks : bool
         Which optional tensors there are.
+    tokens : int
+        Queries of all sequences where they are packed; 0 where they are not.
     block_size : int
         Keys of a block of a paged cache; 0 where keys are contiguous.
     is_aligned : bool
@@ -49,6 +51,7 @@ class Problem:
     has_bias: bool = False
     has_slopes: bool = False
     has_sinks: bool = False
+    tokens: int = 0
     block_size: int = 0
     is_aligned: bool = False
 
