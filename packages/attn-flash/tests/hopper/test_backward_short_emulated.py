@@ -7,7 +7,16 @@ import pytest
 from attn_core.testing import poison_new_allocations
 from attn_core.testing.hopper import ProtocolError
 
-from .cases import HALF, assert_gradients, assert_same_bits, exact, forget, short_case
+from .cases import (
+    HALF,
+    assert_gradients,
+    assert_same_bits,
+    check_often,
+    exact,
+    forget,
+    forget_wait,
+    short_case,
+)
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -44,6 +53,10 @@ def test_gradients(case, hopper):
     check(hopper, case)
 
 
+def test_late_copies(hopper, late):
+    check(hopper, short_case(2, 3, 150))
+
+
 def test_same_bits_every_time(hopper):
     case = short_case(1, 5, 150)
     tensors, (dout, _) = case.tensors(), case.gradients()
@@ -66,6 +79,7 @@ def test_keys_past_the_end_are_hidden(hopper):
 # --- the emulator notices what a GPU may not ----------------------------------------------------
 
 SMALL = short_case(1, 5, 130)
+ONE_TILE = short_case(1, 9, 50)  # of a head: the loader is heads ahead
 
 
 @pytest.mark.filterwarnings(
@@ -76,6 +90,28 @@ def test_a_missing_arrival_or_wait(name, hopper, monkeypatch, impatient):
     forget(monkeypatch, hopper.backward_short.mbarrier, name)
     with pytest.raises((ProtocolError, AssertionError)):
         check(hopper, SMALL)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+@pytest.mark.parametrize(
+    "function, barrier",
+    [
+        ("_load_tile", "tile_empty"),
+        ("_load_out", "out_empty"),
+        ("_load", "pieces_empty"),
+        ("_start_tile", "tile_full"),
+        ("_start_tile", "left_full"),
+        ("_start_tile", "right_full"),
+        ("_delta", "out_full"),
+        ("_compute_dk_dv", "rows_full"),
+    ],
+)
+def test_each_wait(function, barrier, hopper, monkeypatch, impatient, late):
+    forget_wait(monkeypatch, hopper.backward_short.mbarrier, function, barrier)
+    with pytest.raises((ProtocolError, AssertionError)):
+        check_often(check, hopper, ONE_TILE if barrier == "pieces_empty" else SMALL)
 
 
 def test_a_store_that_nobody_waits_for(hopper, monkeypatch):

@@ -13,7 +13,16 @@ from attn_core.testing import poison_new_allocations
 from attn_core.testing.hopper import ProtocolError
 
 from . import sums_torch
-from .cases import CAUSAL, HALF, Case, assert_gradients, exact, forget
+from .cases import (
+    CAUSAL,
+    HALF,
+    Case,
+    assert_gradients,
+    check_often,
+    exact,
+    forget,
+    forget_wait,
+)
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -55,6 +64,10 @@ def test_gradients(case, backward):
     check(backward, case)
 
 
+def test_late_copies(backward, late):
+    check(backward, Case(1, 2, 1, 100, 140, 136, CAUSAL))
+
+
 # --- the emulator notices what a GPU may not ----------------------------------------------------
 
 SMALL = Case(1, 1, 1, 256, 256, 256)
@@ -72,6 +85,29 @@ def test_a_missing_arrival_or_wait_at_an_mbarrier(name, backward, monkeypatch, i
     forget(monkeypatch, backward.mbarrier, name)
     with pytest.raises((ProtocolError, AssertionError)):
         check(backward, SMALL)
+
+
+# Not of Q for dK: P is full when Q is. The wait is there for what the copy engine has written.
+@pytest.mark.parametrize(
+    "function, barrier",
+    [
+        ("_load_for_keys", "empty"),
+        ("_accumulate_dv", "k_full"),
+        ("_accumulate_dv", "q_full"),
+        ("_accumulate_dv", "do_full"),
+        ("_accumulate_dk", "v_full"),
+        ("_accumulate_dk", "do_full"),
+        ("_load_for_queries", "k_empty"),
+        ("_load_for_queries", "v_empty"),
+        ("_accumulate_dq", "q_full"),
+        ("_accumulate_dq", "k_full"),
+        ("_accumulate_dq", "v_full"),
+    ],
+)
+def test_each_wait(function, barrier, backward, monkeypatch, impatient, late):
+    forget_wait(monkeypatch, backward.mbarrier, function, barrier)
+    with pytest.raises((ProtocolError, AssertionError)):
+        check_often(check, backward, SMALL)
 
 
 def test_a_store_that_nobody_waits_for(backward, monkeypatch):
