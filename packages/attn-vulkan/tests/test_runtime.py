@@ -346,14 +346,14 @@ def small_dispatches(monkeypatch):
     return allow
 
 
-@pytest.mark.parametrize("workgroups", [(9, 9, 1), (2, 9, 9), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("workgroups", [(99, 9, 1), (4, 9, 9), (4, 2, 1)], ids=str)
 def test_more_workgroups_than_a_dispatch_has(small_dispatches, workgroups):
     random = np.random.default_rng(0)
     q, k, v, dout = (
         random.standard_normal((3, n, h, 24), np.float32)
-        for n, h in ((70, 6), (90, 3), (90, 3), (70, 6))
+        for n, h in ((55, 6), (60, 3), (60, 3), (55, 6))
     )
-    options = {"causal": True, "bias": random.standard_normal((3, 6, 70, 90), np.float32)}
+    options = {"causal": True, "bias": random.standard_normal((3, 6, 55, 60), np.float32)}
     options["alibi_slopes"] = random.random((3, 6), np.float32)
     sinks = random.standard_normal(6).astype(np.float32)
 
@@ -369,10 +369,19 @@ def test_more_workgroups_than_a_dispatch_has(small_dispatches, workgroups):
 
 def test_more_parts_of_keys_than_a_dispatch_has(small_dispatches):
     random = np.random.default_rng(0)
-    q, k = (random.standard_normal((2, n, 2, 16), np.float32) for n in (1, 2000))
+    q, k = (random.standard_normal((2, n, 1, 16), np.float32) for n in (1, 2000))
     expected = attn_vulkan.attention(q, k, k)
-    small_dispatches(1, 1, 4)
+    small_dispatches(9, 9, 7)  # those of one sequence
     np.testing.assert_allclose(attn_vulkan.attention(q, k, k), expected, atol=1e-6)
+
+
+def test_one_head_of_more_workgroups_than_a_dispatch_has(small_dispatches):
+    q = np.zeros((1, 300, 4, 16), np.float32)
+    small_dispatches(2, 9, 9)
+    with pytest.raises(
+        VulkanError, match=r"starts \(2, 9, 9\) workgroups at most, got \(\d+, 1, 1\)"
+    ):
+        attn_vulkan.attention(q, q[:, :, :1], q[:, :, :1])
 
 
 def test_too_many_timestamps():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attn_vulkan import variants
+from attn_vulkan._vk.errors import VulkanError
 from attn_vulkan.device import Device
 from attn_vulkan.parameters import Parameters, Tensors, View, halves, parameters
 from attn_vulkan.placement import Placement, Span
@@ -175,12 +176,23 @@ def record_backward(
 def _halved(
     device: Device, problem: Problem, tensors: Tensors, dispatches: Sequence[tuple[int, int, int]]
 ) -> list[tuple[Problem, Tensors]]:
-    """Halves of a problem where a dispatch has more workgroups than it may, or else nothing."""
+    """Halves of a problem where a dispatch has more workgroups than it may, or else nothing.
+
+    Raises
+    ------
+    VulkanError
+        One head of keys of one sequence has more than that.
+    """
     most_x, most_y, most_z = device.workgroups
     if problem.batches > 1 and any(z > most_z for _, _, z in dispatches):
         return halves(problem, tensors, of_batch=True)
     if problem.heads_kv > 1 and any(x > most_x or y > most_y for x, y, _ in dispatches):
         return halves(problem, tensors, of_batch=False)
+    for groups in dispatches:
+        if any(count > most for count, most in zip(groups, device.workgroups, strict=True)):
+            raise VulkanError(
+                f"{device.name} starts {device.workgroups} workgroups at most, got {groups}"
+            )
     return []
 
 
