@@ -19,12 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core.launch import Launcher
 from attn_evo._hopper.support import BLOCK_M, HELD_DIM
 from attn_evo._hopper.tiles import (
-    DSTAT,
     FLAT,
     STAGES,
-    W_F,
-    W_L,
-    W_Q,
     accumulators,
     add_column_sums,
     begin_with,
@@ -32,8 +28,6 @@ from attn_evo._hopper.tiles import (
     column_sums,
     magnitude,
     opaque_zero,
-    rounded,
-    sigmoid_of_double,
     start_copy,
     store_columns_of_ones,
     store_partial,
@@ -41,7 +35,15 @@ from attn_evo._hopper.tiles import (
     with_sign,
 )
 from attn_evo._triton import configs, problem
-from attn_evo._triton.tiles import chunk_of_program
+from attn_evo._triton.tiles import (
+    DSTAT,
+    W_F,
+    W_L,
+    W_Q,
+    chunk_of_program,
+    rounded,
+    sigmoid_of_double,
+)
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work

@@ -22,17 +22,8 @@ from attn_core.launch import Launcher
 from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.support import BLOCK_M, HELD_DIM
 from attn_evo._hopper.tiles import (
-    DCONTEXT,
-    EPSILON,
     FLAT,
-    NORM_BIAS,
-    NORM_EPSILON,
-    NORM_WEIGHT,
     STAGES,
-    W_F,
-    W_G,
-    W_L,
-    W_Q,
     accumulators,
     add_column_sums,
     add_magnitudes,
@@ -43,8 +34,6 @@ from attn_evo._hopper.tiles import (
     has_values,
     left_operand,
     opaque_zero,
-    rounded,
-    sigmoid_of_double,
     start_copy,
     store_columns_of_ones,
     store_gated_values,
@@ -52,11 +41,24 @@ from attn_evo._hopper.tiles import (
     store_rows,
     store_triangle,
     sum_rows,
-    twice_gated,
     with_sign,
 )
 from attn_evo._triton import configs, problem
-from attn_evo._triton.tiles import chunk_of_program
+from attn_evo._triton.tiles import (
+    DCONTEXT,
+    EPSILON,
+    NORM_BIAS,
+    NORM_EPSILON,
+    NORM_WEIGHT,
+    W_F,
+    W_G,
+    W_L,
+    W_Q,
+    chunk_of_program,
+    rounded,
+    sigmoid_of_double,
+    twice_gated,
+)
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work

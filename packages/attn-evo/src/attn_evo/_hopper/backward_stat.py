@@ -16,18 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core.launch import Launcher
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
-    DCONTEXT,
-    DSTAT,
     FLAT,
     STAGES,
-    W_G,
     accumulators,
     add_column_sums,
     begin_with,
     column_accumulators,
     column_sums,
-    rounded,
-    sigmoid_of_double,
     start_copy,
     store_columns_of_ones,
     store_partial,
@@ -36,7 +31,14 @@ from attn_evo._hopper.tiles import (
     sum_rows,
 )
 from attn_evo._triton import configs, problem
-from attn_evo._triton.tiles import chunk_of_program
+from attn_evo._triton.tiles import (
+    DCONTEXT,
+    DSTAT,
+    W_G,
+    chunk_of_program,
+    rounded,
+    sigmoid_of_double,
+)
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work

@@ -26,17 +26,8 @@ from attn_core.launch import Launcher
 from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
-    BIAS_ROWS,
-    EPSILON,
     FLAT,
-    NORM_BIAS,
-    NORM_EPSILON,
-    NORM_WEIGHT,
     STAGES,
-    W_F,
-    W_G,
-    W_L,
-    W_Q,
     accumulators,
     add_magnitudes,
     begin_with,
@@ -44,15 +35,26 @@ from attn_evo._hopper.tiles import (
     half_triangle,
     has_values,
     left_operand,
-    rounded,
     start_copy,
     start_linear,
     store_gated_values,
     sum_rows,
-    twice_gated,
 )
 from attn_evo._triton import configs, problem
-from attn_evo._triton.tiles import chunk_of_program
+from attn_evo._triton.tiles import (
+    BIAS_ROWS,
+    EPSILON,
+    NORM_BIAS,
+    NORM_EPSILON,
+    NORM_WEIGHT,
+    W_F,
+    W_G,
+    W_L,
+    W_Q,
+    chunk_of_program,
+    rounded,
+    twice_gated,
+)
 
 _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
 

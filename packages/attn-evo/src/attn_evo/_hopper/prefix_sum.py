@@ -12,7 +12,13 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from attn_core.launch import Launcher
 from attn_evo._triton import problem
-from attn_evo._triton.prefix_sum import GROUP, PUBLISHED, outer_offset, published
+from attn_evo._triton.prefix_sum import (
+    GROUP,
+    PUBLISHED,
+    outer_offset,
+    published,
+    tile_of_program,
+)
 
 _RUNS = gl.constexpr(16)  # of a tile: each thread walks one for eight columns
 
@@ -66,13 +72,9 @@ def _prefix_sum_columns_kernel(
     STEP: gl.constexpr = gl.SliceLayout(1, WALKED)
     COLUMN: gl.constexpr = gl.SliceLayout(0, STEP)
     UPRIGHT: gl.constexpr = gl.BlockedLayout([_RUNS, 1], [1, 32], [1, 4], [1, 0])
-    # Programs start in the order of their ids: none waits for one that has not started.
-    column = gl.program_id(0) % num_columns
-    place = gl.program_id(0) // num_columns
-    pid_c = column % (C // BLOCK_C)
-    outer = (column // (C // BLOCK_C)).to(gl.int64)
-    tile = num_tiles - 1 - place if REVERSE else place
-    start = tile.to(gl.int64) * BLOCK_N
+    column, place, pid_c, outer, start = tile_of_program(
+        C, num_columns, num_tiles, REVERSE, BLOCK_N, BLOCK_C
+    )
     x_ptr += outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
     x_ptr += pid_c * BLOCK_C + start * stride_xn
     out_ptr += outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)

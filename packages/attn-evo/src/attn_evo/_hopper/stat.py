@@ -18,10 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core.launch import Launcher
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
-    BIAS_ROWS,
     FLAT,
     STAGES,
-    W_G,
     accumulators,
     begin_with,
     half_triangle,
@@ -29,19 +27,38 @@ from attn_evo._hopper.tiles import (
     start_copy,
     start_linear,
     sum_rows,
-    twice_gated,
 )
 from attn_evo._triton import configs, problem
-from attn_evo._triton.tiles import chunk_of_program
+from attn_evo._triton.tiles import (
+    BIAS_ROWS,
+    W_G,
+    chunk_of_program,
+    twice_gated,
+)
 
 _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of an SM
 
 
+PARTS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))  # without bank conflicts
+PAIR = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0]))
+
+
 @gluon.jit
-def store_partial_sums(gated, parts):
-    """Store the sums of the rows of [64, 64] that share a thread, [32, 64]."""
+def store_partial_sums(v, logit, part):
+    """Gate v [64, 64] and store twice the sums of the rows that share a thread, [32, 64]."""
+    values = v.load(accumulators(64)).to(gl.float32)
+    gated = twice_gated(values, logit, v.dtype == gl.bfloat16)
     sums = gl.sum(gl.reshape(gated, [4, 2, 8, 64]), 1)
-    parts.store(gl.reshape(sums, [32, 64]))
+    part.store(gl.reshape(sums, [32, 64]))
+
+
+@gluon.jit
+def sums_of_both(parts):
+    """The sums [2, 64] of two tiles of gated values, of which `parts` [2, 32, 64] has the parts."""
+    COLUMNS: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
+    both = parts._reinterpret(gl.float32, [64, 64], PARTS).load(COLUMNS)
+    sums = gl.sum(gl.reshape(both, [2, 32, 64]), 1) * 0.5
+    return gl.convert_layout(sums, PAIR)
 
 
 @gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
@@ -55,10 +72,7 @@ def _attention_stat_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    PARTS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # without bank conflicts
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    COLUMNS: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
-    PAIR: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     v_ptr += (first * BLOCK_M).to(gl.int64) * stride_vl
@@ -130,14 +144,10 @@ def _attention_stat_kernel(
         mean = gl.convert_layout((c_1 * inverse_1).to(dtype), operand(D), assert_trivial=True)
         logit_1 = start_linear(mean, weight, bias, BLOCK_M, D)
         logit_0 = warpgroup_mma_wait(2, deps=(logit_0,))
-        values = v_0.load(accumulators(D)).to(gl.float32)
-        store_partial_sums(twice_gated(values, logit_0, dtype == gl.bfloat16), parts.index(0))
+        store_partial_sums(v_0, logit_0, parts.index(0))
         logit_1 = warpgroup_mma_wait(0, deps=(logit_1,))
-        values = v_1.load(accumulators(D)).to(gl.float32)
-        store_partial_sums(twice_gated(values, logit_1, dtype == gl.bfloat16), parts.index(1))
-        both = parts._reinterpret(gl.float32, [64, D], PARTS).load(COLUMNS)
-        totals = gl.sum(gl.reshape(both, [2, 32, D]), 1) * 0.5
-        totals = gl.convert_layout(totals, PAIR)
+        store_partial_sums(v_1, logit_1, parts.index(1))
+        totals = sums_of_both(parts)
         ptrs = tile_sums_ptr + to_stat + offs_pair[:, None] * D + offs_column[None, :]
         mask = (offs_pair < num_tiles_left)[:, None] & (offs_column < D)[None, :]
         gl.store(ptrs, totals, mask=mask)

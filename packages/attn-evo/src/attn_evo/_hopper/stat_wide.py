@@ -17,21 +17,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core.launch import Launcher
 from attn_evo._hopper import support
-from attn_evo._hopper.stat import store_partial_sums
+from attn_evo._hopper.stat import PAIR, PARTS, store_partial_sums, sums_of_both
 from attn_evo._hopper.tiles import (
     FLAT,
     STAGES,
-    W_G,
     accumulators,
     begin_with,
     half_triangle,
     opaque_zero,
     operand,
     start_copy,
-    twice_gated,
 )
 from attn_evo._triton import problem
-from attn_evo._triton.tiles import chunk_of_program
+from attn_evo._triton.tiles import (
+    W_G,
+    chunk_of_program,
+)
 
 _BLOCK_M = gl.constexpr(support.BLOCK_M)
 _D = gl.constexpr(128)
@@ -88,10 +89,7 @@ def _attention_stat_wide_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_HALF, _HALF], dtype)
-    PARTS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # without bank conflicts
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    COLUMNS: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
-    PAIR: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
     v_ptr += (first * _BLOCK_M).to(gl.int64) * stride_vl
@@ -148,14 +146,10 @@ def _attention_stat_wide_kernel(
         logit_0 = _start_logit(mean_0, mean_1, weights, vectors_ptr, zero, 0)
         logit_1 = _start_logit(mean_0, mean_1, weights, vectors_ptr, zero, 1)
         logit_0 = warpgroup_mma_wait(2, deps=(logit_0,))
-        values = v_0.load(accumulators(_HALF)).to(gl.float32)
-        store_partial_sums(twice_gated(values, logit_0, dtype == gl.bfloat16), parts.index(0))
+        store_partial_sums(v_0, logit_0, parts.index(0))
         logit_1 = warpgroup_mma_wait(0, deps=(logit_1,))
-        values = v_1.load(accumulators(_HALF)).to(gl.float32)
-        store_partial_sums(twice_gated(values, logit_1, dtype == gl.bfloat16), parts.index(1))
-        both = parts._reinterpret(gl.float32, [64, _HALF], PARTS).load(COLUMNS)
-        totals = gl.sum(gl.reshape(both, [2, 32, _HALF]), 1) * 0.5
-        totals = gl.convert_layout(totals, PAIR)
+        store_partial_sums(v_1, logit_1, parts.index(1))
+        totals = sums_of_both(parts)
         gl.store(tile_sums_ptr + to_stat + offs_pair, totals)
         stat += totals
         tile_sums_ptr += _D

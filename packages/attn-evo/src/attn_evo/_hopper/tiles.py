@@ -11,25 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from attn_core.tiles.hopper import reciprocal
+from attn_evo._triton.tiles import BIAS_ROWS, twice_gated
 
-W_Q = gl.constexpr(0)
-W_L = gl.constexpr(1)
-W_F = gl.constexpr(2)
-W_G = gl.constexpr(3)
-NORM_WEIGHT = gl.constexpr(4)
-NORM_BIAS = gl.constexpr(5)
-
-DSTAT = gl.constexpr(2)
-DCONTEXT = gl.constexpr(3)
-
-EPSILON = gl.constexpr(1e-8)
-NORM_EPSILON = gl.constexpr(1e-5)
-BIAS_ROWS = gl.constexpr(16)
 STAGES = gl.constexpr(2)  # tiles of v in shared memory
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_MINUS_2_LOG2_E = gl.constexpr(-2.8853900817779268)
-_LARGEST_HALF = gl.constexpr(65504.0)
 
 
 @gluon.constexpr_function
@@ -47,23 +32,6 @@ def copied(D):
 @gluon.constexpr_function
 def operand(D):
     return gl.DotOperandLayout(0, accumulators(D), 2)
-
-
-@gluon.jit
-def _tanh(x):
-    return gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def twice_gated(y, x, IS_BFLOAT16: gl.constexpr):
-    """2 sigmoid(2 x) y; next to bfloat16 the 2.5e-4 that tanh.approx errs are nothing."""
-    if IS_BFLOAT16:
-        gated = _tanh(x) * y + y
-    else:
-        gated = 2.0 * reciprocal(1.0 + gl.exp2(x * _MINUS_2_LOG2_E)) * y
-    return gated
 
 
 @gluon.jit
@@ -132,14 +100,6 @@ def left_operand(x, tile, D: gl.constexpr):
 
 
 @gluon.jit
-def rounded(x, dtype: gl.constexpr):
-    """Round; near a pole float16 takes its largest number for infinity."""
-    if dtype == gl.float16:
-        x = gl.minimum(gl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF)
-    return x.to(dtype)
-
-
-@gluon.jit
 def add_magnitudes(x, y):
     """|x| + |y|, in the one instruction that the compiler would make three of."""
     return gl.inline_asm_elementwise(
@@ -187,16 +147,6 @@ def column_accumulators(D):
 def row_group(D):
     """Layout of 16 rows, of which each thread has 16 bytes."""
     return gl.BlockedLayout([1, 8], [256 // D, D // 8], [D // 16, 1], [1, 0])
-
-
-@gluon.jit
-def sigmoid_of_double(x, IS_BFLOAT16: gl.constexpr):
-    """sigmoid(2 x)."""
-    if IS_BFLOAT16:
-        y = _tanh(x) * 0.5 + 0.5
-    else:
-        y = reciprocal(1.0 + gl.exp2(x * _MINUS_2_LOG2_E))
-    return y
 
 
 @gluon.jit

@@ -82,7 +82,7 @@ def _attention_backward_gate_kernel(
         inverse = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
         dgate = product(df, load_matrix(w_f, BLOCK_D), PRECISION)
-        s = sigmoid_of_double(half_ratio, IS_NVIDIA, dtype == tl.bfloat16)
+        s = sigmoid_of_double(half_ratio, dtype == tl.bfloat16, IS_NVIDIA)
         silu = 2.0 * half_ratio * s
         dq = 2.0 * dgate * v.to(tl.float32) * (s + silu * (1.0 - s)) * tl.abs(inverse)
         ddenominator = -dq * half_ratio

@@ -98,10 +98,10 @@ def _attention_backward_norm_kernel(
         mask = (offs_m < L - start)[:, None]
         ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
         half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
+        gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_BFLOAT16, IS_NVIDIA)
         gate = rounded(gate, dtype)
         final = linear(gate, w_f, b_f, PRECISION, BLOCK_D)
-        final = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16)
+        final = sigmoid_of_double(final, IS_BFLOAT16, IS_NVIDIA)
         row = tile if IS_CAUSAL else 0
         row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, row, BLOCK_D)
         context = tl.load(row + offs_d)[None, :]

@@ -121,7 +121,7 @@ def _attention_backward_final_kernel(
         ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
         df = tl.load(ptrs, mask=mask, other=0.0)
         gate = half_ratio * v.to(tl.float32)
-        gate = rounded(twice_gated(gate, half_ratio, IS_NVIDIA, dtype == tl.bfloat16), dtype)
+        gate = rounded(twice_gated(gate, half_ratio, dtype == tl.bfloat16, IS_NVIDIA), dtype)
         dw_f = tl.dot(tl.trans(df), gate, dw_f, input_precision=PRECISION)
     store_partial(partial_matrices_ptr, dw_f, W_F, BLOCK_D)
 

@@ -93,7 +93,7 @@ def _attention_backward_stat_kernel(
         context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
         mean = (context * inverse_count).to(dtype)  # [BLOCK_M, BLOCK_D]
         gate = linear(mean, w_g, b_g, PRECISION, BLOCK_D)
-        gate = sigmoid_of_double(gate, IS_NVIDIA, dtype == tl.bfloat16)
+        gate = sigmoid_of_double(gate, dtype == tl.bfloat16, IS_NVIDIA)
 
         mask = (offs_m < L - start)[:, None]
         ptrs = scratch_ptrs(dstat_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)

@@ -335,7 +335,7 @@ def _attention_output_kernel(
             v, v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L, RELOADS,
             HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_NVIDIA, IS_BFLOAT16)
+        gate = twice_gated(half_ratio * v.to(tl.float32), half_ratio, IS_BFLOAT16, IS_NVIDIA)
         final = linear(rounded(gate, dtype), w_f, b_f, PRECISION, BLOCK_D)
         v = _reloaded(
             v, v_ptr, stride_vl, stride_vd, mask_ptr, stride_ml, start, L, RELOADS,
@@ -344,7 +344,7 @@ def _attention_output_kernel(
         if RELOADS and IS_CAUSAL:  # nor do they hold the context
             row = table_row(contexts_ptr, CONTEXT, num_heads, pid_bh, num_tiles, tile, BLOCK_D)
             context = scan(ones, v, PRECISION) + tl.load(row + offs_d)[None, :]
-        x = sigmoid_of_double(final, IS_NVIDIA, IS_BFLOAT16) * context
+        x = sigmoid_of_double(final, IS_BFLOAT16, IS_NVIDIA) * context
         mean, scale = norm_statistics(x, v, HEAD_DIM, BLOCK_D)
         out = (x - mean) * scale * load_vector(vectors_ptr, NORM_WEIGHT, BLOCK_D)
         out += load_vector(vectors_ptr, NORM_BIAS, BLOCK_D)

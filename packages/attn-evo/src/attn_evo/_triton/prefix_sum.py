@@ -73,6 +73,15 @@ def outer_offset(index, size_1, size_2, stride_0, stride_1, stride_2):
     return i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2
 
 
+@triton.jit
+def _chunk_of_program(C, num_chunks, BLOCK_C: tl.constexpr):
+    """Which chunk, block of columns and index over the outer dimensions a program owns."""
+    pid_chunk = tl.program_id(0) % num_chunks
+    pid_c = tl.program_id(0) // num_chunks % tl.cdiv(C, BLOCK_C)
+    outer = (tl.program_id(0) // num_chunks // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+    return pid_chunk, pid_c, outer
+
+
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _prefix_sum_chunks_kernel(
@@ -82,10 +91,7 @@ def _prefix_sum_chunks_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # fmt: on
-    pid_chunk = tl.program_id(0) % num_chunks
-    pid_c = tl.program_id(0) // num_chunks % tl.cdiv(C, BLOCK_C)
-    outer = (tl.program_id(0) // num_chunks // tl.cdiv(C, BLOCK_C)).to(tl.int64)
-
+    pid_chunk, pid_c, outer = _chunk_of_program(C, num_chunks, BLOCK_C)
     offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C - pid_c * BLOCK_C
@@ -116,10 +122,7 @@ def _prefix_sum_scan_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # fmt: on
-    pid_chunk = tl.program_id(0) % num_chunks
-    pid_c = tl.program_id(0) // num_chunks % tl.cdiv(C, BLOCK_C)
-    outer = (tl.program_id(0) // num_chunks // tl.cdiv(C, BLOCK_C)).to(tl.int64)
-
+    pid_chunk, pid_c, outer = _chunk_of_program(C, num_chunks, BLOCK_C)
     offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C - pid_c * BLOCK_C
@@ -149,6 +152,25 @@ def _prefix_sum_scan_kernel(
         carry += tl.sum(x, 0)
 
 
+# fmt: off
+@triton.jit
+def tile_of_program(
+    C, num_columns, num_tiles,
+    REVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    # fmt: on
+    """Block of columns, place in the order of the sum, and where its elements are, of a program.
+
+    Programs start in the order of their ids: none waits for one that has not started.
+    """
+    column = tl.program_id(0) % num_columns
+    place = tl.program_id(0) // num_columns
+    pid_c = column % (C // BLOCK_C)
+    outer = (column // (C // BLOCK_C)).to(tl.int64)
+    tile = num_tiles - 1 - place if REVERSE else place
+    return column, place, pid_c, outer, tile.to(tl.int64) * BLOCK_N
+
+
 @triton.jit
 def published(x):
     """Numbers in float32, each in a word that tells that it is there."""
@@ -156,12 +178,19 @@ def published(x):
 
 
 @triton.jit
-def _await_published(ptrs, mask):
-    """The numbers of words [rows, columns], once all are there; 0 where the mask is not set."""
+def _sum_before(words_ptr, place, num_tiles, BLOCK_C: tl.constexpr):
+    """Sum of all tiles before one: those of its group and, in the first row, all groups before."""
+    group = place // GROUP
+    offs_row = tl.arange(0, GROUP)
+    offs_c = tl.arange(0, BLOCK_C)
+    rows = tl.where(offs_row == 0, num_tiles + group - 1, group * GROUP + offs_row - 1)
+    wanted = (rows < place) | ((offs_row == 0) & (offs_row < group))
+    ptrs = words_ptr + tile_offsets(rows, BLOCK_C, offs_c, 1)
+    mask = wanted[:, None] & (offs_c < BLOCK_C)[None, :]
     words = tl.load(ptrs, mask=mask, other=PUBLISHED, volatile=True)
     while tl.min(tl.min(words >> 32, 1), 0) == 0:
         words = tl.load(ptrs, mask=mask, other=PUBLISHED, volatile=True)
-    return words.to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.sum(words.to(tl.int32).to(tl.float32, bitcast=True), 0)
 
 
 # fmt: off
@@ -175,13 +204,9 @@ def _prefix_sum_columns_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # fmt: on
-    # Programs start in the order of their ids: none waits for one that has not started.
-    column = tl.program_id(0) % num_columns
-    place = tl.program_id(0) // num_columns
-    pid_c = column % (C // BLOCK_C)
-    outer = (column // (C // BLOCK_C)).to(tl.int64)
-    tile = num_tiles - 1 - place if REVERSE else place
-    start = tile.to(tl.int64) * BLOCK_N
+    column, place, pid_c, outer, start = tile_of_program(
+        C, num_columns, num_tiles, REVERSE, BLOCK_N, BLOCK_C
+    )
     x_ptr += outer_offset(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
     x_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_xc + start * stride_xn
     out_ptr += outer_offset(outer, size_1, size_2, stride_o0, stride_o1, stride_o2)
@@ -198,18 +223,11 @@ def _prefix_sum_columns_kernel(
     runs = tl.sum(x, 1)
     total = tl.sum(runs, 0)
 
-    num_groups = tl.cdiv(num_tiles, GROUP)
-    words_ptr += column.to(tl.int64) * (num_tiles + num_groups) * BLOCK_C
+    words_ptr += column.to(tl.int64) * (num_tiles + tl.cdiv(num_tiles, GROUP)) * BLOCK_C
     tl.store(words_ptr + place * BLOCK_C + offs_c, published(total))
-    group = place // GROUP
-    # The tiles of the group before this one, and in the first row all groups before.
-    offs_row = tl.arange(0, GROUP)
-    rows = tl.where(offs_row == 0, num_tiles + group - 1, group * GROUP + offs_row - 1)
-    wanted = (rows < place) | ((offs_row == 0) & (offs_row < group))
-    ptrs = words_ptr + tile_offsets(rows, BLOCK_C, offs_c, 1)
-    carry = tl.sum(_await_published(ptrs, wanted[:, None] & (offs_c < BLOCK_C)[None, :]), 0)
+    carry = _sum_before(words_ptr, place, num_tiles, BLOCK_C)
     if place % GROUP == GROUP - 1:
-        row = words_ptr + (num_tiles + group) * BLOCK_C
+        row = words_ptr + (num_tiles + place // GROUP) * BLOCK_C
         tl.store(row + offs_c, published(carry + total))
 
     carries = tl.cumsum(runs, 0, reverse=REVERSE) - runs + carry[None, :]

@@ -1,4 +1,4 @@
-"""Device functions that the kernels of both passes share.
+"""Device functions that the kernels of both passes share, some with those for Hopper.
 
 Weights come packed, as the first launch of a pass lays them out: matrices [4, BLOCK_D, BLOCK_D] in
 the dtype of v and vectors [6, BLOCK_D] in float32, padded with zeros. The biases come a second time
@@ -50,7 +50,7 @@ def chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk):
 
 
 @triton.jit
-def reciprocal(x, IS_NVIDIA: tl.constexpr):
+def reciprocal(x, IS_NVIDIA: tl.constexpr = True):
     if IS_NVIDIA:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -59,7 +59,7 @@ def reciprocal(x, IS_NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def sigmoid_of_double(x, IS_NVIDIA: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+def sigmoid_of_double(x, IS_BFLOAT16: tl.constexpr, IS_NVIDIA: tl.constexpr = True):
     """sigmoid(2 x); next to bfloat16 the 2.5e-4 that tanh.approx errs are nothing."""
     if IS_NVIDIA and IS_BFLOAT16:
         return _fast_tanh(x) * 0.5 + 0.5
@@ -67,7 +67,7 @@ def sigmoid_of_double(x, IS_NVIDIA: tl.constexpr, IS_BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def twice_gated(y, x, IS_NVIDIA: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+def twice_gated(y, x, IS_BFLOAT16: tl.constexpr, IS_NVIDIA: tl.constexpr = True):
     """2 sigmoid(2 x) y."""
     if IS_NVIDIA and IS_BFLOAT16:
         return _fast_tanh(x) * y + y
@@ -334,7 +334,7 @@ def gated_values(
     # fmt: on
     """sigmoid(W_g mean + b_g) v, in float32."""
     logit = linear(mean.to(v.dtype), w_g, b_g, PRECISION, BLOCK_D)
-    return sigmoid_of_double(logit, IS_NVIDIA, v.dtype == tl.bfloat16) * v.to(tl.float32)
+    return sigmoid_of_double(logit, v.dtype == tl.bfloat16, IS_NVIDIA) * v.to(tl.float32)
 
 
 # fmt: off
@@ -380,7 +380,7 @@ def total_context(
 def gate_of_mean(mean, w_g, vectors_ptr, IS_NVIDIA: tl.constexpr, BLOCK_D: tl.constexpr):
     """sigmoid(W_g mean + b_g) [BLOCK_D] of one mean, where w_g is a tile in float32."""
     bias = tl.load(vectors_ptr + W_G * BLOCK_D + tl.arange(0, BLOCK_D))
-    return sigmoid_of_double(tl.sum(w_g * mean[None, :], 1) + bias, IS_NVIDIA, False)
+    return sigmoid_of_double(tl.sum(w_g * mean[None, :], 1) + bias, False, IS_NVIDIA)
 
 
 # fmt: off
