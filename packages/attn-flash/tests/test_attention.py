@@ -136,6 +136,18 @@ def test_a_single_visible_key(dtype, device):
     torch.testing.assert_close((dq, dk), (torch.zeros_like(q),) * 2, atol=rounding, rtol=0)
 
 
+@pytest.mark.parametrize("window", [OPEN, CAUSAL, (0, 0)], ids=show_window)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=show_dtype
+)
+def test_a_single_key_has_no_gradient(dtype, window, device):
+    q, k, v = with_grad(*Case(B=2, H=6, H_KV=2, M=3, N=1, D=192).inputs(dtype, device))
+    out = flash_attn_func(q, k, v, window_size=window, backend="torch")
+    dq, dk = torch.autograd.grad(out, (q, k), random_like(out, 5))
+    assert not dq.any()
+    assert not dk.any()
+
+
 @pytest.mark.parametrize("window", [OPEN, CAUSAL, (7, 3)], ids=show_window)
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 0, 1, 2)], ids=["bhsd", "d-slowest"])
 def test_gradients_of_any_strides(order, window, device):

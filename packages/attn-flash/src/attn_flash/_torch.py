@@ -210,6 +210,8 @@ def _signed_probabilities(
 def _fits_cpu_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> bool:
     if q.device.type != "cpu" or q.numel() == 0 or k.numel() == 0:
         return False  # it divides by sizes: empty tensors kill the process
+    if k.shape[1] == 1:
+        return False  # gradients of q and k are 0 then: it would leave what it rounds
     if options.features() or q.shape[-1] != v.shape[-1]:
         return False
     if options.window == (-1, 0):  # its mask is top-left, and scaled: -inf * 0 is NaN

@@ -211,33 +211,22 @@ def _kvcache_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
     PEEL: tl.constexpr = BLOCK_M > 32
-    if PEEL:
-        if HAS_LEFT or HAS_LEFTPAD:
-            acc, m_i, l_i, pages = _attend(
-                acc, m_i, l_i, pages, q, position, slopes,
-                k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-                table_ptr, stride_tn,
-                lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right,
-                HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_LEFTPAD, HAS_SOFTCAP,
-                HAS_ALIBI, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
+    FIRST: tl.constexpr = (0 if HAS_LEFT or HAS_LEFTPAD else 1) if PEEL else 2
+    # Keys to the left of those that all rows see, these, and keys to their right.
+    for part in tl.static_range(FIRST, 3):
+        start, stop = full_lo, full_hi
+        if part == 0:
+            start, stop = lo, full_lo
+        elif part == 2:
+            start, stop = full_hi if PEEL else lo, hi
         acc, m_i, l_i, pages = _attend(
             acc, m_i, l_i, pages, q, position, slopes,
             k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
             table_ptr, stride_tn,
-            full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right,
+            start, stop, first, hi, N, scale_log2, softcap_log2, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_LEFTPAD, HAS_SOFTCAP,
-            HAS_ALIBI, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HAS_ALIBI, part != 1, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-        lo = full_hi
-    acc, m_i, l_i, pages = _attend(
-        acc, m_i, l_i, pages, q, position, slopes,
-        k_ptr, stride_kb, stride_kn, stride_kd, v_ptr, stride_vb, stride_vn, stride_vd,
-        table_ptr, stride_tn,
-        lo, hi, first, hi, N, scale_log2, softcap_log2, left, right,
-        HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_LEFTPAD, HAS_SOFTCAP,
-        HAS_ALIBI, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
 
     out, lse = finish_softmax(m_i, l_i, acc)
     part = (split.to(tl.int64) * B + b) * M * (H_KV * GROUP)
