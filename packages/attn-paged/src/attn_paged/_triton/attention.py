@@ -174,49 +174,30 @@ def _paged_attention_kernel(
         )
         table = table_ptr + b.to(tl.int64) * stride_tb
         blocks = block_ids(table, stride_tn, lo, first, hi, BLOCK_SIZE, BLOCK_N)
-        # Small tiles are bound by memory: their pipeline should run through, masks cost nothing.
+        # Runs: keys left of those that all rows see, these, and the rest. Small tiles are bound by
+        # memory and have but one: their pipeline should run through, masks cost nothing.
         IS_LARGE: tl.constexpr = BLOCK_M > 32
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M, 1 if IS_LARGE else BLOCK_N], tl.float32)
         PAIR: tl.constexpr = 2 if v_ptr.dtype.element_ty == tl.int16 else 1
         acc = tl.zeros([BLOCK_M, BLOCK_DV // PAIR], tl.float32)
         acc_odd = acc
-        if IS_LARGE:
-            if HAS_LEFT:
-                acc, acc_odd, m_i, l_i, blocks = attend(
-                    acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
-                    k_ptr, stride_kb, stride_kn, stride_kd,
-                    v_ptr, stride_vb, stride_vn, stride_vd,
-                    k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
-                    table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
-                    lo, full_lo, first, hi, N, scale_log2, softcap_log2, left, right_b,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                    HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, True, PRECISION,
-                    BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
-                )  # fmt: skip
+        FIRST_RUN: tl.constexpr = 2 if not IS_LARGE else 0 if HAS_LEFT else 1
+        start_n = lo if FIRST_RUN != 1 else full_lo
+        for run in tl.static_range(FIRST_RUN, 3):
+            end_n = full_lo if run == 0 else full_hi if run == 1 else hi
             acc, acc_odd, m_i, l_i, blocks = attend(
                 acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
                 k_ptr, stride_kb, stride_kn, stride_kd,
                 v_ptr, stride_vb, stride_vn, stride_vd,
                 k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
                 table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
-                full_lo, full_hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
+                start_n, end_n, first, hi, N, scale_log2, softcap_log2, left, right_b,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, False, PRECISION,
+                HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, run != 1, PRECISION,
                 BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
             )  # fmt: skip
-            lo = full_hi
-        acc, acc_odd, m_i, l_i, blocks = attend(
-            acc, acc_odd, m_i, l_i, blocks, q, q_tail, q_scale, position, slopes,
-            k_ptr, stride_kb, stride_kn, stride_kd,
-            v_ptr, stride_vb, stride_vn, stride_vd,
-            k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn,
-            table, stride_tn, tree_ptrs, stride_mn, mask_m, tree_start, width,
-            lo, hi, first, hi, N, scale_log2, softcap_log2, left, right_b,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-            HAS_TREE, IS_QUANTISED, SAME_SLOTS, VALUES_IN_KEYS, HAS_PTX, True, PRECISION,
-            BLOCK_N, BLOCK_D, TAIL_D, BLOCK_DV,
-        )  # fmt: skip
+            start_n = end_n
 
         l_i = tl.sum(l_i, 1)
         if PAIR == 2:
