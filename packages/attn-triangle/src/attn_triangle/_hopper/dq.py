@@ -22,7 +22,7 @@ from attn_triangle._hopper.tiles import (
     closed,
     key_blocks,
     load_lse,
-    load_queries_and_keys,
+    load_tiles,
     load_wide,
     moved,
     new_query_buffers,
@@ -31,29 +31,6 @@ from attn_triangle._hopper.tiles import (
     rows_of,
     store_rows,
 )
-
-
-# fmt: off
-@gluon.jit
-def _load(
-    args,
-    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):
-    # fmt: on
-    """The loading warp."""
-    descs, bufs, rings, sizes, N, range_ptr, strides = args
-    count = 0
-    place = place_of(gl.program_id(0), sizes)
-    distance = place_of(gl.num_programs(0), sizes)
-    for step in range(num_steps(sizes)):
-        b, h, group, tile = place
-        row0, last = rows_of(group, sizes, ROWS)
-        count = load_queries_and_keys(
-            args, step, count, b, h, row0, last, tile, 0,
-            HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES,
-        )  # fmt: skip
-        place = moved(place, distance, sizes)
 
 
 # fmt: off
@@ -87,13 +64,15 @@ def _differentiate(
 ):
     # fmt: on
     """A computing warpgroup: 64 queries of one row of each tile."""
-    loading, query_rows, scale, scale_log2 = args
-    descs, bufs, rings, sizes, N, range_ptr, strides = loading
-    q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc = descs
-    q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
+    loading, dq_desc, query_rows, scale, scale_log2 = args
+    queries, streamed, rings, sizes, N, range_ptr, strides = loading
+    query_descs, query_bufs = queries
+    descs, bufs = streamed
+    q_buf, do_buf = query_bufs
+    k_buf, v_buf, bias_buf, mask_buf = bufs
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    dtype: gl.constexpr = q_desc.dtype
+    dtype: gl.constexpr = dq_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
     O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
@@ -172,21 +151,22 @@ def _attention_backward_dq_kernel(
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    bufs, rings = new_query_buffers(
+    query_bufs, bufs, rings = new_query_buffers(
         q_desc, bias_desc, mask_desc,
         HAS_MASK, TILES, ROWS, BLOCK_N, BLOCK_D, STAGES, READERS=TILES * ROWS,
     )  # fmt: skip
-    descs = (q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc)
+    queries = ((q_desc, do_desc), query_bufs)
+    streamed = ((k_desc, v_desc, bias_desc, mask_desc), bufs)
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
-    loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
-    computing = (loading, (lse_ptr, M, delta_ptr, columns), scale, scale_log2)
+    loading = (queries, streamed, rings, sizes, N, range_ptr, strides)
+    computing = (loading, dq_desc, (lse_ptr, M, delta_ptr, columns), scale, scale_log2)
     gl.warp_specialize(
         [
             (_differentiate, (0, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
             (_differentiate, (1, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
             (_differentiate, (2, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
-            (_load, (loading, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
+            (load_tiles, (loading, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],

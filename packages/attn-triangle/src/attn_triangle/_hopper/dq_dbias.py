@@ -78,7 +78,7 @@ def _load(
 ):
     # fmt: on
     """The loading warp."""
-    descs, bufs, rings, sizes, N, range_ptr, strides = args
+    queries, streamed, rings, sizes, N, range_ptr, strides = args
     count = 0
     for step in range(_num_steps(sizes)):
         b, h, row0, last, tile, part = _tile_of(step, sizes, ROWS)
@@ -111,17 +111,19 @@ def _differentiate(
 ):
     # fmt: on
     """A computing warpgroup: 64 queries of all rows of each tile."""
-    loading, query_rows, dbias, scale, scale_log2 = args
-    descs, bufs, rings, sizes, N, range_ptr, strides = loading
-    q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc = descs
-    q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
+    loading, dq_desc, query_rows, dbias, scale, scale_log2 = args
+    queries, streamed, rings, sizes, N, range_ptr, strides = loading
+    query_descs, query_bufs = queries
+    descs, bufs = streamed
+    q_buf, do_buf = query_bufs
+    k_buf, v_buf, bias_buf, mask_buf = bufs
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
     lse_ptr, M, delta_ptr, columns = query_rows
     dbias_ptr, dbias_p, dbias_bh, dbias_blocks = dbias
     dbias_columns = dbias_blocks * 128  # so that addresses are seen to be aligned
     H, R, num_tiles, num_parts, groups, total = sizes
-    dtype: gl.constexpr = q_desc.dtype
+    dtype: gl.constexpr = dq_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
     O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
@@ -217,16 +219,17 @@ def _attention_backward_dq_dbias_kernel(
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    bufs, rings = new_query_buffers(
+    query_bufs, bufs, rings = new_query_buffers(
         q_desc, bias_desc, mask_desc,
         HAS_MASK, TILES, ROWS, BLOCK_N, BLOCK_D, STAGES, READERS=TILES,
     )  # fmt: skip
-    descs = (q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc)
+    queries = ((q_desc, do_desc), query_bufs)
+    streamed = ((k_desc, v_desc, bias_desc, mask_desc), bufs)
     sizes = (H, R, num_tiles, num_parts, groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
     dbias = (dbias_ptr, dbias_p, dbias_bh, dbias_blocks)
-    loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
-    computing = (loading, (lse_ptr, M, delta_ptr, columns), dbias, scale, scale_log2)
+    loading = (queries, streamed, rings, sizes, N, range_ptr, strides)
+    computing = (loading, dq_desc, (lse_ptr, M, delta_ptr, columns), dbias, scale, scale_log2)
     gl.warp_specialize(
         [
             (_differentiate, (0, computing, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),

@@ -31,8 +31,7 @@ from attn_triangle._hopper.tiles import (
     SEES_NONE,
     WG_ROWS,
     key_blocks,
-    load_keys,
-    load_rows,
+    load_tiles,
     load_wide,
     moved,
     new_mask_rows,
@@ -45,46 +44,6 @@ from attn_triangle._hopper.tiles import (
 )
 from attn_triangle._triton import forward as portable
 from attn_triangle.layout import new_heads_last, new_lse
-
-
-# fmt: off
-@gluon.jit
-def _load(
-    args,
-    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):
-    # fmt: on
-    """The loading warp: queries of a tile, then its blocks of keys, values, bias and mask."""
-    descs, bufs, rings, sizes, N, range_ptr, strides = args
-    q_desc, k_desc, v_desc, bias_desc, mask_desc, out_desc = descs
-    q_buf, k_buf, v_buf, bias_buf, mask_buf, out_buf = bufs
-    q_full, q_empty, full, empty = rings
-    range_strides, bias_strides, mask_steps = strides
-    q_bytes: gl.constexpr = ROWS * TILES * q_desc.block_type.nbytes
-    count = 0
-    place = place_of(gl.program_id(0), sizes)
-    distance = place_of(gl.num_programs(0), sizes)
-    for step in range(num_steps(sizes)):
-        b, h, group, tile = place
-        row0, last = rows_of(group, sizes, ROWS)
-        start_m = tile * (TILES * WG_ROWS)
-        slot = step & 1
-        bar = q_full.index(slot)
-        mbarrier.wait(q_empty.index(slot), ((step >> 1) & 1) ^ 1)
-        mbarrier.expect(bar, q_bytes)
-        for x in gl.static_range(ROWS):
-            row = gl.minimum(row0 + x, last)
-            for w in gl.static_range(TILES):
-                own = (slot * ROWS + x) * TILES + w
-                load_rows(q_desc, b, h, row, start_m + w * WG_ROWS, bar, q_buf.index(own))
-        lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
-        count = load_keys(
-            (k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf),
-            (full, empty), (bias_strides, mask_steps), count, b, h, row0, last, start_m, lo, hi,
-            0, HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
-        )  # fmt: skip
-        place = moved(place, distance, sizes)
 
 
 # fmt: off
@@ -135,13 +94,16 @@ def _attend(
 ):
     # fmt: on
     """A computing warpgroup: 64 queries of one row of each tile."""
-    loading, M, lse_ptr, scale_log2, limit = args
-    descs, bufs, rings, sizes, N, range_ptr, strides = loading
-    q_desc, k_desc, v_desc, bias_desc, mask_desc, out_desc = descs
-    q_buf, k_buf, v_buf, bias_buf, mask_buf, out_buf = bufs
+    loading, out, M, lse_ptr, scale_log2, limit = args
+    queries, streamed, rings, sizes, N, range_ptr, strides = loading
+    query_descs, query_bufs = queries
+    descs, bufs = streamed
+    out_desc, out_buf = out
+    q_buf = query_bufs[0]
+    k_buf, v_buf, bias_buf, mask_buf = bufs
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    dtype: gl.constexpr = q_desc.dtype
+    dtype: gl.constexpr = out_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
     O_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
@@ -222,20 +184,20 @@ def _attention_forward_kernel(
     q_full, q_empty = new_ring(2, WARPGROUPS)
     full, empty = new_ring(STAGES, WARPGROUPS)
     gl.thread_barrier()
-    descs = (q_desc, k_desc, v_desc, bias_desc, mask_desc, out_desc)
-    bufs = (q_buf, k_buf, v_buf, bias_buf, mask_buf, out_buf)
+    queries = ((q_desc,), (q_buf,))
+    streamed = ((k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf))
     rings = (q_full, q_empty, full, empty)
     sizes = (H, R, num_tiles, num_groups, total)
     strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
-    loading = (descs, bufs, rings, sizes, N, range_ptr, strides)
-    computing = (loading, M, lse_ptr, scale_log2, limit)
+    loading = (queries, streamed, rings, sizes, N, range_ptr, strides)
+    computing = (loading, (out_desc, out_buf), M, lse_ptr, scale_log2, limit)
     gl.warp_specialize(
         [
             (_attend, (0, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
             (_attend, (1, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
             (_attend, (2, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
             (_attend, (3, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
-            (_load, (loading, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
+            (load_tiles, (loading, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

@@ -259,7 +259,8 @@ def new_query_buffers(
     q_full, q_empty = new_ring(2, READERS)
     full, empty = new_ring(STAGES, READERS)
     gl.thread_barrier()
-    return (q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf), (q_full, q_empty, full, empty)
+    rings = (q_full, q_empty, full, empty)
+    return (q_buf, do_buf), (k_buf, v_buf, bias_buf, mask_buf), rings
 
 
 # fmt: off
@@ -270,16 +271,17 @@ def load_queries_and_keys(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
-    """Load queries and dO of a tile, then its blocks of keys, values, bias and mask.
+    """Load queries of a tile, dO too if it is among them, then blocks of keys, values and so on.
 
     `count` blocks were loaded before. Returns how many there are now.
     """
-    descs, bufs, rings, sizes, N, range_ptr, strides = args
-    q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc, dq_desc = descs
-    q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf = bufs
+    queries, streamed, rings, sizes, N, range_ptr, strides = args
+    query_descs, query_bufs = queries
+    descs, bufs = streamed
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    q_bytes: gl.constexpr = 2 * ROWS * TILES * q_desc.block_type.nbytes
+    OPERANDS: gl.constexpr = len(query_descs)
+    q_bytes: gl.constexpr = OPERANDS * ROWS * TILES * query_descs[0].block_type.nbytes
     start_m = tile * (TILES * WG_ROWS)
     slot = step & 1
     bar = q_full.index(slot)
@@ -289,11 +291,34 @@ def load_queries_and_keys(
         row = gl.minimum(row0 + x, last)
         for w in gl.static_range(TILES):
             own = (slot * ROWS + x) * TILES + w
-            load_rows(q_desc, b, h, row, start_m + w * WG_ROWS, bar, q_buf.index(own))
-            load_rows(do_desc, b, h, row, start_m + w * WG_ROWS, bar, do_buf.index(own))
+            start = start_m + w * WG_ROWS
+            for o in gl.static_range(OPERANDS):
+                load_rows(query_descs[o], b, h, row, start, bar, query_bufs[o].index(own))
     lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
     return load_keys(
-        (k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf),
-        (full, empty), (bias_strides, mask_steps), count, b, h, row0, last, start_m, lo, hi,
-        is_back, HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
+        descs, bufs, (full, empty), (bias_strides, mask_steps), count, b, h, row0, last,
+        start_m, lo, hi, is_back, HAS_MASK, TILES, ROWS, BLOCK_N, STAGES,
     )  # fmt: skip
+
+
+# fmt: off
+@gluon.jit
+def load_tiles(
+    args,
+    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    """The loading warp: queries of a tile, then its blocks of keys, values, bias and mask."""
+    queries, streamed, rings, sizes, N, range_ptr, strides = args
+    count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
+    for step in range(num_steps(sizes)):
+        b, h, group, tile = place
+        row0, last = rows_of(group, sizes, ROWS)
+        count = load_queries_and_keys(
+            args, step, count, b, h, row0, last, tile, 0,
+            HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES,
+        )  # fmt: skip
+        place = moved(place, distance, sizes)
