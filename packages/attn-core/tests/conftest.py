@@ -1,11 +1,14 @@
 """Backends and problems for tests, kept apart from those of installed packages."""
 
+import importlib
+import importlib.util
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from attn_core import backends, environment
+from attn_core.family import MODULES
 
 
 class Problem(NamedTuple):
@@ -34,6 +37,8 @@ class Registry:
 @pytest.fixture
 def registry(monkeypatch):
     """An empty set of backends: no plug-ins, nothing in the environment."""
+    for module in filter(importlib.util.find_spec, MODULES):
+        importlib.import_module(module)  # packages register once, so it must not be within a test
     for variable in environment.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(backends, "_backends", {})
