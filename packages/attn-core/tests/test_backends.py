@@ -7,6 +7,7 @@ from concurrent import futures
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attn_core import backends
 from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
@@ -141,6 +142,27 @@ def test_compiled_code_resolves_when_it_runs(registry, monkeypatch):
     assert backends.resolve(registry.op, registry.Problem()) == "auto"
     monkeypatch.setenv("ATTN_BACKEND", "torch")
     assert backends.resolve(registry.op, registry.Problem()) == "torch"
+
+
+def test_a_problem_with_sizes_left_open_is_resolved_when_it_runs(registry):
+    registry.add("torch")
+    chosen = []
+
+    def call(x):
+        chosen.append(backends.resolve(registry.op, registry.Problem(size=x.shape[0])))
+        return x
+
+    make_fx(call, tracing_mode="symbolic")(torch.empty(5))
+    assert chosen == ["auto"]
+
+
+def test_an_error_of_a_backend_is_its_own(registry):
+    def refuse(op, problem):
+        raise TypeError("broken")
+
+    backends.register(backends.Backend("torch", {registry.op: "math:sqrt"}, 0, refuse))
+    with pytest.raises(TypeError, match="broken"):
+        backends.resolve(registry.op, registry.Problem())
 
 
 class EntryPoint:

@@ -2,10 +2,12 @@
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_core import checks
 from attn_core.errors import BackendUnavailableError, UnsupportedProblemError
@@ -133,4 +135,10 @@ def test_errors_are_caught_as_their_builtin_kin():
 )
 def test_values_on_a_gpu_are_read_where_the_user_asks(device, wish, expected, monkeypatch):
     monkeypatch.setenv("ATTN_CHECK_VALUES", wish)
-    assert checks.may_read_values(torch.device(device)) is expected
+    tensor = SimpleNamespace(device=torch.device(device))
+    assert checks.may_read_values(tensor) is expected
+
+
+def test_fake_tensors_have_no_values():
+    with FakeTensorMode():
+        assert not checks.may_read_values(torch.empty(2))

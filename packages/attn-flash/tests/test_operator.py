@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attn_core.testing import embedded, random_tensor
 from attn_flash import (
@@ -14,6 +15,7 @@ from attn_flash import (
     UnsupportedProblemError,
     flash_attention,
     flash_attn_func,
+    flash_attn_varlen_func,
     ops,
 )
 from attn_flash.options import Options
@@ -76,6 +78,26 @@ def test_fake_tensors_are_like_the_real_ones(dtype, window):
         fake = ops.attention(*(mode.from_tensor(x) for x in inputs), *options(window), "torch")
     for x, y in zip(real, fake, strict=True):
         assert (x.shape, x.dtype, x.device, x.stride()) == (y.shape, y.dtype, y.device, y.stride())
+
+
+def test_a_trace_with_open_sizes_runs_others():
+    def attend(q, k, v):
+        return flash_attn_func(q, k, v)
+
+    traced = make_fx(attend, tracing_mode="symbolic")(*make_inputs(B=3, M=9, N=11))
+    inputs = make_inputs()
+    torch.testing.assert_close(traced(*inputs), attend(*inputs), rtol=0, atol=0)
+
+
+def test_a_ragged_trace_with_open_sizes_runs_others():
+    def attend(x, starts):
+        return flash_attn_varlen_func(x, x, x, starts, starts, 16, 16, causal=True)
+
+    x = random_tensor((16, 2, 8), seed="x", dtype=torch.float32)
+    starts = torch.tensor([0, 5, 16], dtype=torch.int32)
+    traced = make_fx(attend, tracing_mode="symbolic")(x, starts)
+    x, starts = x[:9], torch.tensor([0, 2, 6, 9], dtype=torch.int32)
+    torch.testing.assert_close(traced(x, starts), attend(x, starts), rtol=0, atol=0)
 
 
 def test_meta_tensors():

@@ -211,7 +211,12 @@ def resolve(op: str, problem: Problem, requested: str = AUTO) -> str:
         requested = environment.backend()
     if torch.compiler.is_compiling():
         return requested  # sizes may be symbolic here; the operator resolves when it runs
-    return _resolve(op, problem, requested)
+    try:
+        return _resolve(op, problem, requested)
+    except TypeError:
+        if _has_hash(problem):
+            raise
+        return requested  # sizes that a tracer leaves open have no hash
 
 
 def require(op: str, problem: Problem, name: str) -> None:
@@ -261,6 +266,14 @@ def _resolve(op: str, problem: Problem, requested: str) -> str:
             return backend.name
         refusals.append(f"{backend.name}: {reason}")
     raise _unsupported(op, requested, refusals)
+
+
+def _has_hash(problem: Problem) -> bool:
+    try:
+        hash(problem)
+    except TypeError:
+        return False
+    return True
 
 
 def _unsupported(op: str, requested: str, refusals: list[str]) -> UnsupportedProblemError:

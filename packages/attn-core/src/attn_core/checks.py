@@ -89,13 +89,19 @@ def require_range(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
 
-def may_read_values(device: torch.device) -> bool:
-    """Whether values may be checked: on a GPU that waits for it, so only where the user asks."""
-    import torch
+def may_read_values(tensor: torch.Tensor) -> bool:
+    """Whether values beside `tensor` may be checked: there are some, and reading them is quick.
 
-    if torch.compiler.is_compiling() or device.type == "meta":
+    Reading a GPU's memory waits for it, so it is done only where the user asks.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import is_fake
+
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
-    return device.type == "cpu" or environment.checks_values()
+    if tensor.device.type != "cpu" and not environment.checks_values():
+        return False
+    return not is_fake(tensor)
 
 
 def require_writable(name: str, tensor: torch.Tensor) -> None:

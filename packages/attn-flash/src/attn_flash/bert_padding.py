@@ -299,7 +299,7 @@ def _check_padded(hidden_states: torch.Tensor) -> None:
 def _check_mask(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> None:
     require_shape(name, mask, "(B, S)", hidden_states.shape[:2])
     require_device(name, mask, "hidden_states", hidden_states)
-    if may_read_values(mask.device) and not ((mask == 0) | (mask == 1)).all():
+    if may_read_values(mask) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{name} must hold booleans, or 0 and 1, got other numbers")
 
 
@@ -308,7 +308,7 @@ def _check_lengths(lengths: torch.Tensor, hidden_states: torch.Tensor) -> None:
     require_shape(name, lengths, "(B, S)", shape)
     require_device(name, lengths, "hidden_states", hidden_states)
     require_dtype(name, lengths, _LENGTHS)
-    if may_read_values(lengths.device):
+    if may_read_values(lengths):
         require_values(name, lengths, 0, shape[1])
         require_values(f"each row of {name}, added up,", lengths.sum(-1), 0, shape[1])
 
@@ -317,5 +317,5 @@ def _check_indices(indices: torch.Tensor, like: torch.Tensor, rows: int) -> None
     require_rank("indices", indices, "(T,)")
     require_device("indices", indices, "the rows", like)
     require_dtype("indices", indices, (torch.int64, torch.int32))
-    if may_read_values(indices.device):
+    if may_read_values(indices):
         require_values("indices", indices, 0, rows - 1)

@@ -83,7 +83,7 @@ def kvcache_problem(
     if alibi_slopes is not None:
         arguments.require_slopes(alibi_slopes, q.shape[0], q.shape[2], q)
     problem = describe(q, k_cache, v_cache, k, cache.block_table, rotary_cos, window, softcap)
-    _check_lengths(cache, problem, k_cache.shape[0])
+    _check_lengths(cache, problem, k_cache)
     arguments.require_no_grad(
         WHAT, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, alibi_slopes=alibi_slopes
     )
@@ -266,21 +266,21 @@ def _check_rotary(
         )
 
 
-def _check_lengths(cache: Cache, problem: KVCacheProblem, cache_rows: int) -> None:
+def _check_lengths(cache: Cache, problem: KVCacheProblem, k_cache: torch.Tensor) -> None:
     """Check values where reading them waits for no device."""
     room = problem.capacity - problem.new
     if cache.seqlens is None:
         checks.require_range("cache_seqlens", cache.length, 0, room)
-    if not checks.may_read_values(problem.device):
+    if not checks.may_read_values(k_cache):
         return
     is_paged = cache.block_table is not None
-    rows = cache.block_table.shape[0] if cache.block_table is not None else cache_rows
+    rows = cache.block_table.shape[0] if cache.block_table is not None else k_cache.shape[0]
     require_values("cache_seqlens", cache.seqlens, 0, room)
     require_values("cache_batch_idx", cache.batch_idx, 0, rows - 1)
     require_values("cache_leftpad", cache.leftpad, 0, problem.capacity)
     if is_paged:
         for name, entries in _entries_in_use(cache, problem):
-            require_values(name, entries, 0, cache_rows - 1)
+            require_values(name, entries, 0, k_cache.shape[0] - 1)
 
 
 def _entries_in_use(cache: Cache, problem: KVCacheProblem) -> Iterator[tuple[str, torch.Tensor]]:

@@ -92,7 +92,7 @@ def check_positions(
     require_shape("rotary_seqlens", first, "(B,)", (batch,))
     require_dtype("rotary_seqlens", first, (torch.int32, torch.int64))
     require_device("rotary_seqlens", first, "q", q)
-    if isinstance(cos, torch.Tensor) and cos.dim() == 2 and may_read_values(q.device):
+    if isinstance(cos, torch.Tensor) and cos.dim() == 2 and may_read_values(q):
         require_values("rotary_seqlens", first, 0, len(cos) - 1)
 
 

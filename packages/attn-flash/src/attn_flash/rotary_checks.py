@@ -174,7 +174,7 @@ def _check_positions(
             f"seqlen_offsets must be from 0 to {room} (rows of {cos_name} less the sequence's "
             f"length), got {offset}"
         )
-    if not checks.may_read_values(x.device):
+    if not checks.may_read_values(x):
         return
     require_values("seqlen_offsets", seqlen_offsets, 0, room)
     if cu_seqlens is not None:

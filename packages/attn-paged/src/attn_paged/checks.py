@@ -103,7 +103,7 @@ def attention_problem(
         k_scale=options.k_scale,
         v_scale=options.v_scale,
     )
-    if checks.may_read_values(q.device):
+    if checks.may_read_values(q):
         _check_lengths(q, k_cache, block_tables, context_lens, options)
     return describe_attention(q, k_cache, v_cache, block_tables, options)
 
@@ -178,7 +178,7 @@ def append_problem(
         k_scale=options.k_scale,
         v_scale=options.v_scale,
     )
-    if checks.may_read_values(k.device):
+    if checks.may_read_values(k):
         _check_slots(slot_mapping, k_cache, options.rotary)
     return describe_append(k, v, k_cache)
 
