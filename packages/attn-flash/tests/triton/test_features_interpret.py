@@ -76,7 +76,9 @@ def run_reference(q, k, v, options, dout, dlse, needs_dbias, dtype):
         options = options._replace(sinks=options.sinks.to(dtype).requires_grad_())
         inputs.append(options.sinks)
     out, lse = reference.attention_with(q, k, v, options)
-    grads = list(torch.autograd.grad([out, lse], inputs, [dout.to(dtype), dlse.to(dtype)]))
+    outputs = [out] if dlse is None else [out, lse]
+    douts = [x.to(dtype) for x in (dout, dlse) if x is not None]
+    grads = list(torch.autograd.grad(outputs, inputs, douts))
     if not needs_dbias:
         grads.insert(3, None)
     if options.sinks is None:
@@ -84,12 +86,13 @@ def run_reference(q, k, v, options, dout, dlse, needs_dbias, dtype):
     return out, lse, *grads
 
 
-def check(q, k, v, options):
+def check(q, k, v, options, *, with_dlse=True):
     bias = options.attn_bias
     needs_dbias = bias is not None and bias.is_floating_point()
     shape = (*q.shape[:-1], v.shape[-1])
     dout = tensor("dout", *shape)
-    dlse = tensor("dlse", *reference.attention_with(q, k, v, options)[1].shape)
+    lse_shape = reference.attention_with(q, k, v, options)[1].shape
+    dlse = tensor("dlse", *lse_shape) if with_dlse else None
     arguments = (q, k, v, options, dout, dlse, needs_dbias)
     actual = run_kernels(*arguments)
     same = run_reference(*arguments, torch.float32)
@@ -181,6 +184,7 @@ def test_ragged(name, window):
         **FEATURES[name],
     )  # fmt: skip
     check(q, k, v, options)
+    check(q, k, v, options, with_dlse=False)
     used = torch.tensor([5, 17], dtype=torch.int32)
     if name == "plain":
         check(q, k, v, options._replace(seqused_k=used))
