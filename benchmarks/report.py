@@ -46,16 +46,16 @@ def main(arguments: Sequence[str]) -> int:
         headline = [row for row in result.rows if row.headline]
         body = markdown(result, headline, pictures, options.readme.parent, heading="####")
         text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(fill(text, result.package, body), encoding="utf-8")
+        options.readme.write_text(fill(text, f"benchmarks:{result.package}", body), encoding="utf-8")
         written.append(options.readme)
     for path in written:
         print(path)
     return 0
 
 
-def fill(text: str, package: str, body: str) -> str:
-    """Return `text` with `body` in the marked section of a package; ValueError without one."""
-    begin, end = f"<!-- benchmarks:{package} -->", f"<!-- /benchmarks:{package} -->"
+def fill(text: str, section: str, body: str) -> str:
+    """Return `text` with `body` in the marked section of that name; ValueError without one."""
+    begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):

@@ -16,7 +16,7 @@ from benchmarks import report, results
 from benchmarks.results import Result, Row
 
 MACHINE = results.ROOT / "nvidia-h200"
-_BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+_SECTION = "benchmarks"
 _KERNELS = ("forward", "backward", "graph")  # without those that time the host
 _HEAD = ("package", "pass", "cases", "mean", "least", "most", "best peer among")
 
@@ -32,11 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def updated(text: str, machine: Path, folder: Path) -> str:
     """Return a page of `folder` with the table of today; ValueError without the markers."""
-    before, found_begin, rest = text.partition(_BEGIN)
-    _, found_end, after = rest.partition(_END)
-    if not (found_begin and found_end):
-        raise ValueError(f"the file must have a section {_BEGIN} ... {_END}")
-    return f"{before}{_BEGIN}\n{table(newest(machine), folder)}\n{_END}{after}"
+    return report.fill(text, _SECTION, table(newest(machine), folder))
 
 
 def newest(machine: Path) -> list[Path]:

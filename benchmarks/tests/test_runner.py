@@ -268,7 +268,7 @@ def test_a_pass_without_a_peer_has_no_panel_of_ratios(tmp_path):
 
 def test_a_readme_without_a_section_is_refused():
     with pytest.raises(ValueError, match="must have a section <!-- benchmarks:attn-flash -->"):
-        report.fill("text", "attn-flash", "body")
+        report.fill("text", "benchmarks:attn-flash", "body")
 
 
 def test_subjects_have_distinct_providers_on_each_device():

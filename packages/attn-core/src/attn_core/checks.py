@@ -95,12 +95,13 @@ def may_read_values(tensor: torch.Tensor) -> bool:
     Reading a GPU's memory waits for it, so it is done only where the user asks.
     """
     import torch
-    from torch._subclasses.fake_tensor import is_fake
 
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     if tensor.device.type != "cpu" and not environment.checks_values():
         return False
+    from torch._subclasses.fake_tensor import is_fake  # here: calls on a GPU go without
+
     return not is_fake(tensor)
 
 
