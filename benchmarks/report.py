@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
         headline = [row for row in result.rows if row.headline]
         body = markdown(result, headline, pictures, options.readme.parent, heading="####")
         text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(fill(text, f"benchmarks:{result.package}", body), encoding="utf-8")
+        text = fill(text, f"benchmarks:{result.package}", body)
+        options.readme.write_text(text, encoding="utf-8")
         written.append(options.readme)
     for path in written:
         print(path)
