@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attn_flash import one_key
 from attn_flash._hopper import backward, problem, schedules
 from attn_flash._hopper.backward_short import attention_backward_short
 from attn_flash._hopper.backward_wide import attention_backward_wide
@@ -74,6 +75,8 @@ def attention_backward(
     Triton's portable kernels compute those that the ones for Hopper cannot, or not as fast.
     """
     scale, window = options.scale, options.window
+    if one_key.is_one_key(k, options):
+        return *one_key.gradients(dout, dlse, q, k, v, lse, scale), None, None
     if dlse is None and not options.is_varlen and schedules.is_short_backward(q, k, window):
         return *attention_backward_short(dout, q, k, v, out, lse, scale), None, None
     if _is_portable(q, k, options):

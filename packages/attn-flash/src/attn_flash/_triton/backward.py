@@ -17,6 +17,7 @@ import math
 import torch
 
 from attn_core import tiling
+from attn_flash import one_key
 from attn_flash._triton import problem
 from attn_flash._triton.backward_bias import bias_gradient
 from attn_flash._triton.backward_dk_dv import key_gradients
@@ -45,6 +46,8 @@ def attention_backward(
     bias, sinks = options.attn_bias if needs_dbias else None, options.sinks
     if size.B * size.M * size.H * size.N == 0:
         return _empty_gradients(dlse, lse, q, k, v, bias, sinks)
+    if one_key.is_one_key(k, options):
+        return *one_key.gradients(dout, dlse, q, k, v, lse, options.scale), None, None
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
