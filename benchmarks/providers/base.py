@@ -75,6 +75,8 @@ class Provider:
         ``compiles(case)`` returns what can be compiled ahead for a case, part by part: each is a
         function of the inputs, under a name that cases share where one compilation serves them.
         Without it, one run of the case compiles all there is.
+    kind_of : callable
+        ``kind_of(case)`` is the same for cases of which one run compiles the kernels of all.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Provider:
     optional: bool = False
     graph: bool = True
     compiles: Callable[[Case], Tasks] | None = None
+    kind_of: Callable[[Case], Hashable] = lambda case: case.id
 
     def require(self) -> None:
         """Import what the provider needs; BackendUnavailableError if it is not installed."""
@@ -102,7 +105,7 @@ class Provider:
     def tasks(self, case: Case) -> Tasks:
         """Return what compiles all kernels of a case."""
         if self.compiles is None:
-            return {(self.name, case.id): functools.partial(self._run, case)}
+            return {(self.name, self.kind_of(case)): functools.partial(self._run, case)}
         return self.compiles(case)
 
     def _run(self, case: Case, inputs: Any) -> None:
@@ -168,6 +171,11 @@ class Subject:
             and set(case.passes) & set(provider.passes)
             and (provider.name in names if names else not provider.optional)
         ]
+
+
+def nothing_compiled(case: Case) -> Tasks:
+    """Return no task: for providers whose kernels come compiled, or that have none."""
+    return {}
 
 
 def error_limit(dtype: torch.dtype) -> float:

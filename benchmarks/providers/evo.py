@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,10 +15,10 @@ from benchmarks.providers.base import (
     Expected,
     Provider,
     Subject,
-    Tasks,
     compiled,
     error_limit,
     leaf,
+    nothing_compiled,
     wants_grad,
 )
 
@@ -105,19 +105,9 @@ def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
     return Call(forward, leaves, inputs.dout)
 
 
-def _our_kernels(case: Case) -> Tasks:
-    """One run of the lengths that share their kernels compiles those."""
-    kind = (case.dtype, case["D"], case["causal"])
-    return {("triton", *kind): functools.partial(_compile_ours, case)}
-
-
-def _compile_ours(case: Case, inputs: Inputs) -> None:
-    call = _ours("triton", case, inputs)
-    torch.autograd.grad(call.forward(), call.inputs, call.grad_out)
-
-
-def _nothing_compiled(case: Case) -> Tasks:
-    return {}
+def _kind(case: Case) -> tuple[Any, ...]:
+    """What our kernels are compiled for: lengths share them."""
+    return case.dtype, case["D"], case["causal"]
 
 
 def _compiled(case: Case, inputs: Inputs) -> Call:
@@ -147,13 +137,13 @@ def _evo_attn(case: Case, inputs: Inputs) -> Call:
 SUBJECT = Subject(
     package="attn-evo",
     providers=(
-        Provider("triton", functools.partial(_ours, "triton"), "ours", compiles=_our_kernels),
+        Provider("triton", functools.partial(_ours, "triton"), "ours", kind_of=_kind),
         Provider(
             "torch",
             functools.partial(_ours, "torch"),
             "ours",
             devices=("cpu", "cuda"),
-            compiles=_nothing_compiled,
+            compiles=nothing_compiled,
         ),
         Provider("torch.compile", _compiled),
         Provider("evo-attn", _evo_attn, module="evo_attn", distribution="evo-attn"),

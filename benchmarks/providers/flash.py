@@ -21,10 +21,12 @@ from benchmarks.providers.base import (
     compiled,
     error_limit,
     leaf,
+    nothing_compiled,
     wants_grad,
 )
 
 _BACKWARD_FLOPS = 2.5  # five matrix products for the two of the forward pass
+_LONG = 2048  # tokens from which kernels are the same for all
 _CHECKED_SCORES = 1 << 26  # of the float64 reference; beyond it, only corners are checked
 _BLOCK_SCORES = 1 << 24
 
@@ -350,23 +352,42 @@ def _require_top_left(case: Case) -> None:
         raise UnsupportedProblemError("its causal mask is aligned at the top left")
 
 
+def _kind(case: Case) -> tuple[Any, ...]:
+    """What kernels are compiled for."""
+    group = case["H"] // case["H_KV"]
+    return case["D"], window(case), is_ragged(case), group, min(case["M"], _LONG), case.passes
+
+
+def _backend(name: str, **options: Any) -> Provider:
+    prepare = functools.partial(_ours, name)
+    return Provider(name, prepare, "ours", "attn_flash", kind_of=_kind, **options)
+
+
+def _of_torch(name: str, backend: str, **options: Any) -> Provider:
+    return Provider(name, functools.partial(_sdpa, backend), compiles=nothing_compiled, **options)
+
+
 SUBJECT = Subject(
     package="attn-flash",
     providers=(
-        Provider("hopper", functools.partial(_ours, "hopper"), "ours", "attn_flash"),
-        Provider("triton", functools.partial(_ours, "triton"), "ours", "attn_flash"),
-        Provider("torch", functools.partial(_ours, "torch"), "ours", "attn_flash", optional=True),
-        Provider(
-            "torch", functools.partial(_ours, "torch"), "ours", "attn_flash", devices=("cpu",)
-        ),
-        Provider("sdpa", functools.partial(_sdpa, ""), devices=("cpu",)),
-        Provider("sdpa", functools.partial(_sdpa, ""), passes=HOST),
-        Provider("cudnn", functools.partial(_sdpa, "CUDNN_ATTENTION")),
-        Provider("flash", functools.partial(_sdpa, "FLASH_ATTENTION")),
-        Provider("efficient", functools.partial(_sdpa, "EFFICIENT_ATTENTION")),
+        _backend("hopper"),
+        _backend("triton"),
+        _backend("torch", optional=True),
+        _backend("torch", devices=("cpu",)),
+        _of_torch("sdpa", "", devices=("cpu",)),
+        _of_torch("sdpa", "", passes=HOST),
+        _of_torch("cudnn", "CUDNN_ATTENTION"),
+        _of_torch("flash", "FLASH_ATTENTION"),
+        _of_torch("efficient", "EFFICIENT_ATTENTION"),
         Provider("flex", _flex),
-        Provider("fa4", _flash4, module="flash_attn.cute", distribution="flash-attn-4"),
-        Provider("aule", _aule, module="aule", distribution="aule-attention"),
+        Provider(
+            "fa4",
+            _flash4,
+            module="flash_attn.cute",
+            distribution="flash-attn-4",
+            kind_of=_kind,
+        ),
+        Provider("aule", _aule, module="aule", distribution="aule-attention", kind_of=_kind),
     ),
     make_inputs=make_inputs,
     reference=reference,

@@ -22,6 +22,7 @@ from benchmarks.providers.base import (
     compiled,
     error_limit,
     leaf,
+    nothing_compiled,
     wants_grad,
 )
 
@@ -163,10 +164,6 @@ def _compile_ours(part: str, case: Case, inputs: Inputs) -> None:
     ops.attention_backward(dout, None, q, k, v, dout, lse, False, *options, "triton")
 
 
-def _nothing_compiled(case: Case) -> Tasks:
-    return {}
-
-
 def _flex(case: Case, inputs: Inputs) -> Call:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -232,7 +229,7 @@ SUBJECT = Subject(
             "torch", functools.partial(_ours, "torch"), "ours", "attn_flash", devices=("cpu",)
         ),
         Provider("flex", _flex),
-        Provider("efficient", _efficient, compiles=_nothing_compiled),
+        Provider("efficient", _efficient, compiles=nothing_compiled),
     ),
     make_inputs=make_inputs,
     reference=reference,

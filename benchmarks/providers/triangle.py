@@ -23,6 +23,7 @@ from benchmarks.providers.base import (
     Tasks,
     error_limit,
     leaf,
+    nothing_compiled,
     wants_grad,
 )
 
@@ -167,10 +168,6 @@ def _compile_ours(backend: str, part: str, case: Case, inputs: Inputs) -> None:
     ops.attention_backward(dout, None, *given, out, lse, *static, part, True, backend)
 
 
-def _nothing_compiled(case: Case) -> Tasks:
-    return {}
-
-
 def _sdpa(case: Case, inputs: Inputs) -> Call:
     """Torch with the bias written out for every row, as without a fused kernel."""
     leaves = _leaves(case, inputs)
@@ -302,9 +299,9 @@ SUBJECT = Subject(
             "ours",
             "attn_triangle",
             devices=("cpu", "cuda"),
-            compiles=_nothing_compiled,
+            compiles=nothing_compiled,
         ),
-        Provider("sdpa", _sdpa, devices=("cpu", "cuda"), compiles=_nothing_compiled),
+        Provider("sdpa", _sdpa, devices=("cpu", "cuda"), compiles=nothing_compiled),
         Provider(
             "trifast",
             _trifast,
@@ -317,7 +314,7 @@ SUBJECT = Subject(
             _cuequivariance,
             module="cuequivariance_torch",
             distribution="cuequivariance-torch",
-            compiles=_nothing_compiled,
+            compiles=nothing_compiled,
         ),
     ),
     make_inputs=make_inputs,
