@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import nox
 
@@ -68,7 +69,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need neither a GPU nor Triton."""
     picked_all = len(split(session.posargs)[0]) == len(PACKAGES)
     elsewhere = existing(OTHER_TESTS) if picked_all else []
-    run_tests(
+    run_tests_side_by_side(
         session,
         DEFAULT_STACK,
         CPU_TESTS,
@@ -127,10 +128,10 @@ def tests_rocm(session: nox.Session) -> None:
 def tests_vulkan(session: nox.Session) -> None:
     """Run attn-vulkan's tests on a GPU, or on Mesa's lavapipe, which is installed if need be."""
     install_lavapipe(session)
-    env = install(session, DEFAULT_STACK, *package_group("test"))
-    folder = "packages/attn-vulkan/tests"
-    args = split(session.posargs)[1]
-    session.run(python(session), "-m", "pytest", "--device=vulkan", folder, *args, env=env)
+    everything = ""
+    run_tests_side_by_side(
+        session, DEFAULT_STACK, everything, "--device=vulkan", packages=["attn-vulkan"]
+    )
 
 
 @nox.session
@@ -268,14 +269,15 @@ def run_tests(
     stack: str,
     markers: str,
     *options: str,
+    packages: Iterable[str] = (),
     groups: Iterable[str] = (),
     package_groups: Iterable[str] = ("test",),
     env: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Run the tests of the picked packages that `markers` selects."""
-    packages, args = split(session.posargs)
+    """Run the tests that `markers` selects, of `packages` or else of those that were picked."""
+    picked, args = split(session.posargs)
     requirements = [*package_group(*package_groups), *root_groups(*groups)]
-    folders = existing(f"packages/{package}/tests" for package in packages)
+    folders = existing(f"packages/{package}/tests" for package in packages or picked)
     session.run(
         *(python(session), "-m", "pytest", "-m", markers, *folders, *options, *args),
         env={**install(session, stack, *requirements), **env},
@@ -283,15 +285,20 @@ def run_tests(
 
 
 def run_tests_side_by_side(
-    session: nox.Session, stack: str, markers: str, env: Mapping[str, str] = MappingProxyType({})
+    session: nox.Session,
+    stack: str,
+    markers: str,
+    *options: str,
+    groups: Iterable[str] = (),
+    env: Mapping[str, str] = MappingProxyType({}),
+    **rest: Any,
 ) -> None:
-    """Run long tests in a process for each core, where a session may install what that takes."""
-    if session.venv_backend == "none":
-        run_tests(session, stack, markers, env=env)
-        return
-    options = ("-n=auto", "--dist=worksteal")
-    env = {**env, "OMP_NUM_THREADS": "1"}
-    run_tests(session, stack, markers, *options, groups=("parallel",), env=env)
+    """Run tests in a process for each core, where a session may install what that takes."""
+    if session.venv_backend != "none":
+        options = (*options, "-n=auto", "--dist=worksteal")
+        groups = (*groups, "parallel")
+        env = {**env, "OMP_NUM_THREADS": "1"}
+    run_tests(session, stack, markers, *options, groups=groups, env=env, **rest)
 
 
 def split(posargs: list[str]) -> tuple[list[str], list[str]]:
