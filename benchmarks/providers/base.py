@@ -67,8 +67,8 @@ class Provider:
         What has to be importable, and the name under which its version is found.
     devices, passes : tuple of str
         Where and for what it is measured.
-    optional : bool
-        Measured only when asked for by name.
+    optional, headline_only : bool
+        Measured only when asked for by name; or else only in headline cases.
     graph : bool
         Whether it can be captured in a CUDA graph.
     compiles : callable, optional
@@ -87,6 +87,7 @@ class Provider:
     devices: tuple[str, ...] = ("cuda",)
     passes: tuple[str, ...] = PASSES
     optional: bool = False
+    headline_only: bool = False
     graph: bool = True
     compiles: Callable[[Case], Tasks] | None = None
     kind_of: Callable[[Case], Hashable] = lambda case: case.id
@@ -101,6 +102,10 @@ class Provider:
             if error.name is None or not self.module.startswith(error.name):
                 raise
             raise BackendUnavailableError(f"{self.module} is not installed") from error
+
+    def is_usual(self, case: Case) -> bool:
+        """Whether a case is measured without asking for this provider."""
+        return not self.optional and (case.headline or not self.headline_only)
 
     def tasks(self, case: Case) -> Tasks:
         """Return what compiles all kernels of a case."""
@@ -163,13 +168,13 @@ class Subject:
     warming_share: float = 0.35  # of the time budget
 
     def chosen(self, case: Case, device: torch.device, names: Sequence[str] = ()) -> list[Provider]:
-        """Return the providers of one case: those named, else all but the optional ones."""
+        """Return the providers of one case: those named, else the usual ones."""
         return [
             provider
             for provider in self.providers
             if device.type in provider.devices
             and set(case.passes) & set(provider.passes)
-            and (provider.name in names if names else not provider.optional)
+            and (provider.name in names if names else provider.is_usual(case))
         ]
 
 

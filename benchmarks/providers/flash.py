@@ -222,10 +222,15 @@ def _heads_first(
     )
 
 
-def _ours(backend: str, case: Case, inputs: Inputs) -> Call:
+def _ours(backend: str, case: Case, inputs: Inputs, deterministic: bool = False) -> Call:
     from attn_flash import flash_attn_func, flash_attn_varlen_func
 
-    options = {"causal": case["causal"], "window_size": case["window"], "backend": backend}
+    options = {
+        "causal": case["causal"],
+        "window_size": case["window"],
+        "deterministic": deterministic,
+        "backend": backend,
+    }
     if not is_ragged(case):
         return _heads_second(case, inputs, functools.partial(flash_attn_func, **options))
     bounds = _bounds(case, inputs.q.device)
@@ -359,7 +364,8 @@ def _kind(case: Case) -> tuple[Any, ...]:
 
 
 def _backend(name: str, **options: Any) -> Provider:
-    prepare = functools.partial(_ours, name)
+    backend, _, order = name.partition("-")
+    prepare = functools.partial(_ours, backend, deterministic=order == "det")
     return Provider(name, prepare, "ours", "attn_flash", kind_of=_kind, **options)
 
 
@@ -371,6 +377,7 @@ SUBJECT = Subject(
     package="attn-flash",
     providers=(
         _backend("hopper"),
+        _backend("hopper-det", passes=("backward",), headline_only=True),
         _backend("triton"),
         _backend("torch", optional=True),
         _backend("torch", devices=("cpu",)),
@@ -379,7 +386,7 @@ SUBJECT = Subject(
         _of_torch("cudnn", "CUDNN_ATTENTION"),
         _of_torch("flash", "FLASH_ATTENTION"),
         _of_torch("efficient", "EFFICIENT_ATTENTION"),
-        Provider("flex", _flex),
+        Provider("flex", _flex, headline_only=True),  # compiled anew for every case
         Provider(
             "fa4",
             _flash4,

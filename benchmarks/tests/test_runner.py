@@ -67,6 +67,23 @@ def provider(name, prepare=right, **options):
     return Provider(name, prepare, devices=("cpu",), **options)
 
 
+def test_some_providers_are_not_for_every_case():
+    providers = (
+        Provider("always", right, devices=("cpu",)),
+        Provider("headline", right, devices=("cpu",), headline_only=True),
+        Provider("never", right, devices=("cpu",), optional=True),
+    )
+    measured = dataclasses.replace(flash.SUBJECT, providers=providers)
+
+    def names(*asked, **options):
+        case = dataclasses.replace(CASE, **options)
+        return [provider.name for provider in measured.chosen(case, CPU, asked)]
+
+    assert names(headline=True) == ["always", "headline"]
+    assert names(headline=False) == ["always"]
+    assert names("headline", "never", headline=False) == ["headline", "never"]
+
+
 def test_right_providers_are_timed_and_ranked():
     _, rows, done = measure(provider("a"), provider("b", kind="ours"))
     assert done == [CASE.id]
