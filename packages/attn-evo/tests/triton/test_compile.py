@@ -112,16 +112,22 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
         assert compiled.spills == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dim", support.HEAD_DIMS)
+@pytest.mark.parametrize(
+    "dtype, dim", [(dtype, dim) for dtype, dims in support.HEAD_DIMS.items() for dim in dims]
+)
 def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
     from attn_evo._hopper import output, stat, stat_wide  # of Gluon, which the lowest Triton lacks
+    from attn_evo._hopper.float32 import output as output_float32
+    from attn_evo._hopper.float32 import stat as stat_float32
 
     use_target("sm_90")
     monkeypatch.setattr(support, "device_info", problem.device_info)
     record_launches(LAUNCHERS["sums"], monkeypatch)
-    stat_launcher = {64: stat, 128: stat_wide}[dim]._launch_stat
-    launchers = stat_launcher, output._launch_output[dim]
+    if dtype == torch.float32:
+        launchers = stat_float32._launch_stat, output_float32._launch_output
+    else:
+        stat_launcher = {64: stat, 128: stat_wide}[dim]._launch_stat
+        launchers = stat_launcher, output._launch_output[dim]
     recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
     launch(Case(dtype, dim), "output")
     for recorder in recorders:
@@ -130,8 +136,24 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
         assert compiled.spills == 0
 
 
+def test_hopper_gradient_kernels_of_float32_fit(use_target, monkeypatch):
+    from attn_evo._hopper.float32 import backward_gate, backward_norm, backward_stat, stat
+
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    for launcher in (*LAUNCHERS.values(), stat._launch_stat):
+        record_launches(launcher, monkeypatch)
+    measured = backward_norm._launch_norm, backward_gate._launch_gate, backward_stat._launch_stat
+    recorders = [record_launches(launcher, monkeypatch) for launcher in measured]
+    launch(Case(torch.float32, 64), "backward")
+    for recorder in recorders:
+        compiled = recorder.compile("sm_90")
+        assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+        assert compiled.spills == 0
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("dim", support.HEAD_DIMS)
+@pytest.mark.parametrize("dim", support.HEAD_DIMS[torch.bfloat16])
 def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
     from attn_evo._hopper import backward_gate, backward_norm, backward_stat, stat, stat_wide
     from attn_evo._triton import backward_products, backward_total

@@ -104,8 +104,14 @@ def test_float32(dim, device, make_case, assert_results):
     check(make_case(1, 2, 300, dim), FLOAT, device, assert_results)
 
 
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 4097])
+def test_lengths_of_float32(length, device, make_case, assert_results):
+    check(make_case(2, 2, length, 64), FLOAT, device, assert_results)
+
+
+@pytest.mark.parametrize(
+    "dim, dtype", [(64, HALF), (64, BFLOAT), (64, FLOAT), (128, HALF), (128, BFLOAT)], ids=str
+)
 def test_values_packed_with_others(dim, dtype, device, make_case, assert_results):
     """Heads between heads, as one projection makes them: what Hopper's own kernel takes."""
     case = make_case(2, 3, 1001, dim)

@@ -32,6 +32,7 @@ from attn_evo._hopper.tiles import (
     store_columns_of_ones,
     store_partial,
     store_rows,
+    times_sign,
     with_sign,
 )
 from attn_evo._triton import configs, problem
@@ -49,12 +50,6 @@ if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
 
 _HELD_DIM = gl.constexpr(HELD_DIM)
-
-
-@gluon.jit
-def _times_sign(x, y):
-    """Give x the sign of y times its own; 0 where y is 0."""
-    return gl.where(y > 0, x, gl.where(y < 0, -x, 0.0))
 
 
 @gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
@@ -155,7 +150,7 @@ def _attention_backward_gate_kernel(
             store_rows(df_ptr, dstat_tile, rows, BLOCK_M, D)
         local, dv, sums = warpgroup_mma_wait(0, deps=(local, dv, sums))
         ddenominator = dlocal_tile.load(accumulators(D)).to(gl.float32)
-        dlocal_tile.store(_times_sign(ddenominator, local).to(dtype))
+        dlocal_tile.store(times_sign(ddenominator, local).to(dtype))
         fence_async_shared()
         dv = warpgroup_mma(dlocal_tile, w_l, dv, is_async=True)
         if HOLDS_DW:

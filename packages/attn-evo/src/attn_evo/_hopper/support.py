@@ -10,7 +10,7 @@ from attn_core.device import device_info, triton_version
 
 TRITON_VERSIONS = ((3, 6),)
 """Those whose Gluon the kernels compile with: it is experimental and changes between releases."""
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = {torch.float16: (64, 128), torch.bfloat16: (64, 128), torch.float32: (64,)}
 BLOCK_M = 64  # tokens of a tile
 HELD_DIM = 64  # of the widest heads whose kernels hold gradients of weights in their registers
 _UNIT = 16  # bytes that one copy into shared memory moves
@@ -22,18 +22,19 @@ def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
     return (
         not has_mask
         and not has_state
-        and v.shape[-1] in HEAD_DIMS
-        and v.dtype in (torch.float16, torch.bfloat16)
+        and v.shape[-1] in HEAD_DIMS.get(v.dtype, ())
         and _is_copied_in_units(v)
         and device_info(v.device).arch == "sm_90"
         and triton_version() in TRITON_VERSIONS
     )
 
 
-def takes_backward(v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
-    """Whether the kernels take the gradients of values, causal or not."""
-    is_taken = v.dtype == torch.bfloat16 and takes(v, has_mask, has_state)
-    return is_taken and _is_copied_in_units(dout)
+def takes_backward(
+    v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_state: bool, causal: bool
+) -> bool:
+    """Whether the kernels take the gradients of values."""
+    has_kernels = v.dtype == torch.bfloat16 or (v.dtype == torch.float32 and causal)
+    return has_kernels and takes(v, has_mask, has_state) and _is_copied_in_units(dout)
 
 
 def takes_columns(x: torch.Tensor, out: torch.Tensor, strides: Sequence[Sequence[int]]) -> bool:

@@ -167,6 +167,12 @@ def with_sign(x, y):
 
 
 @gluon.jit
+def times_sign(x, y):
+    """Give x the sign of y times its own; 0 where y is 0."""
+    return gl.where(y > 0, x, gl.where(y < 0, -x, 0.0))
+
+
+@gluon.jit
 def begin_linear(x, weights, biases, which, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """Start x W^T + b, where the biases are vectors [4, D]: shorter than the rows they come as."""
     y = begin_with(biases.index(which), BLOCK_M, D)

@@ -65,7 +65,11 @@ def attention_backward(
         zeros = EvoWeights(*(torch.zeros_like(weight) for weight in weights))
         dsums = dsums.zero_() if dsums_after is None else dsums.copy_(dsums_after)
         return v.new_empty(v.shape), dsums, zeros
-    if dsums_after is None and support.takes_backward(v, dout, mask is not None, sums is not None):
+    if dsums_after is None and support.takes_backward(
+        v, dout, mask is not None, sums is not None, causal
+    ):
+        if v.dtype == torch.float32:
+            return _attention_backward_float32_on_hopper(dout, v, weights)
         return _attention_backward_on_hopper(dout, v, weights, causal)
     call = (v, weights, mask, sums, length, causal)
     launch = functools.partial(_attention_backward, dout, dsums_after, *call)
@@ -119,4 +123,20 @@ def _attention_backward_on_hopper(
         backward_context(work, drows=work.dsums)
     else:
         backward_context(work, backward_total(work))
+    return work.dv, work.dsums, backward_weights(work, weights)
+
+
+def _attention_backward_float32_on_hopper(
+    dout: torch.Tensor, v: torch.Tensor, weights: EvoWeights
+) -> tuple[torch.Tensor, torch.Tensor, EvoWeights]:
+    from attn_evo._hopper.float32 import backward_gate as gate
+    from attn_evo._hopper.float32 import backward_norm as norm
+    from attn_evo._hopper.float32 import backward_stat as stat
+
+    config = configs.HOPPER_BACKWARD_FLOAT32
+    work = work_of(v, weights, None, None, None, True, None, config)
+    norm.backward_norm(work, dout)
+    gate.backward_gate(work)
+    stat.backward_stat(work)
+    backward_context(work._replace(call=work.call.in_parts), drows=work.dsums)
     return work.dv, work.dsums, backward_weights(work, weights)

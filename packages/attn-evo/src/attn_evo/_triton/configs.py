@@ -92,9 +92,11 @@ BACKWARD = Table(
 )
 # Of the launches before those that Hopper has kernels of its own for.
 HOPPER_FORWARD = TileConfig(64, 2752, 4, 2)
+HOPPER_FORWARD_FLOAT32 = TileConfig(64, 2048, 4, 1)
 # Of float32 values that are multiplied in parts.
 FORWARD_IN_PARTS = TileConfig(32, 2048, 4, 1)
 HOPPER_BACKWARD = {64: TileConfig(64, 2048, 4, 3), 128: TileConfig(64, 2048, 8, 3)}
+HOPPER_BACKWARD_FLOAT32 = TileConfig(64, 2048, 4, 1)
 # Of kernels whose block_m is not their pass's, or that have no tiles, only the rest counts.
 SUMS = TileConfig(1, 1, 4, 1)
 # Of launches of the backward pass whose tiles are smaller, whose pipeline is longer or at most so
