@@ -11,13 +11,21 @@ import torch.nn.functional as F
 
 from attn_core import UnsupportedProblemError
 from benchmarks.problems import Case
-from benchmarks.providers.base import Call, Expected, Provider, Subject, error_limit
+from benchmarks.providers.base import (
+    Call,
+    Expected,
+    Provider,
+    Subject,
+    error_limit,
+    nothing_compiled,
+)
 
 _CHECKED_SEQUENCES = 4
 _WORKSPACE_BYTES = 128 << 20
 _VLLM_SEGMENTS = 16  # of a sequence, and the programs below which vLLM cuts one into them
 _VLLM_PROGRAMS = 128
 _MOST_AULE_KEYS = 2**17  # of all sequences: 4 ms
+_MOST_COMPILED_FOR = {"B": 64, "N": 8192}  # for more the same kernels run
 _PASSES = ("forward", "host")
 
 
@@ -310,13 +318,33 @@ def _aule(case: Case, inputs: Inputs) -> Call:
     return Call(lambda: flash_attention_paged_amd(*inputs[:5]))
 
 
+def _kind(case: Case) -> tuple[tuple[str, Any], ...]:
+    """What kernels are compiled for."""
+    largest = {name: min(case[name], most) for name, most in _MOST_COMPILED_FOR.items()}
+    return tuple(sorted({**case.sizes, **largest}.items()))
+
+
 def _backend(name: str, **options: Any) -> Provider:
     prepare = functools.partial(_ours, name)
-    return Provider(name, prepare, "ours", "attn_paged", passes=_PASSES, **options)
+    return Provider(name, prepare, "ours", "attn_paged", passes=_PASSES, kind_of=_kind, **options)
 
 
 def _peer(name: str, prepare: Any, module: str, distribution: str, **options: Any) -> Provider:
-    return Provider(name, prepare, "peer", module, distribution, passes=_PASSES, **options)
+    return Provider(
+        name, prepare, "peer", module, distribution, passes=_PASSES, kind_of=_kind, **options
+    )
+
+
+def _flashinfer_peer(name: str, prepare: Any, **options: Any) -> Provider:
+    return _peer(
+        *(name, prepare, "flashinfer", "flashinfer-python"),
+        compiles=nothing_compiled,  # or by itself, on all cores
+        **options,
+    )
+
+
+def _bound(name: str, prepare: Any, **options: Any) -> Provider:
+    return Provider(name, prepare, "bound", compiles=nothing_compiled, **options)
 
 
 SUBJECT = Subject(
@@ -325,14 +353,11 @@ SUBJECT = Subject(
         _backend("triton"),
         _backend("torch", devices=("cpu",), graph=False),
         _backend("torch", optional=True, graph=False),
-        Provider("plain", _plain, "bound", "attn_paged", passes=("forward",)),
-        Provider("contiguous", _contiguous, "bound", devices=("cpu", "cuda")),
-        _peer("flashinfer", _flashinfer, "flashinfer", "flashinfer-python"),
-        _peer(
-            *("flashinfer-plan", _flashinfer_planned, "flashinfer", "flashinfer-python"),
-            graph=False,
-        ),
-        _peer("xqa", _xqa, "flashinfer", "flashinfer-python"),
+        _bound("plain", _plain, passes=("forward",)),
+        _bound("contiguous", _contiguous, devices=("cpu", "cuda")),
+        _flashinfer_peer("flashinfer", _flashinfer),
+        _flashinfer_peer("flashinfer-plan", _flashinfer_planned, graph=False),
+        _flashinfer_peer("xqa", _xqa),
         _peer("vllm", _vllm, "vllm.v1.attention.ops.triton_unified_attention", "vllm"),
         _peer("aule", _aule, "aule", "aule-attention", graph=False),
     ),
@@ -342,4 +367,6 @@ SUBJECT = Subject(
     traffic=traffic,
     x_axis="N",
     graph=True,
+    warm=True,
+    warming_share=0.3,
 )
