@@ -204,7 +204,7 @@ def _heads_second(
     return Call(lambda: attend(q, k, v), (q, k, v), inputs.dout, context=context)
 
 
-def _heads_first(
+def heads_first(
     case: Case,
     inputs: Inputs,
     attend: Callable[..., torch.Tensor],
@@ -252,10 +252,10 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Call:
         enable_gqa=case["H"] != case["H_KV"],
     )
     if not backend:
-        return _heads_first(case, inputs, attend)
+        return heads_first(case, inputs, attend)
     # With one backend allowed torch raises where that one cannot run, and never takes another.
     pinned = functools.partial(sdpa_kernel, getattr(SDPBackend, backend))
-    return _heads_first(case, inputs, attend, pinned)
+    return heads_first(case, inputs, attend, pinned)
 
 
 def _ragged_sdpa(case: Case, inputs: Inputs) -> Call:
@@ -297,7 +297,7 @@ def _flex(case: Case, inputs: Inputs) -> Call:
             device=str(inputs.q.device),
         )
     attend = functools.partial(flex, block_mask=block_mask, enable_gqa=case["H"] != case["H_KV"])
-    return _heads_first(case, inputs, attend)
+    return heads_first(case, inputs, attend)
 
 
 def _mask_mod(case: Case, device: torch.device) -> Callable[..., torch.Tensor]:
@@ -345,7 +345,7 @@ def _aule(case: Case, inputs: Inputs) -> Call:
     if not {"triton", "triton-amd"} & set(aule.get_available_backends()):
         raise BackendUnavailableError("aule finds no Triton here and would compute on the CPU")
     attend = functools.partial(aule.flash_attention, causal=case["causal"])
-    return _heads_first(case, inputs, attend)
+    return heads_first(case, inputs, attend)
 
 
 def _require_top_left(case: Case) -> None:

@@ -168,7 +168,7 @@ def _flex(case: Case, inputs: Inputs) -> Call:
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = functools.partial(compiled(flex_attention), score_mod=_score_mod(case, inputs.term))
-    return _heads_first(case, inputs, attend)
+    return flash.heads_first(case, inputs, attend)
 
 
 def _score_mod(case: Case, term: torch.Tensor | None) -> Callable[..., torch.Tensor] | None:
@@ -197,22 +197,7 @@ def _efficient(case: Case, inputs: Inputs) -> Call:
         )
     attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
     pinned = functools.partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)
-    return _heads_first(case, inputs, attend, context=pinned)
-
-
-def _heads_first(
-    case: Case, inputs: Inputs, attend: Callable[..., torch.Tensor], **options: Any
-) -> Call:
-    """A call on (B, H, M, D) tensors, torch's layout."""
-    q, k, v = (leaf(tensor.transpose(1, 2), wants_grad(case)) for tensor in inputs[:3])
-    dout = inputs.dout.transpose(1, 2).contiguous()
-    return Call(
-        lambda: attend(q, k, v),
-        (q, k, v),
-        dout,
-        canonical=lambda tensor: tensor.transpose(1, 2),
-        **options,
-    )
+    return flash.heads_first(case, inputs, attend, pinned)
 
 
 SUBJECT = Subject(
