@@ -119,7 +119,8 @@ def triton_refusal(device: torch.device) -> str | None:
     if version is None:
         return "triton is not installed; the extra [triton] of the package brings it"
     if version < TRITON_MINIMUM:
-        return f"triton must be at least 3.2, got {version[0]}.{version[1]}"
+        least, got = (".".join(map(str, numbers)) for numbers in (TRITON_MINIMUM, version))
+        return f"triton must be at least {least}, got {got}"
     info = device_info(device)
     if info.type not in ("cuda", "hip"):
         return f"it runs on NVIDIA and AMD GPUs, the tensors are on {info.type}"
