@@ -112,6 +112,23 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
         assert compiled.spills == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_hopper_kernel_of_whole_sequences_fits(dtype, use_target, monkeypatch):
+    from attn_evo._hopper import forward as hopper
+    from attn_evo._hopper import output
+
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    monkeypatch.setattr(hopper, "_LEAST_USE", 0.0)
+    record_launches(LAUNCHERS["sums"], monkeypatch)
+    recorder = record_launches(output._launch_output[128], monkeypatch)
+    launch(Case(dtype, 128), "output")
+    assert recorder.constexprs["OWNS_SEQUENCE"]
+    compiled = recorder.compile("sm_90")
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    assert compiled.spills == 0
+
+
 @pytest.mark.parametrize(
     "dtype, dim", [(dtype, dim) for dtype, dims in support.HEAD_DIMS.items() for dim in dims]
 )

@@ -70,6 +70,12 @@ def test_wide_heads_of_many_tiles(causal, device, make_case, assert_results):
     check(make_case(2, 2, 4097, 128, causal=causal), BFLOAT, device, assert_results)
 
 
+@pytest.mark.parametrize("length", [1, 65, 1000])
+def test_many_wide_sequences(length, device, make_case, assert_results):
+    """As many as an H200 has SMs, nearly: a program owns a whole one."""
+    check(make_case(8, 16, length, 128), BFLOAT, device, assert_results)
+
+
 def test_no_tokens(device, make_case):
     case = make_case(2, 2, 0, 64, has_state=True)
     inputs = case.inputs(BFLOAT, device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.tiling import ceil_div
+from attn_evo._hopper import support
 from attn_evo._hopper.float32.output import attention_output as attention_output_float32
 from attn_evo._hopper.float32.stat import attention_stat as attention_stat_float32
 from attn_evo._hopper.output import attention_output
@@ -12,19 +14,42 @@ from attn_evo._hopper.stat_wide import attention_stat_wide
 from attn_evo._triton import configs, forward, problem
 from attn_evo.weights import EvoWeights
 
+_MOST_TOKENS = 4096  # that a program adds up alone: sums of more are made of chunks'
+_LEAST_USE = 0.8  # of SMs, by programs that own a sequence: else they own chunks
+
 
 def attention(v: torch.Tensor, weights: EvoWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_triton.forward.attention` of values without a mask and without tokens before them."""
     B, H, _, D = v.shape
     out = v.new_empty(v.shape)
     sums_after = v.new_empty((2, B, H, D), dtype=torch.float32)
-    is_float32 = v.dtype == torch.float32
-    config = configs.HOPPER_FORWARD_FLOAT32 if is_float32 else configs.HOPPER_FORWARD
-    call = problem.call(v, None, None, None, config)
-    scratch = running_sums(call, weights, sums_after)
-    output = attention_output_float32 if is_float32 else attention_output
-    output(call, scratch, out, sums_after)
+    if v.dtype == torch.float32:
+        call = problem.call(v, None, None, None, configs.HOPPER_FORWARD_FLOAT32)
+        attention_output_float32(call, running_sums(call, weights, sums_after), out, sums_after)
+        return out, sums_after
+    call = problem.call(v, None, None, None, configs.HOPPER_FORWARD)
+    own_sequences = _own_sequences(call)
+    if own_sequences:
+        call = call.undivided
+        scratch = forward.sums_of_values(call, weights, only_packs=True)
+    else:
+        scratch = running_sums(call, weights, sums_after)
+    attention_output(call, scratch, out, sums_after, own_sequences)
     return out, sums_after
+
+
+def _own_sequences(call: problem.Call) -> bool:
+    """Whether programs own a whole sequence each: where they occupy the GPU, or do so anyway.
+
+    Narrower heads leave them no registers for that. One of wider ones fills an SM.
+    """
+    v = call.v[0]
+    if v.shape[-1] <= support.HELD_DIM:
+        return False
+    num_sms = support.device_info(v.device).num_sms
+    rounds = ceil_div(call.num_heads, num_sms)
+    is_used = call.num_heads >= _LEAST_USE * rounds * num_sms
+    return call.num_programs == call.num_heads or (is_used and v.shape[-2] <= _MOST_TOKENS)
 
 
 def running_sums(

@@ -4,6 +4,9 @@ A warpgroup holds 64 columns of a tile of 64 tokens. Where it is alone (D = 64) 
 an SM, and while one waits for a product the others compute. Two warpgroups exchange what they
 multiply through shared memory. The next tile of v is copied while this one is computed.
 
+Of many sequences a program owns a whole one and carries its sums from tile to tile, so that no
+launch before has to add them up. Of few it owns a chunk.
+
 A running sum is the product of a triangle of ones and a tile, whose accumulators begin with the sum
 of the tokens before it. The triangle holds 1/2 in place of 1: the context is halved, and what
 sigmoid(x) gates comes doubled, as tanh(x / 2) v + v.
@@ -29,14 +32,18 @@ from attn_evo._hopper.tiles import (
     FLAT,
     STAGES,
     accumulators,
+    add_column_sums,
     add_magnitudes,
     begin_with,
+    column_accumulators,
+    column_sums,
     copied,
     half_triangle,
     has_values,
     left_operand,
     start_copy,
     start_linear,
+    store_columns_of_ones,
     store_gated_values,
     sum_rows,
 )
@@ -90,11 +97,15 @@ def _attention_output_kernel(
     out_ptr,  # [B, H, L, D], contiguous
     sums_after_ptr,  # [2, B, H, D], contiguous
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    D: gl.constexpr, BLOCK_M: gl.constexpr,
+    OWNS_SEQUENCE: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
+    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, 16], dtype)
+    if OWNS_SEQUENCE:
+        ROW: gl.constexpr = gl.SliceLayout(1, column_accumulators(D))
+    else:
+        ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     stat_head = (num_heads + pid_bh).to(gl.int64)  # of tables [4, B * H, rows, D]
     v_ptr += b * stride_vb + h * stride_vh
@@ -119,8 +130,14 @@ def _attention_output_kernel(
     async_copy.commit_group()
 
     offs_d = gl.arange(0, D, ROW)
-    stat_i = sum_rows(chunk_sums_ptr, pid_c, D, ROW)
-    context_i = gl.load(contexts_ptr + offs_d)
+    if OWNS_SEQUENCE:
+        ones = gl.allocate_shared_memory(dtype, [1, 16, 16], ONES)
+        store_columns_of_ones(ones, 1, D)
+        stat_i = gl.zeros([D], gl.float32, ROW)
+        context_i = gl.zeros([D], gl.float32, ROW)
+    else:
+        stat_i = sum_rows(chunk_sums_ptr, pid_c, D, ROW)
+        context_i = gl.load(contexts_ptr + offs_d)
     half = half_triangle(BLOCK_M, dtype, D)
     offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, accumulators(D)))
     for tile in range(first, last):
@@ -134,15 +151,22 @@ def _attention_output_kernel(
         v_ptr += BLOCK_M * stride_vl
         start_copy(v_tiles.index(1 - stage), v_ptr, stride_vl, num_rows, BLOCK_M, D)
         async_copy.commit_group()
-        stat_i += gl.load(tile_sums_ptr + offs_d)
-        tile_sums_ptr += D
-        contexts_ptr += gl.where(tile + 1 < last, D, 0)
-        context_i = gl.load(contexts_ptr + offs_d)
+        if not OWNS_SEQUENCE:
+            stat_i += gl.load(tile_sums_ptr + offs_d)
+            tile_sums_ptr += D
+            contexts_ptr += gl.where(tile + 1 < last, D, 0)
+            context_i = gl.load(contexts_ptr + offs_d)
 
         v = v_tiles.index(stage)
         context = begin_with(context_row, BLOCK_M, D)
         context = warpgroup_mma(half, v, context, is_async=True)
-        context = warpgroup_mma_wait(0, deps=(context,))
+        if OWNS_SEQUENCE:
+            sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
+            sums = add_column_sums(sums, v, ones, 0, BLOCK_M)
+            context, sums = warpgroup_mma_wait(0, deps=(context, sums))
+            context_i += column_sums(sums, 0, D)
+        else:
+            context = warpgroup_mma_wait(0, deps=(context,))
         inverse_count = gl.expand_dims(2.0 / (start + 1 + offs_m).to(gl.float32), 1)
         mean = left_operand((context * inverse_count).to(dtype), low, D)
         logit = start_linear(mean, weights.index(W_G), biases.index(W_G), BLOCK_M, D)
@@ -152,7 +176,14 @@ def _attention_output_kernel(
         stat = begin_with(stat_row, BLOCK_M, D)
         stat = warpgroup_mma(half, high, stat, is_async=True)
         stat = warpgroup_mma(half, low, stat, is_async=True)
-        stat = warpgroup_mma_wait(0, deps=(stat,))
+        if OWNS_SEQUENCE:
+            sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
+            sums = add_column_sums(sums, high, ones, 0, BLOCK_M)
+            sums = add_column_sums(sums, low, ones, 0, BLOCK_M)
+            stat, sums = warpgroup_mma_wait(0, deps=(stat, sums))
+            stat_i += 0.5 * column_sums(sums, 0, D)  # the gated values were doubled
+        else:
+            stat = warpgroup_mma_wait(0, deps=(stat,))
         # One after the other, since four tiles of results do not fit into the registers.
         local = start_linear(v, weights.index(W_L), biases.index(W_L), BLOCK_M, D)
         local = warpgroup_mma_wait(0, deps=(local,))
@@ -172,6 +203,8 @@ def _attention_output_kernel(
 
     if pid_c == num_chunks - 1:
         gl.store(sums_after_ptr + (num_heads + pid_bh) * D + offs_d, stat_i)
+        if OWNS_SEQUENCE:
+            gl.store(sums_after_ptr + pid_bh * D + offs_d, context_i)
 
 
 _launch_output = {
@@ -181,9 +214,16 @@ _launch_output = {
 
 
 def attention_output(
-    call: problem.Call, scratch: problem.Scratch, out: torch.Tensor, sums_after: torch.Tensor
+    call: problem.Call,
+    scratch: problem.Scratch,
+    out: torch.Tensor,
+    sums_after: torch.Tensor,
+    own_sequences: bool,
 ) -> None:
-    """Write the output of a call, and its stat after all tokens, from the sums before its tiles."""
+    """Write the output of a call, and its stat after all tokens, from the sums before its tiles.
+
+    Programs that own a sequence need no sums and write the context after all tokens too.
+    """
     v = call.v[0]
     D = v.shape[-1]
     args: tuple[Any, ...] = (
@@ -194,6 +234,10 @@ def attention_output(
         call.num_programs,
         strides=v.stride(),
         args=args,
-        constexprs={"D": D, "BLOCK_M": BLOCK_M},
+        constexprs={
+            "OWNS_SEQUENCE": own_sequences,
+            "D": D,
+            "BLOCK_M": BLOCK_M,
+        },
         config=configs.hopper_kernel(v, call.config),
     )

@@ -433,17 +433,23 @@ def running_sums(
     return scratch
 
 
-def sums_of_values(call: problem.Call, weights: EvoWeights) -> problem.Scratch:
-    """Pack the weights and sum up v over tiles and chunks."""
+def sums_of_values(
+    call: problem.Call, weights: EvoWeights, only_packs: bool = False
+) -> problem.Scratch:
+    """Pack the weights and, unless that is all, sum up v over tiles and chunks."""
     scratch = problem.scratch(call)
+    L, H, num_heads, *cut = call.sizes
+    num_programs = call.num_programs
+    if only_packs:
+        num_programs = num_heads = 0
     args = [*call.v, *call.mask]
     weight_strides = tuple(weight.stride() for weight in weights)
     for weight, strides in zip(weights, weight_strides, strict=True):
         args += [weight, *strides]
     _launch_sums(
-        call.num_programs + 4,  # one for each matrix
+        num_programs + 4,  # one for each matrix
         strides=(call.strides, weight_strides, weights.w_q.dtype),
-        args=(*args, *scratch[:-1], *call.sizes),
+        args=(*args, *scratch[:-1], L, H, num_heads, *cut),
         constexprs={
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
             "PRECISION": call.numerics["PRECISION"], **call.blocks,

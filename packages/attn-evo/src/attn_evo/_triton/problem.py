@@ -99,6 +99,18 @@ class Call(NamedTuple):
         return {**self.numerics, "WEIGHTS_STAY": stays or self.numerics["WEIGHTS_STAY"]}
 
     @property
+    def num_heads(self) -> int:
+        """Number of sequences: of all heads of the batch."""
+        return self.sizes[2]
+
+    @property
+    def undivided(self) -> Call:
+        """The same call, where one chunk is a whole sequence."""
+        L, H, num_heads, num_tiles, *_ = self.sizes
+        sizes = L, H, num_heads, num_tiles, 1, num_tiles
+        return self._replace(sizes=sizes, num_programs=num_heads)
+
+    @property
     def in_parts(self) -> Call:
         """The same call, where a float32 is multiplied as the sum of three bfloat16."""
         parts = {"PRECISION": "bf16x6", "WEIGHTS_STAY": True}
