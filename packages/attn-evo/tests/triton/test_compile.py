@@ -130,7 +130,9 @@ def test_hopper_kernel_of_whole_sequences_fits(dtype, use_target, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype, dim", [(dtype, dim) for dtype, dims in support.HEAD_DIMS.items() for dim in dims]
+    "dtype, dim",
+    [(dtype, dim) for dtype, dims in support.HEAD_DIMS.items() for dim in dims],
+    ids=str,
 )
 def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
     from attn_evo._hopper import output, stat, stat_wide  # of Gluon, which the lowest Triton lacks
