@@ -166,7 +166,8 @@ class Runner:
     def _forward(self, case: Case, provider: Provider, call: Call, row: Row) -> timing.Job:
         grad = wants_grad(case) and row.pass_ != "host"
         context = functools.partial(_surroundings, call, grad)
-        if not (self._subject.graph and provider.graph and self._device.type == "cuda"):
+        has_graph = self._subject.graph and provider.graph and row.pass_ in TIMED
+        if not (has_graph and self._device.type == "cuda"):
             return timing.Job(call.forward, context, call.clocks.get(row.pass_))
         row.timing = "graph"
         with context():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,3 +306,19 @@ def test_the_clock_of_the_host_makes_as_many_calls_as_asked():
     clock = timing.HostClock(timing.CpuClock())
     assert len(clock.samples(lambda: calls.append(0), 40)) == len(calls) // timing._HOST_CALLS == 2
     assert len(clock.samples(lambda: None, 1)) == 1
+
+
+def test_graphs_are_replayed_where_kernels_are_timed_and_not_the_host(monkeypatch):
+    monkeypatch.setattr(timing, "captured", lambda call: "replay")
+    provider = Provider("sdpa", right)
+    call = right(CASE, flash.make_inputs(CASE, CPU))
+    runner = SimpleNamespace(
+        _subject=dataclasses.replace(flash.SUBJECT, graph=True), _device=torch.device("cuda")
+    )
+
+    def timed(pass_):
+        row = results.Row.of(CASE, pass_, provider)
+        return Runner._forward(runner, CASE, provider, call, row).call, row.timing
+
+    assert timed("forward") == ("replay", "graph")
+    assert timed("host") == (call.forward, "eager")
