@@ -149,6 +149,45 @@ def test_variants(monkeypatch, variant, options, dim):
     check("variants", (1, 140, 270, 4, 2, dim, dim), "float16", **options)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window_size": (90, 40)},
+        {"window_size": (3, -1)},
+        {"sinks": True, "causal": True},
+        EVERYTHING,
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("variant", ["matrix", "matrix2"])
+def test_the_largest_tiles(monkeypatch, variant, options, dim):
+    """More than one tile of rows, the last of which is not full, and many of keys."""
+    use(monkeypatch, variant, "float16")
+    check("large", (2, 300, 333, 4, 2, dim, dim), "float16", **options)
+    check("long", (1, 530, 1100, 1, 1, dim, dim), "float16", **options)
+    check("short", (1, 513, 200, 1, 1, dim, dim), "float16", **options)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_scores_that_grow_along_the_keys(monkeypatch, variant, causal, dim):
+    """The pivot of softmax has to follow; some rows see the largest score first."""
+    use(monkeypatch, variant, "float16")
+    q, k, v = make("grow", (1, 300, 400, 2, 1, dim, dim), "float16")
+    k *= np.linspace(0.1, 8, 400, dtype=np.float16)[:, None, None]
+    k[:, 7] *= 60
+    out, lse = attn_vulkan.attention(q, k, v, causal=causal, return_lse=True)
+    window = (-1, 0 if causal else -1)
+    expected, expected_lse = reference(q, k, v, scale=dim**-0.5, window=window)
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE["float16"], rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=TOLERANCE["float16"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("variant", ["matrix", "subgroup", "scalar"])
 def test_split_keys_and_packed_heads(monkeypatch, variant):
     use(monkeypatch, variant, "float16")

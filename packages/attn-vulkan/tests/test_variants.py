@@ -77,6 +77,37 @@ def test_rows_stay_in_memory_where_caches_hold_them(dim, tile):
 
 
 @pytest.mark.parametrize(
+    "options,first",
+    [
+        ({}, "matrix2"),
+        ({"window": (-1, 0)}, "matrix2"),
+        ({"softcap": 2.0}, "matrix"),
+        ({"is_aligned": False}, "matrix"),
+        ({"len_q": 16}, "matrix"),  # keys are split
+        ({"head_dim": 96, "head_dim_v": 96}, "matrix"),
+    ],
+)
+def test_the_variant_that_was_measured_fastest_comes_first(options, first):
+    sizes = {"len_q": 4096, "head_dim": 128, "head_dim_v": 128, "is_aligned": True, **options}
+    problem = Problem("float16", 1, len_k=4096, heads=16, heads_kv=16, **sizes)
+    names = ["matrix2", "matrix", "subgroup", "scalar"]
+    assert variants.ranked(gpu(), problem, names)[0] == first
+    assert variants.ranked(gpu(), problem, ["matrix2", "scalar"]) == ["matrix2", "scalar"]
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("len_q", [1, 100, 200, 4096])
+def test_matrix2_has_whole_chunks_in_shared_memory(dim, len_q):
+    problem = Problem("float16", 1, len_q, 4096, 16, 16, dim, dim, is_aligned=True)
+    plan = variants.forward(gpu(), "matrix2", problem, 0.125)
+    threads, _, _, columns, *_, blocks, chunk = plan.constants
+    assert columns % (16 * chunk) == 0
+    assert plan.rows == threads // 2 * blocks
+    rows = max(2 * columns, threads // 2)  # keys and values, or a block of each subgroup's queries
+    assert rows * (dim // 8 + 1) * 16 <= gpu().shared_memory
+
+
+@pytest.mark.parametrize(
     "missing,words",
     [
         ("buffer_device_address", "bufferDeviceAddress"),

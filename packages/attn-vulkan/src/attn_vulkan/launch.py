@@ -114,7 +114,9 @@ def record_forward(
     variant: str | None = None,
 ) -> Plan:
     """Record the forward pass on tensors of the device, by default with the fastest variant."""
-    variant = variant or variants.choose(runnable(context, problem, variants.fits_forward))
+    if not variant:
+        names = runnable(context, problem, variants.fits_forward)
+        variant = variants.choose(variants.ranked(context.device, problem, names))
     plan = variants.forward(context.device, variant, problem, softmax_scale)
     dispatches = [plan.groups(problem)]
     if plan.splits > 1:

@@ -13,7 +13,7 @@ from attn_vulkan.problem import Problem
 _Value = TypeVar("_Value")
 
 VARIABLE = "ATTN_VULKAN_VARIANT"
-VARIANTS = ("matrix", "matrix2", "subgroup", "scalar")  # the fastest first, as measured on an H200
+VARIANTS = ("matrix2", "matrix", "subgroup", "scalar")  # the fastest first, as measured on an H200
 SHAPE = "16x16x16"
 
 _FLOAT = 4
@@ -49,13 +49,15 @@ class Tile(NamedTuple):
 class MatrixTile(NamedTuple):
     """How a matrix shader cuts one: `blocks` of 16 rows a subgroup, `columns` of the others.
 
-    `is_shared` where all subgroups own the same rows, and each a share of the columns of V.
+    `is_shared` where all subgroups own the same rows, and each a share of the columns of V. For
+    matrix2, `chunk` x 16 columns have scores at a time.
     """
 
     threads: int
     columns: int
     blocks: int = 1
     is_shared: bool = False
+    chunk: int = 1
 
     @property
     def rows(self) -> int:
@@ -93,7 +95,17 @@ _MATRIX_TILES = {
     128: (MatrixTile(256, 64), MatrixTile(128, 64), MatrixTile(64, 16)),
     256: (MatrixTile(128, 32),),
 }
-_MATRIX2_TILES = {**_MATRIX_TILES, 64: (MatrixTile(128, 48, 2), MatrixTile(128, 64))}
+_MATRIX2_TILES = {
+    64: (
+        MatrixTile(256, 128, 2, chunk=2),
+        MatrixTile(128, 64, 2, chunk=2),
+        MatrixTile(128, 64, chunk=4),
+    ),
+    128: (MatrixTile(256, 64, 2), MatrixTile(128, 64, chunk=4), MatrixTile(64, 16)),
+    256: (MatrixTile(128, 32, chunk=2),),
+}
+# Scales of which LOWEST times one is a number far below every score; others are multiplied first.
+_SCALES = (1e-12, 1e6)
 # For as many rows as one matrix has: little shared memory, so that many of them load at a time. The
 # first whose subgroups have whole matrices of V is taken.
 _DECODING_TILES = {
@@ -183,6 +195,27 @@ def choose(allowed: Sequence[str]) -> str:
     return wanted
 
 
+def ranked(device: Device, problem: Problem, names: Sequence[str]) -> list[str]:
+    """Return variants in the order of their rates forward, where that depends on the problem."""
+    order = list(names)
+    if {"matrix", "matrix2"} <= set(order) and not _suits_matrix2(device, problem):
+        order.remove("matrix2")
+        order.insert(order.index("matrix") + 1, "matrix2")
+    return order
+
+
+def _suits_matrix2(device: Device, problem: Problem) -> bool:
+    """Whether this is what `matrix2` was measured to be faster at: dense rows, keys not split."""
+    is_plain = not (problem.softcap or problem.has_bias or problem.has_slopes or problem.block_size)
+    return (
+        is_plain
+        and problem.is_aligned
+        and _matrix_dims(problem) in {(64, 64), (128, 128)}
+        and problem.len_q >= max(tile.rows for tile in _MATRIX2_TILES[128])
+        and _forward_matrix(device, problem, 1.0).splits == 1
+    )
+
+
 def fits_forward(name: str, problem: Problem) -> bool:
     """Whether the forward shader of a variant computes this problem at all."""
     dims = problem.head_dim, problem.head_dim_v
@@ -245,10 +278,11 @@ def _forward_matrix(device: Device, problem: Problem, scale: float) -> Plan:
 
 def _forward_matrix2(problem: Problem, scale: float) -> Plan:
     dims = _matrix_dims(problem)
+    low, high = _SCALES
     tile = _filled_by(problem.len_q, _of_dim(_MATRIX2_TILES, max(dims)))
     constants = _numbers(
         *(tile.threads, *dims, tile.columns, *_flags(problem)),
-        *(problem.block_size > 0, scale <= 0, tile.blocks),
+        *(problem.block_size > 0, not low < scale < high, tile.blocks, tile.chunk),
     )
     return Plan(f"forward_matrix2_{problem.dtype}", constants, tile.rows)
 

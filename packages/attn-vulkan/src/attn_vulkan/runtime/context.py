@@ -142,7 +142,7 @@ class Context:
 
     def trusts(self, variant: str, dtype: str) -> bool:
         """Whether what a variant assumes of the driver holds, as a shader has found out."""
-        return variant != "matrix" or self._knows_layout(dtype)
+        return not variant.startswith("matrix") or self._knows_layout(dtype)
 
     def submit(
         self,
