@@ -7,6 +7,8 @@ so that a compiler knows it without the strides of the inputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from attn_core.dtypes import accumulator_dtype
@@ -28,6 +30,15 @@ def new_lse(q: torch.Tensor) -> torch.Tensor:
 def new_unwanted(like: torch.Tensor) -> torch.Tensor:
     """The empty tensor that stands in for a gradient nobody asked for."""
     return like.new_empty(0)
+
+
+def scratch(shape: tuple[int, ...], lent: torch.Tensor) -> torch.Tensor:
+    """Uninitialised float32 memory: that of `lent`, a new dense tensor, where that is enough."""
+    size = math.prod(shape)
+    if lent.nbytes < 4 * size:
+        return lent.new_empty(shape, dtype=torch.float32)
+    flat = lent.as_strided((lent.numel(),), (1,))
+    return flat.view(torch.float32)[:size].view(shape)
 
 
 def is_aligned(x: torch.Tensor) -> bool:

@@ -40,6 +40,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.int32: "i32",
+    torch.uint8: "u8",
 }
 
 

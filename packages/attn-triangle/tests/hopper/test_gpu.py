@@ -173,6 +173,30 @@ def test_the_ending_node_is_read_in_place(device):
     assert torch.equal(out, exact)
 
 
+def test_no_memory_is_taken_beyond_results(device):
+    """In the forward pass, masked or not, and in the backward pass of short rows."""
+    for case in (Case(R=320, M=320, N=320, H=4), Case(R=128, M=128, N=128, H=4, mask="none")):
+        leaves = [x.requires_grad_() for x in case.inputs(device)]
+        mask = case.make_mask(device)
+
+        def both(leaves=leaves, mask=mask):
+            out, lse = triangle_attention(*leaves, mask, return_lse=True, backend="hopper")
+            return out, lse, torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+        both()
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        out, lse = triangle_attention(*leaves, mask, return_lse=True, backend="hopper")
+        assert torch.cuda.max_memory_allocated(device) - held == out.nbytes + lse.nbytes
+        if case.mask == "none":
+            dout = torch.ones_like(out)
+            held = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            grads = torch.autograd.grad(out, leaves, dout)
+            taken = torch.cuda.max_memory_allocated(device) - held
+            assert taken == sum(grad.nbytes for grad in grads)
+
+
 def test_bias_is_broadcast_and_its_gradient_reduced(device):
     for deterministic in (True, False):
         case = Case(B=2, deterministic=deterministic)

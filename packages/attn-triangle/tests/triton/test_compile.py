@@ -104,15 +104,16 @@ def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypat
     "case", [Case(torch.bfloat16, 32), Case(torch.float16, 16, False)], ids=str
 )
 def test_short_rows_compile_and_fit(case, target, use_target, monkeypatch):
-    use_target(target)
-    launch = record_launches(short._launch, monkeypatch)
-    record_launches(dbias._launch_sum, monkeypatch)
+    use_target(target, modules=[short])
+    dk_dv = short._launch_dk_dv_hopper if target == "sm_90" else short._launch_dk_dv
+    launchers = (short._launch_dq, dk_dv, dbias._launch_sum)
+    launches = [record_launches(launcher, monkeypatch) for launcher in launchers]
     q = torch.empty(1, 128, 128, 4, case.D, dtype=case.dtype, device="meta").permute(0, 3, 1, 2, 4)
     bias = torch.empty(1, 4, 128, 128, dtype=case.dtype, device="meta")
     lse = bias.float()
     mask = torch.empty(1, 128, 128, dtype=torch.bool, device="meta") if case.has_mask else None
     short.short_backward(q, lse, q, q, q, bias, mask, q, lse, 0.1, "mean")
-    assert launch.compile(target).fits
+    assert all(launch.compile(target).fits for launch in launches)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -145,6 +145,7 @@ SHORT = [
     Case(B=2, R=5, M=128, N=64, D=16, mask="none", dtype=torch.float16),
     Case(R=2, M=33, N=128, D=24, masked_rows="zero", mask="rows", dtype=torch.float16),
     Case(R=1, M=1, N=65, D=32, mask="padded", dtype=torch.float16),
+    Case(R=12, M=64, N=64, D=32, mask="none", dtype=torch.float16),  # sums in dk and dv
 ]
 
 

@@ -51,7 +51,7 @@ def attention_backward(
         return short.short_backward(dout, dlse, q, k, v, bias, mask, out, lse, scale, masked_rows)
     dout = problem.readable(dout)
     readable = problem.readable_bias(bias, M, N)
-    keys = problem.key_rows(mask, N, configs.LONGEST_BLOCK, is_mean=False, unread=lse)
+    keys = problem.key_rows(mask, N, configs.LONGEST_BLOCK, unread=lse)
     dq = new_heads_last(q) if "dq" in wanted else new_unwanted(q)
     dk, dv = (new_heads_last(x) if "dk_dv" in wanted else new_unwanted(x) for x in (k, v))
     # Sums for dbias lie where dk will be: they are added up before the last kernel writes it.

@@ -34,6 +34,7 @@ from attn_triangle._hopper.tiles import (
     num_steps,
 )
 from attn_triangle._triton.dbias import sum_of_splits
+from attn_triangle.layout import scratch
 
 _TILES_PER_SM = 4  # about: enough that the last ones to run do not matter
 _FEWEST_ROWS = 8  # of a part: less work would be less than adding it up
@@ -245,7 +246,7 @@ def dbias(
     rows_per_split = tiling.ceil_div(R, tiling.ceil_div(_TILES_PER_SM * num_sms, tiles))
     rows_per_split = max(rows_per_split, _FEWEST_ROWS)
     splits = tiling.ceil_div(R, rows_per_split)
-    parts = problem.scratch((splits, B, H, M, N), lent)
+    parts = scratch((splits, B, H, M, N), lent)
     _launch(
         min(tiles * splits, num_sms),
         args=(

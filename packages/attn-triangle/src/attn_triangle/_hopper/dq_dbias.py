@@ -40,6 +40,7 @@ from attn_triangle._hopper.tiles import (
     num_steps,
     store_rows,
 )
+from attn_triangle.layout import scratch
 
 _ROUNDS = 3  # of all processors, at most about: more parts would balance little and take memory
 
@@ -275,7 +276,7 @@ def new_sums(q: torch.Tensor, N: int, deterministic: bool, lent: torch.Tensor) -
     B, H, _, M, _ = q.shape
     num_sums = _schedule(q, deterministic)[1] if deterministic else 1
     shape = (num_sums, B, H, problem.whole(M, 128), problem.whole(N, 128))
-    return problem.scratch(shape, lent)
+    return scratch(shape, lent)
 
 
 def dq_dbias(

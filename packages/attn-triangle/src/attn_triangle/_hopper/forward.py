@@ -25,16 +25,16 @@ from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.hopper import accumulator_layout, exp2, log2, reciprocal, thread_sums
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
+from attn_triangle._hopper.mask import load_hidden, load_pair, seen_blocks, store_pair, store_shut
 from attn_triangle._hopper.redo import redo
 from attn_triangle._hopper.tiles import (
     LOG2_E,
     SEES_NONE,
     WG_ROWS,
-    key_blocks,
-    load_tiles,
+    load_bias,
+    load_rows,
     load_wide,
     moved,
-    new_mask_rows,
     new_ring,
     new_tiles,
     num_steps,
@@ -75,11 +75,11 @@ def _store(
 
 
 @gluon.jit
-def _start_scores(q, k, mask, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+def _start_scores(q, k, shut, HAS_SHUT: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
     """Begin the product of queries and keys, on top of what the mask adds, [64, BLOCK_N]."""
     zero = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, LAYOUT)
-    if HAS_MASK:
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero + mask.load(LAYOUT), is_async=True)
+    if HAS_SHUT:
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero + shut.load(LAYOUT), is_async=True)
     else:
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     return scores
@@ -87,22 +87,95 @@ def _start_scores(q, k, mask, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr, LAY
 
 # fmt: off
 @gluon.jit
+def _load(
+    args,
+    HAS_MASK: gl.constexpr, EVEN_N: gl.constexpr, IS_ZERO: gl.constexpr,
+    TILES: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    # fmt: on
+    """The loading warp: queries of a tile, then its blocks of keys, values, bias and mask."""
+    descs, bufs, rings, sizes, N, mask, bias_steps = args
+    mask_ptr, mask_strides, words_ptr, words_strides = mask
+    q_desc, k_desc, v_desc, bias_desc = descs
+    q_buf, k_buf, v_buf, bias_buf, shut_buf, blocks_buf = bufs
+    q_full, q_empty, full, empty = rings
+    bias_b, bias_h = bias_steps
+    q_bytes: gl.constexpr = ROWS * TILES * q_desc.block_type.nbytes
+    block_bytes: gl.constexpr = (
+        ROWS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        + TILES * bias_desc.block_type.nbytes
+    )
+    count = 0
+    place = place_of(gl.program_id(0), sizes)
+    distance = place_of(gl.num_programs(0), sizes)
+    for step in range(num_steps(sizes)):
+        b, h, group, tile = place
+        row0, last = rows_of(group, sizes, ROWS)
+        start_m = tile * (TILES * WG_ROWS)
+        slot = step & 1
+        bar = q_full.index(slot)
+        mbarrier.wait(q_empty.index(slot), ((step >> 1) & 1) ^ 1)
+        mbarrier.expect(bar, q_bytes)
+        for x in gl.static_range(ROWS):
+            row = gl.minimum(row0 + x, last)
+            for w in gl.static_range(TILES):
+                own = (slot * ROWS + x) * TILES + w
+                load_rows(q_desc, b, h, row, start_m + w * WG_ROWS, bar, q_buf.index(own))
+        lo = 0
+        hi = gl.cdiv(N, BLOCK_N)
+        if HAS_MASK:
+            lo, hi = seen_blocks(
+                words_ptr, words_strides, b, row0, last, N, IS_ZERO, ROWS, BLOCK_N
+            )
+            store_pair(lo, hi, blocks_buf.index(slot))
+            mbarrier.arrive(bar, count=1)
+        hidden = ()
+        if HAS_MASK or not EVEN_N:
+            hidden = load_hidden(
+                mask_ptr, mask_strides, b, row0, last, lo * BLOCK_N, N, HAS_MASK, ROWS, BLOCK_N
+            )
+        for block in range(lo, hi):
+            i = count % STAGES
+            bar = full.index(i)
+            start_n = block * BLOCK_N
+            mbarrier.wait(empty.index(i), ((count // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, block_bytes)
+            for x in gl.static_range(ROWS):
+                row = gl.minimum(row0 + x, last)
+                load_rows(k_desc, b, h, row, start_n, bar, k_buf.index(i * ROWS + x))
+                load_rows(v_desc, b, h, row, start_n, bar, v_buf.index(i * ROWS + x))
+            for w in gl.static_range(TILES):
+                load_bias(
+                    bias_desc, b * bias_b, h * bias_h, start_m + w * WG_ROWS, start_n,
+                    bar, bias_buf.index(i * TILES + w),
+                )  # fmt: skip
+            if HAS_MASK or not EVEN_N:
+                for x in gl.static_range(ROWS):
+                    store_shut(hidden[x], start_n, N, shut_buf.index(i * ROWS + x), BLOCK_N)
+                mbarrier.arrive(bar, count=1)
+                # While the copies run: before them, they would wait for it.
+                hidden = load_hidden(
+                    mask_ptr, mask_strides, b, row0, last, start_n + BLOCK_N, N,
+                    HAS_MASK, ROWS, BLOCK_N,
+                )  # fmt: skip
+            count += 1
+        place = moved(place, distance, sizes)
+
+
+# fmt: off
+@gluon.jit
 def _attend(
     WARPGROUP: gl.constexpr, args,
-    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, IS_ZERO: gl.constexpr,
+    HAS_MASK: gl.constexpr, EVEN_N: gl.constexpr, IS_ZERO: gl.constexpr,
     TILES: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     # fmt: on
     """A computing warpgroup: 64 queries of one row of each tile."""
     loading, out, M, lse_ptr, scale_log2, limit = args
-    queries, streamed, rings, sizes, N, range_ptr, strides = loading
-    query_descs, query_bufs = queries
-    descs, bufs = streamed
+    descs, bufs, rings, sizes, N, mask, bias_steps = loading
     out_desc, out_buf = out
-    q_buf = query_bufs[0]
-    k_buf, v_buf, bias_buf, mask_buf = bufs
+    q_buf, k_buf, v_buf, bias_buf, shut_buf, blocks_buf = bufs
     q_full, q_empty, full, empty = rings
-    range_strides, bias_strides, mask_steps = strides
     dtype: gl.constexpr = out_desc.dtype
     BLOCK_D: gl.constexpr = q_buf.shape[2]
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
@@ -127,13 +200,16 @@ def _attend(
         m_i = gl.full([WG_ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         sums = thread_sums(zero)
         acc = gl.zeros([WG_ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-        lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
+        lo = 0
+        hi = gl.cdiv(N, BLOCK_N)
+        if HAS_MASK:
+            lo, hi = load_pair(blocks_buf.index(slot))
         for block in range(lo, hi):
             i = count % STAGES
             own = i * ROWS + ROW
             mbarrier.wait(full.index(i), (count // STAGES) & 1)
             scores = _start_scores(
-                q, k_buf.index(own), mask_buf.index(own), HAS_MASK, BLOCK_N, S_LAYOUT
+                q, k_buf.index(own), shut_buf.index(own), HAS_MASK or not EVEN_N, BLOCK_N, S_LAYOUT
             )
             bias = load_wide(bias_buf.index(i * TILES + TILE), S_LAYOUT)
             scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -162,13 +238,13 @@ def _attend(
 def _attention_forward_kernel(
     q_desc, k_desc, v_desc,
     bias_desc, bias_b, bias_h,  # strides of its batches and heads: 1, or 0 where it is broadcast
-    mask_desc, mask_b, mask_r,  # rows of the mask between batches and rows; as range, may be unread
-    range_ptr, range_b, range_r,  # [B, R, 2]
+    mask_ptr, mask_b, mask_r, mask_n,  # [B, R, N], read only with HAS_MASK
+    words_ptr, words_b, words_r, words_n,  # the same in words of one key or of four
     out_desc,
     lse_ptr,  # [B, H, R, M], contiguous
     M, N, R, H, num_tiles, num_groups, total,
     scale_log2, limit,
-    HAS_MASK: gl.constexpr, HAS_RANGE: gl.constexpr, IS_ZERO: gl.constexpr,
+    HAS_MASK: gl.constexpr, EVEN_N: gl.constexpr, IS_ZERO: gl.constexpr,
     TILES: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
@@ -180,27 +256,34 @@ def _attention_forward_kernel(
     v_buf = new_tiles(dtype, STAGES * ROWS, BLOCK_N, BLOCK_D)
     out_buf = new_tiles(dtype, WARPGROUPS, WG_ROWS, BLOCK_D)
     bias_buf = new_tiles(bias_desc.dtype, STAGES * TILES, WG_ROWS, BLOCK_N)
-    mask_buf = new_mask_rows(mask_desc, k_buf, HAS_MASK, STAGES * ROWS, BLOCK_N)
-    q_full, q_empty = new_ring(2, WARPGROUPS)
-    full, empty = new_ring(STAGES, WARPGROUPS)
+    HAS_SHUT: gl.constexpr = HAS_MASK or not EVEN_N
+    NUMBERS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    shut_buf = k_buf
+    if HAS_SHUT:
+        shut_buf = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 1, BLOCK_N], NUMBERS)
+    PAIR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    blocks_buf = gl.allocate_shared_memory(gl.int32, [2, 2], PAIR)
+    # Written by the copy engine and, as for the mask, by the loading warp.
+    q_full, q_empty = new_ring(2, WARPGROUPS, WRITERS=2 if HAS_MASK else 1)
+    full, empty = new_ring(STAGES, WARPGROUPS, WRITERS=2 if HAS_SHUT else 1)
     gl.thread_barrier()
-    queries = ((q_desc,), (q_buf,))
-    streamed = ((k_desc, v_desc, bias_desc, mask_desc), (k_buf, v_buf, bias_buf, mask_buf))
+    descs = (q_desc, k_desc, v_desc, bias_desc)
+    bufs = (q_buf, k_buf, v_buf, bias_buf, shut_buf, blocks_buf)
     rings = (q_full, q_empty, full, empty)
     sizes = (H, R, num_tiles, num_groups, total)
-    strides = ((range_b, range_r), (bias_b, bias_h), (mask_b, mask_r))
-    loading = (queries, streamed, rings, sizes, N, range_ptr, strides)
+    mask = (mask_ptr, (mask_b, mask_r, mask_n), words_ptr, (words_b, words_r, words_n))
+    loading = (descs, bufs, rings, sizes, N, mask, (bias_b, bias_h))
     computing = (loading, (out_desc, out_buf), M, lse_ptr, scale_log2, limit)
     gl.warp_specialize(
         [
-            (_attend, (0, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
-            (_attend, (1, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
-            (_attend, (2, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
-            (_attend, (3, computing, HAS_MASK, HAS_RANGE, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
-            (load_tiles, (loading, HAS_MASK, HAS_RANGE, TILES, ROWS, BLOCK_N, STAGES)),
+            (_attend, (0, computing, HAS_MASK, EVEN_N, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
+            (_attend, (1, computing, HAS_MASK, EVEN_N, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
+            (_attend, (2, computing, HAS_MASK, EVEN_N, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
+            (_attend, (3, computing, HAS_MASK, EVEN_N, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
+            (_load, (loading, HAS_MASK, EVEN_N, IS_ZERO, TILES, ROWS, BLOCK_N, STAGES)),
         ],
         [4, 4, 4, 1],
-        [112, 112, 112, 24],
+        [112, 112, 112, 32],
     )
 
 
@@ -228,7 +311,7 @@ def attention(
     plan = configs.FORWARD[block_d].fit(R, bias.dtype)
     block_n = plan.block
     readable = problem.readable_bias(bias, M, N)
-    keys = problem.key_rows(mask, N, block_n, masked_rows == "mean", unread=lse)
+    read = problem.mask_bytes(mask, N, unread=lse)
     num_tiles, num_groups = tiling.ceil_div(M, 64 * plan.tiles), tiling.ceil_div(R, plan.rows)
     total = num_tiles * num_groups * B * H
     _launch(
@@ -238,15 +321,15 @@ def attention(
             problem.tiles(k, block_n, block_d),
             problem.tiles(v, block_n, block_d),
             problem.bias_tiles(readable, 64, block_n), *problem.broadcast_steps(readable),
-            problem.row_pieces(keys.rows, block_n), *keys.steps,
-            keys.range, *keys.range_strides,
+            read.keys, *read.strides,
+            read.words, *read.words_strides,
             problem.tiles(out, 64, block_d),
             lse,
             M, N, R, H, num_tiles, num_groups, total,
             scale * _LOG2_E.value, _LIMITS[q.dtype],
         ),
         constants={
-            "HAS_MASK": keys.has_mask, "HAS_RANGE": keys.has_range,
+            "HAS_MASK": mask is not None, "EVEN_N": N % block_n == 0,
             "IS_ZERO": masked_rows == "zero", "TILES": plan.tiles, "ROWS": plan.rows,
             "BLOCK_N": block_n, "BLOCK_D": block_d, "STAGES": plan.stages,
         },

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from attn_core.tiling import ceil_div
 from attn_triangle._hopper.descriptors import Tiles
-from attn_triangle._triton import keys
+from attn_triangle._triton.keys import visible_keys
+from attn_triangle._triton.problem import broadcast_strides
 from attn_triangle.layout import is_aligned
 
 # Integers that change from call to call: compiled for any value.
@@ -18,6 +18,10 @@ NOT_SPECIALIZED = [
     "bias_h",
     "mask_b",
     "mask_r",
+    "mask_n",
+    "words_b",
+    "words_r",
+    "words_n",
     "range_b",
     "range_r",
     "M",
@@ -80,18 +84,29 @@ def readable_bias(bias: torch.Tensor, M: int, N: int) -> torch.Tensor:
     return packed.copy_(bias)
 
 
-def scratch(shape: tuple[int, ...], lent: torch.Tensor) -> torch.Tensor:
-    """Uninitialised float32 memory: that of `lent`, a new dense tensor, where that is enough."""
-    size = math.prod(shape)
-    if lent.nbytes < 4 * size:
-        return lent.new_empty(shape, dtype=torch.float32)
-    flat = lent.as_strided((lent.numel(),), (1,))
-    return flat.view(torch.float32)[:size].view(shape)
-
-
 def broadcast_steps(x: torch.Tensor) -> tuple[int, int]:
     """1 for the batches and heads of a bias, or 0 where it is broadcast along them."""
     return int(x.shape[0] != 1), int(x.shape[1] != 1)
+
+
+class MaskBytes(NamedTuple):
+    """A mask as it lies in memory: a byte for a key, and `words` of four of them or of one."""
+
+    keys: torch.Tensor
+    strides: tuple[int, ...]
+    words: torch.Tensor
+    words_strides: tuple[int, ...]
+
+
+def mask_bytes(mask: torch.Tensor | None, N: int, unread: torch.Tensor) -> MaskBytes:
+    """View a mask of bool (B, R, N) with 1 in place of any size; `unread` stands for none."""
+    if mask is None:
+        return MaskBytes(unread, (0, 0, 0), unread, (0, 0, 0))
+    keys = words = mask.view(torch.uint8)
+    is_whole = mask.shape[2] == N and N % 4 == 0
+    if is_whole and is_aligned(mask) and mask.data_ptr() % 16 == 0:
+        words = mask.view(torch.int32)
+    return MaskBytes(keys, broadcast_strides(keys), words, broadcast_strides(words))
 
 
 class KeyRows(NamedTuple):
@@ -110,17 +125,10 @@ class KeyRows(NamedTuple):
     has_range: bool
 
 
-def key_rows(
-    mask: torch.Tensor | None, N: int, block_n: int, is_mean: bool, unread: torch.Tensor
-) -> KeyRows:
-    """Read a mask of bool (B, R, N), True = masked out, with 1 in place of any size.
-
-    Rows without keys have all of them in their range where the mean of their values is wanted.
-    """
+def key_rows(mask: torch.Tensor | None, N: int, block_n: int, unread: torch.Tensor) -> KeyRows:
+    """Read a mask of bool (B, R, N), True = masked out, with 1 in place of any size."""
     if mask is not None:
-        found = keys.visible_keys(
-            mask, N, unread, hidden=_HIDDEN, absent=_ABSENT, none_is_all=is_mean
-        )
+        found = visible_keys(mask, N, unread, hidden=_HIDDEN, absent=_ABSENT)
         B, R, columns = found.shut.shape
         steps = (0 if B == 1 else R, 0 if R == 1 else 1)
         rows = found.shut.view(B * R, columns)

@@ -105,11 +105,12 @@ def _attention_backward_dbias_kernel(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["M", "N", "num_splits", "num_blocks"])
+@triton.jit(do_not_specialize=["M", "N", "num_splits", "num_more", "num_blocks"])
 def _sum_of_splits_kernel(
     parts_ptr, stride_ps, stride_pp, stride_pm,  # [num_splits, planes, M, N]
+    more_ptr,  # [num_more, planes, M, N], of the same strides
     total_ptr,  # [planes, M, N], contiguous
-    M, N, num_splits, num_blocks,
+    M, N, num_splits, num_more, num_blocks,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
@@ -117,12 +118,16 @@ def _sum_of_splits_kernel(
     row = (pid // num_blocks).to(tl.int64)
     offs_n = pid % num_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_s = tl.arange(0, BLOCK_S)
-    parts_ptr += row // M * stride_pp + row % M * stride_pm
+    plane = row // M * stride_pp + row % M * stride_pm
     total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     for start in range(0, num_splits, BLOCK_S):
         mask = (offs_s < num_splits - start)[:, None] & (offs_n < N)[None, :]
         offs = (start + offs_s).to(tl.int64)[:, None] * stride_ps + offs_n[None, :]
-        total += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        total += tl.load(parts_ptr + plane + offs, mask=mask, other=0.0)
+    for start in range(0, num_more, BLOCK_S):
+        mask = (offs_s < num_more - start)[:, None] & (offs_n < N)[None, :]
+        offs = (start + offs_s).to(tl.int64)[:, None] * stride_ps + offs_n[None, :]
+        total += tl.load(more_ptr + plane + offs, mask=mask, other=0.0)
     total_ptrs = total_ptr + row * N + offs_n
     tl.store(total_ptrs, tl.sum(total, 0).to(total_ptr.dtype.element_ty), mask=offs_n < N)
 
@@ -183,22 +188,32 @@ def dbias(
     return sum_of_splits(launch(configs.tiles(configs.BACKWARD_DBIAS, q, k, launch)), bias)
 
 
-def sum_of_splits(parts: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def sum_of_splits(
+    parts: torch.Tensor, bias: torch.Tensor, more: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum (splits, B, H, M, N) to the gradient of a bias that may have been broadcast.
 
-    The last dimension is dense, and batches and heads are one dimension in memory.
+    The last dimension is dense, and batches and heads are one dimension in memory. `more` are
+    further splits of the same strides.
     """
     if parts.shape[1:] != bias.shape:
-        return parts.sum(0).sum_to_size(bias.shape).to(bias.dtype)
+        total = parts.sum(0) if more is None else parts.sum(0) + more.sum(0)
+        return total.sum_to_size(bias.shape).to(bias.dtype)
     dbias = bias.new_empty(bias.shape)
     splits, B, H, M, N = parts.shape
+    num_more = 0 if more is None else more.shape[0]
     strides = (parts.stride(0), parts.stride(2), parts.stride(3))
     num_blocks = tiling.ceil_div(N, _SUM_CONFIG.block_n)
     _launch_sum(
         B * H * M * num_blocks,
         strides=strides,
-        args=(parts, *strides, dbias, M, N, splits, num_blocks),
+        args=(
+            parts, *strides,
+            parts if more is None else more,
+            dbias,
+            M, N, splits, num_more, num_blocks,
+        ),
         constexprs={"BLOCK_S": _SUM_CONFIG.block_m, "BLOCK_N": _SUM_CONFIG.block_n},
         config=_SUM_CONFIG,
-    )
+    )  # fmt: skip
     return dbias

@@ -41,8 +41,7 @@ def _visible_keys_kernel(
     shut_ptr,  # [B, R, num_columns], contiguous
     range_ptr,  # [B, R, 2], contiguous
     N, R, num_columns,
-    IS_ADDITIVE: tl.constexpr, HIDDEN: tl.constexpr, ABSENT: tl.constexpr,
-    NONE_IS_ALL: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_ADDITIVE: tl.constexpr, HIDDEN: tl.constexpr, ABSENT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     row = tl.program_id(0).to(tl.int64)
@@ -64,9 +63,6 @@ def _visible_keys_kernel(
         tl.store(shut_ptr + key, shut, mask=key < num_columns)
         first = tl.minimum(first, tl.min(tl.where(shut > lowest, key, N)))
         last = tl.maximum(last, tl.max(tl.where(shut > lowest, key, -1)))
-    if NONE_IS_ALL:
-        first = tl.where(last < 0, 0, first)
-        last = tl.where(last < 0, N - 1, last)
     tl.store(range_ptr + 2 * row, first)
     tl.store(range_ptr + 2 * row + 1, last + 1)
 
@@ -96,13 +92,11 @@ def visible_keys(
     *,
     hidden: float = -math.inf,
     absent: float = -math.inf,
-    none_is_all: bool = False,
 ) -> VisibleKeys:
     """Read a mask (B, R, N), of bool or additive, with 1 in place of any size.
 
     Kernels compiled for no mask get `unread` in place of both tensors. `hidden` is added to the
-    scores of masked keys, `absent` to those past the end. With `none_is_all` the range of a row
-    without visible keys holds all of them.
+    scores of masked keys, `absent` to those past the end.
     """
     if mask is None:
         return VisibleKeys(unread, unread, (0, 0, 0, 0), "none")
@@ -126,7 +120,7 @@ def visible_keys(
         ),
         constexprs={
             "IS_ADDITIVE": is_additive, "HIDDEN": hidden, "ABSENT": absent,
-            "NONE_IS_ALL": none_is_all, "BLOCK_N": _CONFIG.block_n,
+            "BLOCK_N": _CONFIG.block_n,
         },
         config=_CONFIG,
     )
