@@ -42,6 +42,7 @@ CASES = [
     *(Case(1, 12, 4, 1024, 1024, 128, window) for window in (OPEN, CAUSAL)),
     Case(1, 12, 4, 1024, 1024, 256, CAUSAL),
     Case(1, 12, 4, 1000, 1000, 128, (300, 0)),
+    Case(1, 12, 4, 1024, 1024, 128, (700, 0)),
     Case(1, 12, 4, 1024, 1024, 96, CAUSAL, HALF, -1.0),
     *(Ragged((S,), (S,), H=12, H_KV=4, D=D, window=window)
       for S, D, window in ((8192, 64, CAUSAL), (1024, 128, CAUSAL), (1024, 256, OPEN))),
@@ -70,10 +71,8 @@ LN_2 = "0f3F317218"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_lse_is_rounded_alike_wherever_a_tile_is_stored(case):
-    """Which tile is a program's last is up to chance, and the last one is stored elsewhere."""
+def test_tiles_are_stored_by_the_same_code_wherever_they_come(case):
+    """Copies of it could be rounded differently, and which tile is a program's last is chance."""
     ptx = compile_forward(case)[1].asm["ptx"]
-    products = re.findall(rf"mul\.f32\s+%\w+, (%\w+), {LN_2};", ptx)
-    assert len(products) >= 8  # two rows of a thread, two consumers, two places
-    for register in products:
-        assert re.search(rf"(\S+)\s+{register}, ", ptx)[1] == "add.f32"
+    products = re.findall(rf"mul\.f32\s+%\w+, %\w+, {LN_2};", ptx)
+    assert len(products) in (4, 6)  # two rows of a thread, two or three consumers

@@ -45,6 +45,8 @@ CASES = [
     Case(2, 2, 1, 300, 140, 64, CAUSAL, HALF),
     Case(1, 2, 1, 270, 270, 64, (40, 0)),
     Case(1, 1, 1, 140, 300, 128, (30, 20)),
+    Case(1, 2, 1, 450, 450, 128, (100, 0)),  # consumers leave blocks out at either end
+    Case(1, 1, 1, 300, 140, 96, (90, 70)),
     Case(1, 1, 1, 150, 150, 96, CAUSAL, factor=-1.0),
     Case(1, 2, 1, 100, 200, 192, CAUSAL),
     Case(1, 4, 2, 130, 100, 256, (90, -1)),
@@ -64,11 +66,21 @@ def test_every_way_to_share_tiles_out(consumers, is_dynamic, hopper):
     check(hopper, Case(1, 2, 1, 250, 200, 64, CAUSAL), schedule)
 
 
+@pytest.mark.parametrize("window", [(100, 0), (50, 80), (200, -1), (-1, 60)], ids=str)
+@pytest.mark.parametrize("consumers", [2, 3])
+def test_consumers_that_skip_blocks(consumers, window, hopper):
+    schedule = hopper.schedules.Schedule(
+        consumers, 64, k_stages=3, v_stages=3, takes_turns=False, is_dynamic=True, skips=True
+    )
+    check(hopper, Case(1, 2, 1, 450, 400, 64, window), schedule)
+
+
 RAGGED = [
     Ragged((130, 0, 200, 1), (70, 20, 260, 0)),
     Ragged((150, 260), (130, 270), window=CAUSAL),
     Ragged((150, 60, 90), (200, 40, 130), D=128, window=CAUSAL),
     Ragged((140, 70), (140, 90), D=128, window=(30, 10)),
+    Ragged((300, 0, 40), (300, 90, 0), D=128, window=(100, 0)),
     Ragged((150, 80), (150, 300), (60, 0), H_KV=2, window=CAUSAL, dtype=HALF),
     Ragged((140, 70), (90, 140), (90, 1), D=256),
     Ragged((3, 1, 2), (40, 0, 9), H=1, window=CAUSAL),

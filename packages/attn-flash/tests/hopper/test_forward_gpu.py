@@ -56,6 +56,9 @@ CASES = [
     # More tiles than multiprocessors, so that programs compute several.
     *(Case(3, 48, 16, 700, 700, D, window)
       for D in (64, 128, 256) for window in (OPEN, CAUSAL, (100, 0))),
+    # Narrow windows, in which consumers leave out blocks that only the other one sees.
+    *(Case(3, 48, 16, 700, M, 128, window)
+      for M in (700, 1000) for window in ((255, 0), (60, 70), (127, 127), (0, 0), (400, 111))),
     # The kernel for short sequences: as many heads as multiprocessors, or more.
     *(Case(32, 12, heads_kv, M, N, 64)
       for heads_kv in (12, 3)
@@ -120,6 +123,7 @@ def test_without_keys(device):
         Case(4, 32, 8, 1100, 1300, 128, CAUSAL),
         Case(4, 16, 8, 1100, 1300, 128),
         Case(2, 16, 8, 1100, 1300, 256, (300, 0)),
+        Case(4, 32, 8, 1100, 1300, 128, (255, 0)),
         Case(64, 12, 12, 197, 197, 64),
         Case(64, 12, 12, 257, 257, 64),
     ],

@@ -54,7 +54,7 @@ def _attention(
         forward_short(q, k, v, out, lse, scale)
         return out, lse
     len_k = N if sequences is None else sequences.longest_k
-    schedule = schedules.schedule(D, len_k, window != (-1, -1), sequences is not None)
+    schedule = schedules.schedule(D, len_k, window, sequences is not None)
     forward(q, k, v, out, lse, scale, window, schedule, sequences)
     return out, lse
 

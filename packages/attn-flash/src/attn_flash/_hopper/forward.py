@@ -6,7 +6,7 @@ block that a tile of queries sees to the first:
     S = Q K^T,   m' = max(m, rowmax S),   P = exp(scale (S - m')),
     l = exp(scale (m - m')) l + rowsum P,   O = exp(scale (m - m')) O + P V,
 
-but m, which only has to keep P in range, stays as it is until scores pass it by 8 powers of two.
+but m, which only has to keep P in range, may stay as it is until scores pass it by 8 powers of two.
 
 This file has what a program's roles share, the kernel and its launcher. `forward_producer` and
 `forward_consumer` are the roles, `forward_tiles` says which tiles they work on.
@@ -32,6 +32,7 @@ from attn_flash._hopper import problem
 from attn_flash._hopper.descriptors import Rows
 from attn_flash._hopper.forward_consumer import attend
 from attn_flash._hopper.forward_producer import load
+from attn_flash._hopper.forward_tiles import TILE_WORDS
 from attn_flash._hopper.schedules import Schedule
 from attn_flash._hopper.softmax import ROWS
 
@@ -66,10 +67,9 @@ class _Shared:
     """Shared memory of a program, and the barriers that say what is in it."""
 
     q: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, ROWS, BLOCK_D]
-    q_full: gl.shared_memory_descriptor  # of each buffer of q, as the three that follow
+    q_full: gl.shared_memory_descriptor  # of each buffer of q, as the two that follow
     q_empty: gl.shared_memory_descriptor
-    rank: gl.shared_memory_descriptor  # of its tile
-    sequence: gl.shared_memory_descriptor  # the number of the tile's sequence
+    tile: gl.shared_memory_descriptor  # its tile, TILE_WORDS numbers
     k: _Ring
     v: _Ring
     out: gl.shared_memory_descriptor  # [CONSUMERS, ROWS, BLOCK_D], with STAGES_OUT
@@ -105,6 +105,10 @@ class _Problem:
     DYNAMIC: gl.constexpr
     TAKES_TURNS: gl.constexpr
     STAGES_OUT: gl.constexpr
+    SCORES_FIRST: gl.constexpr
+    STORES_FIRST: gl.constexpr
+    SKIPS: gl.constexpr
+    KEEPS_PIVOTS: gl.constexpr
     HEAD_DIM: gl.constexpr
 
 
@@ -120,6 +124,8 @@ def _attention_forward_kernel(
     IS_RAGGED: gl.constexpr, HAS_USED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
     DYNAMIC: gl.constexpr, TAKES_TURNS: gl.constexpr, STAGES_OUT: gl.constexpr,
+    SCORES_FIRST: gl.constexpr, STORES_FIRST: gl.constexpr,
+    SKIPS: gl.constexpr, KEEPS_PIVOTS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
@@ -135,8 +141,7 @@ def _attention_forward_kernel(
         gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, ROWS, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS, 1], FLAT),
-        gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS, 1], FLAT),
+        gl.allocate_shared_memory(gl.int32, [Q_STAGES * CONSUMERS * TILE_WORDS, 1], FLAT),
         _Ring(
             gl.allocate_shared_memory(DTYPE, [K_STAGES, BLOCK_N, BLOCK_D], SWIZZLED),
             gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIER),
@@ -163,7 +168,7 @@ def _attention_forward_kernel(
         starts_q_ptr, starts_k_ptr, used_ptr, B, M, N, H, group, num_tiles, num_heads,
         heads_per_group, left, right, scale_log2, next_ptr,
         BLOCK_M, BLOCK_N, IS_RAGGED, HAS_USED, HAS_LEFT, HAS_RIGHT, EVEN_N, NEGATE, DYNAMIC,
-        TAKES_TURNS, STAGES_OUT, HEAD_DIM,
+        TAKES_TURNS, STAGES_OUT, SCORES_FIRST, STORES_FIRST, SKIPS, KEEPS_PIVOTS, HEAD_DIM,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -259,7 +264,9 @@ def _plan(
         "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
         "EVEN_N": not is_ragged and N % block_n == 0, "NEGATE": scale < 0,
         "DYNAMIC": schedule.is_dynamic, "TAKES_TURNS": schedule.takes_turns,
-        "STAGES_OUT": schedule.stages_out, "HEAD_DIM": D,
+        "STAGES_OUT": schedule.stages_out,
+        "SCORES_FIRST": schedule.scores_first, "STORES_FIRST": schedule.stores_first,
+        "SKIPS": schedule.skips, "KEEPS_PIVOTS": schedule.keeps_pivots, "HEAD_DIM": D,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": problem.padded_head_dim(D),
         "Q_STAGES": schedule.q_stages, "K_STAGES": schedule.k_stages,
         "V_STAGES": schedule.v_stages,

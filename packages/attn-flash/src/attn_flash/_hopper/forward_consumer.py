@@ -1,12 +1,13 @@
 """The consumers of the forward kernel: warpgroups of which each computes 64 queries of a tile.
 
 A consumer keeps S, P and O in registers. It starts S of a block together with P V of the block
-before, and does its softmax while another consumer's products run. The first S of the next tile
-starts with the last P V of this one, so nothing drains between tiles.
+before, and does its softmax while another consumer's products run. The last P V of a tile and the
+first S of the next start together, so nothing drains between tiles.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._layouts import DistributedLinearLayout
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -23,9 +24,24 @@ from attn_core.tiles.hopper import (
     meet_at,
     scale_rows,
 )
-from attn_flash._hopper.forward_tiles import crosses_edge, mask, sequence_at, tile_at
+from attn_flash._hopper.forward_tiles import (
+    TILE_WORDS,
+    Tile,
+    mask,
+    mask_last,
+    seen_blocks,
+    sequence_at,
+)
 from attn_flash._hopper.primitives import store_ragged_rows, store_rows
-from attn_flash._hopper.softmax import ROWS, fold, no_pivots, raise_pivots, rescale_rows, store_lse
+from attn_flash._hopper.softmax import (
+    ROWS,
+    fold,
+    follow_scores,
+    no_pivots,
+    raise_pivots,
+    rescale_rows,
+    store_lse,
+)
 
 _TURN = gl.constexpr(12)  # named barriers, one for each consumer
 
@@ -37,16 +53,17 @@ def _read(buffer):
 
 
 @gluon.jit
-def _read_tile(shared, problem, number, i):
-    """Return the rank and the tile of the queries in buffer i; without DYNAMIC, those of number."""
-    if problem.DYNAMIC:
-        rank = _read(shared.rank.index(i))
-    else:
-        rank = gl.where(number < problem.num_tiles * problem.num_heads, number, -1)
+def _read_tile(shared, problem, i):
+    """Return the tile of the queries in buffer i."""
+    first = i * TILE_WORDS
     sequence = gl.to_tensor(0)
     if problem.IS_RAGGED:
-        sequence = _read(shared.sequence.index(i))
-    return rank, tile_at(problem, sequence_at(problem, sequence), rank)
+        sequence = _read(shared.tile.index(first + 5))
+    return Tile(
+        sequence_at(problem, sequence), _read(shared.tile.index(first)),
+        _read(shared.tile.index(first + 1)), _read(shared.tile.index(first + 2)),
+        _read(shared.tile.index(first + 3)), _read(shared.tile.index(first + 4)),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -72,14 +89,40 @@ def _release_queries(shared, problem, visit, W: gl.constexpr):
 
 
 @gluon.jit
-def _start_scores(shared, problem, q, count, W: gl.constexpr):
-    """Start S of the program's block `count`, in this consumer's turn."""
-    i = _await_block(shared.k, count)
+def _skip(ring, count, number):
+    """Give `number` blocks from the program's block `count` back, unused."""
+    for j in range(number):
+        _await_block(ring, count + j)
+        _release(ring, count + j)
+
+
+@gluon.jit
+def _take_turn(problem, W: gl.constexpr):
     if problem.TAKES_TURNS:
         meet_at(_TURN + W, 256)
+
+
+@gluon.jit
+def _pass_turn(problem, W: gl.constexpr):
+    CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
+    if problem.TAKES_TURNS:
+        arrive_at(_TURN + (W + 1) % CONSUMERS, 256)
+
+
+@gluon.jit
+def _start_product(shared, problem, q, count):
+    """Start S of the program's block `count`."""
     zeros = gl.zeros([ROWS, problem.BLOCK_N], gl.float32, accumulator_layout(problem.BLOCK_N))
-    k = shared.k.buffers.index(i).permute((1, 0))
+    k = shared.k.buffers.index(count % shared.k.buffers.shape[0]).permute((1, 0))
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_scores(shared, problem, q, count, W: gl.constexpr):
+    """Start S of the program's block `count`, in this consumer's turn."""
+    _await_block(shared.k, count)
+    _take_turn(problem, W)
+    return _start_product(shared, problem, q, count)
 
 
 @gluon.jit
@@ -88,13 +131,6 @@ def _await_scores(problem, s, PENDING: gl.constexpr):
     if problem.NEGATE:  # a running maximum needs a scale that is not negative
         s = -s
     return s
-
-
-@gluon.jit
-def _pass_turn(problem, W: gl.constexpr):
-    CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
-    if problem.TAKES_TURNS:
-        arrive_at(_TURN + (W + 1) % CONSUMERS, 256)
 
 
 @gluon.jit
@@ -132,7 +168,11 @@ def _advance(shared, problem, q, p, acc, count, W: gl.constexpr):
 @gluon.jit
 def _softmax(s, pivot, problem):
     """Return P, the new pivots in powers of two, and the factors of sums that used the old ones."""
-    pivot, alpha = raise_pivots(pivot, gl.max(s, axis=1) * problem.scale_log2)
+    top = gl.max(s, axis=1) * problem.scale_log2
+    if problem.KEEPS_PIVOTS:
+        pivot, alpha = raise_pivots(pivot, top)
+    else:
+        pivot, alpha = follow_scores(pivot, top)
     finite = pivot
     if problem.HAS_LEFT or problem.HAS_RIGHT or problem.IS_RAGGED:
         finite = gl.where(pivot == float("-inf"), 0.0, pivot)
@@ -141,18 +181,45 @@ def _softmax(s, pivot, problem):
 
 
 @gluon.jit
-def _begin(s, problem, tile, row):
-    """The softmax of a tile's first block."""
-    if problem.HAS_LEFT or problem.HAS_RIGHT or not problem.EVEN_N:
-        s = mask(s, problem, tile.sequence, row, (tile.last - 1) * problem.BLOCK_N)
-    s = fold(s)
+def _begin(s, problem, tile, row, last):
+    """The softmax of a tile's first block, the last one of `last`."""
+    s = fold(mask_last(s, problem, tile.sequence, row, (last - 1) * problem.BLOCK_N))
     p, pivot, _ = _softmax(s, no_pivots(s), problem)
     return p, pivot
 
 
+@gluon.constexpr_function
+def _row_layout(columns, FIRST, SECOND):
+    """Layout of ROWS rows of results, of which four threads share each.
+
+    From one of a row's threads to the next, and to the one after that, are FIRST and SECOND columns
+    of 2, 4, 8 and 16; in an accumulator those are 2 and 4.
+    """
+    own = [[0, x] for x in (2, 4, 8, 16) if x not in (FIRST, SECOND)]
+    following = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    return DistributedLinearLayout(
+        reg_bases=[[0, 1], *own, [8, 0], *following],
+        lane_bases=[[0, FIRST], [0, SECOND], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[ROWS.value, columns],
+    )
+
+
+@gluon.jit
+def _side_by_side(out):
+    """Give each thread 8 columns of a row that lie side by side, by exchange between four of them.
+
+    In one step Triton 3.6 would go by way of shared memory.
+    """
+    out = gl.convert_layout(out, _row_layout(out.shape[1], 8, 4))
+    return gl.convert_layout(out, _row_layout(out.shape[1], 8, 16))
+
+
 @gluon.jit
 def _store_registers(tensors, problem, tile, row, out):
-    """Write rows of out straight from registers."""
+    """Write rows of out straight from registers, 16 bytes of a thread at a time."""
+    out = _side_by_side(out)
     LAYOUT: gl.constexpr = out.type.layout
     stride_m = problem.H * problem.HEAD_DIM
     token = gl.cast(tile.b, gl.int64) * problem.M + tile.sequence.start_q + row
@@ -201,63 +268,94 @@ def attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
     if problem.TAKES_TURNS and W == CONSUMERS - 1:
         arrive_at(_TURN, 256)
 
-    number = gl.program_id(0)
     visit = 0
     count = 0  # blocks of keys so far
     q = shared.q.index(W)
     mbarrier.wait(shared.q_full.index(W), 0)
-    rank, tile = _read_tile(shared, problem, number, W)
+    tile = _read_tile(shared, problem, W)
+    row = tile.row + W * ROWS
+    first, last = seen_blocks(problem, tile, row)
+    if problem.SKIPS:
+        skipped = tile.last - last
+        _skip(shared.k, count, skipped)
+        count += skipped
     s = _start_scores(shared, problem, q, count, W)
     _pass_turn(problem, W)
     s = _await_scores(problem, s, 0)
     _release(shared.k, count)
-    row = tile.row + W * ROWS
-    p, pivot = _begin(s, problem, tile, row)
+    if problem.SKIPS:
+        _skip(shared.v, 0, count)
+    p, pivot = _begin(s, problem, tile, row, last)
     sums = gl.sum(p, axis=1)
     p_operand = _operand(p, DTYPE, P_LAYOUT)
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-    while rank >= 0:
-        for block in range(tile.last - 2, tile.first - 1, -1):
+    while tile.last > 0:
+        for block in range(last - 2, first - 1, -1):
             s, acc = _advance(shared, problem, q, p_operand, acc, count, W)
             if Q_STAGES == 1:  # noqa: SIM102 - known to the compiler
-                if block == tile.first:
+                if block == first:
                     _release_queries(shared, problem, visit, W)
-            if problem.HAS_LEFT or problem.HAS_RIGHT:  # noqa: SIM102 - known to the compiler
-                if crosses_edge(problem, tile.sequence, row, block * problem.BLOCK_N):
-                    s = mask(s, problem, tile.sequence, row, block * problem.BLOCK_N)
+            s = mask(s, problem, tile.sequence, row, block * problem.BLOCK_N)
             p, pivot, alpha = _softmax(fold(s), pivot, problem)
             sums = sums * alpha + gl.sum(p, axis=1)
             acc = _await_output(shared, acc, count)
-            acc = rescale_rows(acc, alpha)
+            acc = rescale_rows(acc, alpha, problem.KEEPS_PIVOTS)
             p_operand = _operand(p, DTYPE, P_LAYOUT)
             count += 1
-        # Between two tiles: the last output of this one under the first scores of the next.
-        if Q_STAGES > 1 or tile.last - tile.first == 1:
+        if Q_STAGES > 1 or last - first == 1:
             _release_queries(shared, problem, visit, W)
+
+        # Between two tiles: the last output of this one and the first scores of the next. After the
+        # last tile these are of what is left in the buffers, for nobody.
+        if not problem.SCORES_FIRST:
+            _take_turn(problem, W)
+            acc = _start_output(shared, p_operand, acc, count)
         visit += 1
         i = visit % Q_STAGES * CONSUMERS + W
-        number += gl.num_programs(0)
-        if problem.DYNAMIC:
-            mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
-        rank, following = _read_tile(shared, problem, number, i)
-        if rank >= 0:
-            if not problem.DYNAMIC:
-                mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
-            q = shared.q.index(i)
-            s, acc = _advance(shared, problem, q, p_operand, acc, count, W)
-            row = following.row + W * ROWS
-            p, next_pivot = _begin(s, problem, following, row)
+        mbarrier.wait(shared.q_full.index(i), (visit // Q_STAGES) & 1)
+        following = _read_tile(shared, problem, i)
+        next_row = following.row + W * ROWS
+        next_first, next_last = seen_blocks(problem, following, next_row)
+        ahead = count + 1
+        if problem.SKIPS:
+            skipped = first - tile.first + gl.maximum(following.last - next_last, 0)
+            _skip(shared.k, ahead, skipped)
+            ahead += skipped
+        if following.last > 0:
+            _await_block(shared.k, ahead)
+        q = shared.q.index(i)
+        if problem.SCORES_FIRST:
+            _take_turn(problem, W)
+            s = _start_product(shared, problem, q, ahead)
+            acc = _start_output(shared, p_operand, acc, count)
+            _pass_turn(problem, W)
+            s = _await_scores(problem, s, 1)
+        else:
+            s = _start_product(shared, problem, q, ahead)
+            _pass_turn(problem, W)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            _release(shared.v, count)
+            if problem.STORES_FIRST:
+                _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W)
+            s = _await_scores(problem, s, 0)
+        if following.last > 0:
+            _release(shared.k, ahead)
+        if problem.SKIPS:
+            _skip(shared.v, count + 1, skipped)
+        p, next_pivot = _begin(s, problem, following, next_row, next_last)
+        if problem.SCORES_FIRST:
             acc = _await_output(shared, acc, count)
+        if problem.SCORES_FIRST or not problem.STORES_FIRST:
             _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W)
-            pivot = next_pivot
-            sums = gl.sum(p, axis=1)
-            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-            p_operand = _operand(p, DTYPE, P_LAYOUT)
-            count += 1
-            tile = following
-    acc = _start_output(shared, p_operand, acc, count)
-    acc = _await_output(shared, acc, count)
-    _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W)
+        pivot = next_pivot
+        sums = gl.sum(p, axis=1)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+        p_operand = _operand(p, DTYPE, P_LAYOUT)
+        count = ahead
+        tile = following
+        row = next_row
+        first = next_first
+        last = next_last
     tma.store_wait(0)
     if problem.TAKES_TURNS and W == 0:  # the turn that the last consumer passed on
         meet_at(_TURN, 256)

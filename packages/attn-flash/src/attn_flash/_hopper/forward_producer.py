@@ -9,7 +9,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from attn_core.tiles.hopper import meet_at_stage
-from attn_flash._hopper.forward_tiles import find, next_number, reset_counter, sequence_at, tile_at
+from attn_flash._hopper.forward_tiles import (
+    TILE_WORDS,
+    find,
+    next_number,
+    reset_counter,
+    sequence_at,
+    tile_at,
+)
 from attn_flash._hopper.primitives import load_ragged_rows, load_rows
 from attn_flash._hopper.softmax import ROWS
 
@@ -21,6 +28,19 @@ def _write(buffer, number):
 
 
 @gluon.jit
+def _write_tile(shared, problem, tile, rank, i):
+    """Say beside the queries in buffer i what their tile is, or that there is none."""
+    first = i * TILE_WORDS
+    _write(shared.tile.index(first), tile.row)
+    _write(shared.tile.index(first + 1), tile.b)
+    _write(shared.tile.index(first + 2), tile.h)
+    _write(shared.tile.index(first + 3), gl.where(rank >= 0, tile.first, 0))
+    _write(shared.tile.index(first + 4), gl.where(rank >= 0, tile.last, 0))
+    if problem.IS_RAGGED:
+        _write(shared.tile.index(first + 5), tile.sequence.number)
+
+
+@gluon.jit
 def _load_queries(tensors, shared, problem, tile, rank, visit):
     CONSUMERS: gl.constexpr = problem.BLOCK_M // ROWS
     STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
@@ -29,10 +49,7 @@ def _load_queries(tensors, shared, problem, tile, rank, visit):
         i = visit % STAGES * CONSUMERS + w
         full = shared.q_full.index(i)
         mbarrier.wait(shared.q_empty.index(i), (visit // STAGES + 1) & 1)
-        if problem.DYNAMIC:
-            _write(shared.rank.index(i), rank)
-        if problem.IS_RAGGED:
-            _write(shared.sequence.index(i), sequence.number)
+        _write_tile(shared, problem, tile, rank, i)
         if rank >= 0:
             row = tile.row + w * ROWS
             mbarrier.expect(full, tensors.q.block_type.nbytes)
@@ -86,20 +103,19 @@ def load(tensors, shared, problem):
     _load_queries(tensors, shared, problem, tile, rank, visit)
     _load_block(tensors.k, shared.k, problem, tile, tile.last - 1, count)
     while rank >= 0:
+        number = next_number(problem, number)  # early, as the answer takes its time
         for block in range(tile.last - 1, tile.first, -1):
             _load_block(tensors.k, shared.k, problem, tile, block - 1, count + 1)
             _load_block(tensors.v, shared.v, problem, tile, block, count)
             count += 1
         if HAS_ONE_BUFFER:  # which is only free when the last values are all that is missing
             _load_block(tensors.v, shared.v, problem, tile, tile.first, count)
-        number = next_number(problem, number)
         sequence, first, stop = find(problem, tile.sequence, first, number)
         reset_counter(problem, number, stop)
         rank = gl.where(number < stop, number - first, -1)
         following = tile_at(problem, sequence, rank)
         visit += 1
-        if problem.DYNAMIC or rank >= 0:
-            _load_queries(tensors, shared, problem, following, rank, visit)
+        _load_queries(tensors, shared, problem, following, rank, visit)
         if rank >= 0:
             _load_block(tensors.k, shared.k, problem, following, following.last - 1, count + 1)
         if not HAS_ONE_BUFFER:

@@ -24,7 +24,9 @@ from attn_core.tiles.hopper import (
     accumulator_layout,
     arrive_at,
     exp2,
+    log2,
     meet_at,
+    reciprocal,
     record,
     scale_rows,
     thread_sums,
@@ -224,15 +226,15 @@ def _start_output(operands, pieces, stage, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
-def _store(tensors, shared, problem, lse_ptr, visit, row, acc, m_i, sums, W: gl.constexpr):
+def _store(tensors, shared, problem, lse_ptr, b, h, row, acc, m_i, sums, W: gl.constexpr):
     """Normalise a tile's output, and write it and lse."""
-    b, h = _head(problem, visit)
     l_i = gl.convert_layout(gl.sum(sums, axis=1), m_i.type.layout)
     head = gl.cast(b * problem.H + h, gl.int64) * problem.M
-    lse_log2 = gl.fma(m_i, problem.scale_log2, gl.log2(l_i))
+    lse_log2 = gl.fma(m_i, problem.scale_log2, log2(l_i))
     store_lse(lse_ptr + head, lse_log2, l_i, row, problem.M)
+    out = scale_rows(acc, reciprocal(l_i)).to(tensors.q.dtype)
     tma.store_wait(0)  # the last tile has left the buffer
-    shared.out.index(W).store(scale_rows(acc, 1.0 / l_i).to(tensors.q.dtype))
+    shared.out.index(W).store(out)
     fence_async_shared()
     store_rows(tensors.out, b, h, row, shared.out.index(W))
 
@@ -274,6 +276,8 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
         v_stage = stage
         turn += 1  # noqa: SIM113 - not of Python
         i, stage = _await_inputs(shared, problem, unit + _CONSUMERS, turn, W)
+        b, h = _head(problem, visit)
+        row = (unit - visit * problem.TILES) * ROWS
         meet_at(_TURN + W, 256)
         acc = _start_output(operands, shared.v, v_stage, BLOCK_D)
         # After the last tile these run on what is left in the buffers, for nobody.
@@ -282,8 +286,7 @@ def _attend(tensors, shared, problem, lse_ptr, W: gl.constexpr):
         rest = _start_rest(shared.q.index(i), shared.k, stage, PIECES)
         arrive_at(_TURN + 1 - W, 256)
         mbarrier.arrive(shared.empty.index(v_stage), count=1)
-        row = (unit - visit * problem.TILES) * ROWS
-        _store(tensors, shared, problem, lse_ptr, visit, row, acc, m_i, sums, W)
+        _store(tensors, shared, problem, lse_ptr, b, h, row, acc, m_i, sums, W)
         scores = _await_scores((first,) + rest)  # noqa: RUF005
     tma.store_wait(0)
     if W == 0:

@@ -10,6 +10,8 @@ from triton.experimental.gluon import language as gl
 from attn_core.tiles.hopper import record
 from attn_flash._hopper.softmax import ROWS
 
+TILE_WORDS = gl.constexpr(6)  # numbers that say what a tile is
+
 
 @record
 class Sequence:
@@ -25,7 +27,10 @@ class Sequence:
 
 @record
 class Tile:
-    """Queries of one head, and the key blocks [first, last) that they see."""
+    """Queries of one head, and the key blocks [first, last) that they see.
+
+    A tile without blocks follows a program's last one.
+    """
 
     sequence: Sequence
     row: gl.tensor  # the first query
@@ -136,8 +141,28 @@ def reset_counter(problem, number, stop):
 
 
 @gluon.jit
-def mask(s, problem, sequence, row, key):
-    """Hide what the window and the end of the keys hide of scores that start at (row, key)."""
+def seen_blocks(problem, tile, row):
+    """Return the key blocks [first, last) that ROWS queries of a tile from `row` see.
+
+    Without SKIPS, those of the tile.
+    """
+    first = tile.first
+    last = tile.last
+    if problem.SKIPS:
+        position = row + tile.sequence.N - tile.sequence.M
+        if problem.HAS_RIGHT:
+            end_key = gl.maximum(position + ROWS + problem.right, 1)
+            last = gl.maximum(gl.minimum(last, gl.cdiv(end_key, problem.BLOCK_N)), first + 1)
+        if problem.HAS_LEFT:
+            first_key = gl.maximum(position - problem.left, 0)
+            first = gl.minimum(gl.maximum(first, first_key // problem.BLOCK_N), last - 1)
+    return first, last
+
+
+@gluon.jit
+def _hide(s, problem, sequence, row, key, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+          END: gl.constexpr):  # fmt: skip
+    """Hide what edges of the window and the end of the keys hide of scores from (row, key)."""
     LAYOUT: gl.constexpr = s.type.layout
     rows = gl.expand_dims(gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
     keys = gl.expand_dims(gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
@@ -146,22 +171,35 @@ def mask(s, problem, sequence, row, key):
     fixed = keys & (s.shape[1] - 7)
     lane = keys & 6
     ahead = rows - lane + (row + sequence.N - sequence.M - key)
-    if problem.HAS_RIGHT:
+    if RIGHT:
         s = gl.where(fixed <= ahead + problem.right, s, float("-inf"))
-    if problem.HAS_LEFT:
+    if LEFT:
         s = gl.where(fixed >= ahead - problem.left, s, float("-inf"))
-    if not problem.EVEN_N:
+    if END:
         s = gl.where(fixed < sequence.N - key - lane, s, float("-inf"))
     return s
 
 
 @gluon.jit
-def crosses_edge(problem, sequence, row, key):
-    """Whether the window hides any of BLOCK_N keys from `key` for ROWS queries from `row`."""
-    position = row + sequence.N - sequence.M
-    crosses = key < 0
-    if problem.HAS_RIGHT:
-        crosses = key + problem.BLOCK_N - 1 > position + problem.right
-    if problem.HAS_LEFT:
-        crosses = crosses | (key < position + ROWS - 1 - problem.left)
-    return crosses
+def _hide_left(s, problem, sequence, row, key):
+    if problem.HAS_LEFT:  # noqa: SIM102 - known to the compiler
+        if key < row + sequence.N - sequence.M + ROWS - 1 - problem.left:
+            s = _hide(s, problem, sequence, row, key, True, False, False)
+    return s
+
+
+@gluon.jit
+def mask_last(s, problem, sequence, row, key):
+    """Hide what the window and the end of the keys hide of ROWS queries' last block of keys."""
+    if problem.HAS_RIGHT or not problem.EVEN_N:
+        s = _hide(s, problem, sequence, row, key, False, problem.HAS_RIGHT, not problem.EVEN_N)
+    return _hide_left(s, problem, sequence, row, key)
+
+
+@gluon.jit
+def mask(s, problem, sequence, row, key):
+    """Hide what the window hides of a block of keys before the last one."""
+    if problem.HAS_RIGHT:  # noqa: SIM102 - known to the compiler
+        if key + problem.BLOCK_N - 1 > row + sequence.N - sequence.M + problem.right:
+            s = _hide(s, problem, sequence, row, key, False, True, False)
+    return _hide_left(s, problem, sequence, row, key)

@@ -32,6 +32,17 @@ class Schedule(NamedTuple):
         a tile, instead of every n-th.
     stages_out : bool
         Whether out leaves through shared memory rather than straight from registers.
+    scores_first : bool
+        Whether consumers start the first scores of the next tile before a tile's last output, and
+        do their softmax under it.
+    stores_first : bool
+        Whether they otherwise store a tile's out before that softmax.
+    skips : bool
+        Whether a consumer leaves out blocks of keys that only others of its tile see; without
+        turns.
+    keeps_pivots : bool
+        Whether a row keeps its pivot until scores pass it by far, which takes a look at every block
+        and spares most of them the rescaling of out.
     """
 
     consumers: int = 2
@@ -42,9 +53,17 @@ class Schedule(NamedTuple):
     takes_turns: bool = True
     is_dynamic: bool = False
     stages_out: bool = True
+    scores_first: bool = False
+    stores_first: bool = True
+    skips: bool = False
+    keeps_pivots: bool = True
 
 
-_WIDE = Schedule(block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_out=False)
+_WIDE = Schedule(
+    block_n=64, q_stages=1, k_stages=3, takes_turns=False, stages_out=False, stores_first=False
+)
+_NARROW = Schedule(block_n=64, k_stages=3, v_stages=3, takes_turns=False, skips=True)
+_NARROW_KEYS = 512  # of a window, at most, in which most blocks cross an edge
 _LONG = 2048  # keys from which 192 queries at a time pay
 _LONG_RAGGED = 4096  # and for ragged sequences with a closed window
 _SHORT = 320  # queries and keys, at most, of a head that fits shared memory as a whole
@@ -53,15 +72,22 @@ _PORTABLE_BACKWARD = 448  # tokens up to which narrow heads go backward faster w
 
 
 @functools.lru_cache
-def schedule(head_dim: int, len_k: int, is_closed: bool, is_ragged: bool) -> Schedule:
-    """Choose the schedule for heads and keys, from whether the window is closed on a side."""
+def schedule(head_dim: int, len_k: int, window: tuple[int, int], is_ragged: bool) -> Schedule:
+    """Choose the schedule for heads, keys and a window, and for ragged sequences."""
     block_d = problem.padded_head_dim(head_dim)
+    is_closed = window != (-1, -1)
     tiles_differ = is_closed or is_ragged
     if block_d == 256:
         return _WIDE._replace(is_dynamic=tiles_differ)
+    if min(window) >= 0 and sum(window) < _NARROW_KEYS:
+        return _NARROW._replace(is_dynamic=True)
     if block_d == 64 and len_k >= (_LONG_RAGGED if is_closed and is_ragged else _LONG):
         return Schedule(3, is_dynamic=tiles_differ)
-    return Schedule(is_dynamic=tiles_differ)
+    return Schedule(
+        is_dynamic=tiles_differ,
+        scores_first=block_d == 128 and is_closed and window[0] < 0,
+        keeps_pivots=block_d == 128 or len_k >= _LONG,
+    )
 
 
 def is_short(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:

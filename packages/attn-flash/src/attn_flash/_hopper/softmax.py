@@ -3,8 +3,11 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attn_core.tiles.hopper import exp2
+
 ROWS = gl.constexpr(64)  # queries of one warpgroup
 _LN_2 = gl.constexpr(0.6931471805599453)
+_LOWEST = gl.constexpr(-3.4028234663852886e38)  # of float32
 
 
 # Operands: pivots, whose place the new ones take; factors; and the largest scores. Each is the four
@@ -77,6 +80,14 @@ def raise_pivots(pivot, top):
     )  # fmt: skip
 
 
+@gluon.jit
+def follow_scores(pivot, top):
+    """Raise every pivot to the largest score of its row; arguments and results as above."""
+    row = gl.max(gl.maximum(pivot, top), axis=1)
+    raised = gl.maximum(pivot, gl.expand_dims(row, 1))
+    return raised, exp2(pivot - gl.maximum(raised, _LOWEST))  # 0 where there was no score before
+
+
 @gluon.constexpr_function
 def _rescale_ptx(registers):
     """Multiply registers by factors unless those of the whole warp are 1.
@@ -104,17 +115,23 @@ def _rescale_operands(registers):
 
 
 @gluon.jit
-def rescale_rows(x, factor):
-    """Multiply rows by factors [ROWS, 8]; a warp whose factors are all 1 spares itself the work."""
+def rescale_rows(x, factor, SPARES: gl.constexpr):
+    """Multiply rows by factors [ROWS, 8].
+
+    With SPARES a warp whose factors are all 1 spares itself the work.
+    """
     LAYOUT: gl.constexpr = x.type.layout
     REGISTERS: gl.constexpr = x.shape[0] * x.shape[1] // 128  # of each thread of a warpgroup
     folded = fold(x)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, folded.type.layout)
     factor = gl.expand_dims(gl.convert_layout(factor, ROW_LAYOUT, assert_trivial=True), 1)
-    folded = gl.inline_asm_elementwise(
-        _rescale_ptx(REGISTERS), _rescale_operands(REGISTERS), [folded, factor],
-        dtype=gl.float32, is_pure=True, pack=REGISTERS,
-    )  # fmt: skip
+    if SPARES:
+        folded = gl.inline_asm_elementwise(
+            _rescale_ptx(REGISTERS), _rescale_operands(REGISTERS), [folded, factor],
+            dtype=gl.float32, is_pure=True, pack=REGISTERS,
+        )  # fmt: skip
+    else:
+        folded = folded * factor
     return gl.convert_layout(gl.reshape(folded, x.shape), LAYOUT, assert_trivial=True)
 
 
