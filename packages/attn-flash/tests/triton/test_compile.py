@@ -34,6 +34,11 @@ LAUNCHERS = {
     "bias": backward_bias._launch,
     "rest": ragged._launch,
 }
+CAPPED = {
+    "forward": forward._launch_capped,
+    "dq": backward_dq._launch_capped,
+    "dk_dv": backward_dk_dv._launch_capped,
+}
 PLAIN = ("forward", "dq", "dk_dv")
 TABLES = {
     "forward": configs.FORWARD,
@@ -42,10 +47,12 @@ TABLES = {
     "dq_window": configs.BACKWARD_DQ_WINDOW,
     "dk_dv": configs.BACKWARD_DK_DV,
     "dk_dv_terms": configs.BACKWARD_DK_DV_TERMS,
+    "dk_dv_bias": configs.BACKWARD_DK_DV_BIAS,
     "bias": configs.BACKWARD_BIAS,
 }
 # Bytes that 16-bit kernels of sm_90 may spill, by BLOCK_D: mostly dk_dv, and padded heads.
 MAX_SPILLS = {64: 64, 128: 256, 256: 1024}
+MAX_CAPPED_SPILLS = 96  # of kernels with capped registers, before and after their loops
 
 
 class Case(NamedTuple):
@@ -129,13 +136,17 @@ TERMS = [
         for D in (64, 128)
         for term in ("bias", "bool-bias")
     ),
-    *(Case(torch.bfloat16, 64, OPEN, term=term) for term in ("softcap", "alibi", "dropout")),
+    *(
+        Case(torch.bfloat16, 64, OPEN, term=term)
+        for term in ("softcap", "alibi", "key_mask", "dropout")
+    ),
+    Case(torch.bfloat16, 64, OPEN, S=1024, term="bias"),
     Case(torch.bfloat16, 128, OPEN, term="float64-bias"),
 ]
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
-def launches(case, monkeypatch):
+def launches(case, monkeypatch, needs_dbias=True):
     """What each launcher would start for a case."""
     monkeypatch.setattr(
         forward.problem, "_softcap_mode", lambda q, options: 2 * (options.softcap > 0)
@@ -143,6 +154,9 @@ def launches(case, monkeypatch):
     if case.tf32:
         monkeypatch.setattr(forward.tiling, "dot_precision", lambda tensor: "tf32")
     recorders = {name: record_launches(LAUNCHERS[name], monkeypatch) for name in LAUNCHERS}
+    for name, launchers in CAPPED.items():
+        for launcher in launchers.values():
+            monkeypatch.setattr(launcher, "_kernel", recorders[name])
     batch = () if case.term in ("varlen", "pages") else (2,)
     pages = (case.S // 16, 16) if case.term == "pages" else (*batch, case.S)
     q = torch.empty(*batch, case.S, 4, case.D, dtype=case.dtype, device="meta")
@@ -154,8 +168,8 @@ def launches(case, monkeypatch):
     if case.term == "pages":  # their backward pass gathers the keys first
         return recorders
     dlse = lse if case.dlse else None
-    has_bias = options.attn_bias is not None
-    backward.attention_backward(out, dlse, q, k, k, out, lse, has_bias, options)
+    needs_dbias &= options.attn_bias is not None
+    backward.attention_backward(out, dlse, q, k, k, out, lse, needs_dbias, options)
     return recorders
 
 
@@ -182,17 +196,18 @@ RUNS += [pytest.param(target, VARLEN, "rest", id=f"{target}-{VARLEN}-rest") for 
 
 @pytest.mark.parametrize("target, case, name", RUNS)
 def test_shipped_tiles_compile_and_fit(target, case, name, use_target, monkeypatch):
-    use_target(target)
+    use_target(target, modules=(configs,))
     launch = launches(case, monkeypatch)[name]
     compiled = launch.compile(target)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     if target == "sm_90" and case.dtype != torch.float32:
-        assert compiled.spills <= MAX_SPILLS.get(launch.constexprs.get("BLOCK_D"), 0)
+        most = MAX_SPILLS.get(launch.constexprs.get("BLOCK_D"), 0)
+        assert compiled.spills <= (MAX_CAPPED_SPILLS if "maxnreg" in launch.options else most)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_no_warp_waits_for_another_to_hand_it_a_bias(head_dim, use_target, monkeypatch):
-    use_target("sm_90")
+    use_target("sm_90", modules=(configs,))
     barriers = {}
     for term in ("", "bias"):
         with monkeypatch.context() as patched:
@@ -204,7 +219,7 @@ def test_no_warp_waits_for_another_to_hand_it_a_bias(head_dim, use_target, monke
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_shipped_row_is_left_out(target, name, use_target):
-    use_target(target)
+    use_target(target, modules=(configs,))
     table = TABLES[name]
 
     def tiles(block_d, size, shape):
@@ -220,3 +235,44 @@ def key_of(case):
     shape = "full" if case.window == OPEN else "causal"
     size = torch.finfo(case.dtype).bits // 8
     return configs.padded_head_dim(case.D), size, "short" if case.S <= configs.SHORT else shape
+
+
+@pytest.mark.parametrize("window", [OPEN, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "term, name, cap",
+    [
+        ("bias", "forward", 128),
+        ("dropout", "forward", 128),
+        ("alibi", "forward", 128),
+        ("key_mask", "forward", 168),
+        ("alibi", "dq", 168),
+        ("key_mask", "dq", 168),
+        ("softcap", "dq", 168),
+        ("dropout", "dq", 168),
+        ("bias", "dk_dv", 168),
+        ("bias", "dq", 255),  # it writes the gradient of the bias
+    ],
+)
+def test_registers_are_capped_where_that_pays(term, name, cap, window, use_target, monkeypatch):
+    use_target("sm_90", modules=(configs,))
+    launch = launches(Case(torch.bfloat16, 64, window, term=term), monkeypatch)[name]
+    assert launch.options.get("maxnreg", 255) == cap
+    compiled = launch.compile("sm_90")
+    assert compiled.registers <= cap
+    assert compiled.spills <= MAX_CAPPED_SPILLS
+
+
+def test_registers_are_capped_on_hopper_alone(use_target, monkeypatch):
+    use_target("sm_100", modules=(configs,))
+    recorders = launches(Case(torch.bfloat16, 64, OPEN, term="alibi"), monkeypatch)
+    assert "maxnreg" not in recorders["forward"].options
+    assert "maxnreg" not in recorders["dq"].options
+
+
+def test_registers_are_capped_where_a_bias_gets_no_gradient(use_target, monkeypatch):
+    use_target("sm_90", modules=(configs,))
+    dq = launches(Case(torch.bfloat16, 64, OPEN, term="bias"), monkeypatch, needs_dbias=False)["dq"]
+    assert dq.options["maxnreg"] == 168
+    compiled = dq.compile("sm_90")
+    assert compiled.registers <= 168
+    assert compiled.spills <= MAX_SPILLS[64]

@@ -58,7 +58,7 @@ def features(name, B, H, M, N, dtype, device):
     return (table | {"everything": everything})[name]
 
 
-def differentiate(compute, q, k, v, options, dtype=None):
+def differentiate(compute, q, k, v, options, dtype=None, needs_dbias=True):
     """Outputs of `compute` and their gradients, in `dtype` or as they come."""
     dtype = dtype or q.dtype
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
@@ -66,8 +66,10 @@ def differentiate(compute, q, k, v, options, dtype=None):
     bias, sinks = options.attn_bias, options.sinks
     if bias is not None and bias.is_floating_point():
         bias = bias if dtype != torch.float64 else bias.double()
-        inputs["attn_bias"] = bias.detach().requires_grad_()
-        options = options._replace(attn_bias=inputs["attn_bias"])
+        bias = bias.detach().requires_grad_(needs_dbias)
+        options = options._replace(attn_bias=bias)
+        if needs_dbias:
+            inputs["attn_bias"] = bias
     if sinks is not None:
         inputs["sinks"] = sinks.to(dtype).requires_grad_()
         options = options._replace(sinks=inputs["sinks"])
@@ -83,11 +85,11 @@ def by_triton(q, k, v, options):
     return ops.attention(q, k, v, *options, "triton")
 
 
-def check(q, k, v, options):
+def check(q, k, v, options, **needs):
     with poison_new_allocations():
-        actual = differentiate(by_triton, q, k, v, options)
-    same = differentiate(reference.attention_with, q, k, v, options)
-    exact = differentiate(reference.attention_with, q, k, v, options, torch.float64)
+        actual = differentiate(by_triton, q, k, v, options, **needs)
+    same = differentiate(reference.attention_with, q, k, v, options, **needs)
+    exact = differentiate(reference.attention_with, q, k, v, options, torch.float64, **needs)
     # In float32 both errors are a few roundings, added up in another order: the largest is luck.
     usual = 4.0 if q.dtype == torch.float32 else 2.0
     for name, x, y, z in zip(NAMES, actual, same, exact, strict=True):
@@ -117,6 +119,22 @@ def test_dense(sizes, name, window, device):
 def test_long(name, device):
     sizes = 1, 2, 1, 70, 1100, 128, 128
     check(*dense_problem(sizes, name, torch.bfloat16, device, (-1, -1)))
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0)], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["bias", "bool-bias", "key-mask", "alibi", "softcap", "dropout"])
+def test_long_of_narrow_heads(name, dtype, window, device):
+    sizes = 2, 16, 8, 70, 1104, 64, 64
+    check(*dense_problem(sizes, name, dtype, device, window))
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0)], ids=["full", "causal"])
+@pytest.mark.parametrize("tokens", [304, 1104])
+def test_a_bias_that_needs_no_gradient(tokens, window, device):
+    sizes = 1, 2, 1, 70, tokens, 64, 64
+    problem = dense_problem(sizes, "bias", torch.bfloat16, device, window)
+    check(*problem, needs_dbias=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -290,13 +290,10 @@ def _attention_backward_dk_dv_kernel(
 
 
 _launch = Launcher(_attention_backward_dk_dv_kernel, check=problem.require_narrow_tiles)
-
-
-def _dk_dv_table(options):
-    takes_registers = {"attn_bias", "alibi_slopes", "dropout_p"}
-    if takes_registers.isdisjoint(options.features()):
-        return configs.BACKWARD_DK_DV
-    return configs.BACKWARD_DK_DV_TERMS
+_launch_capped = {
+    cap: Launcher(_attention_backward_dk_dv_kernel, check=problem.require_narrow_tiles, maxnreg=cap)
+    for cap in configs.REGISTER_CAPS
+}
 
 
 def key_gradients(dout, q, k, v, rows, size, terms, options):
@@ -306,10 +303,12 @@ def key_gradients(dout, q, k, v, rows, size, terms, options):
         ragged.new_gradient(x, options.cu_seqlens_k, is_partly_used=options.seqused_k is not None)
         for x in (k, v)
     )
-    config = configs.tiles(_dk_dv_table(options), q, size, options.window)
+    config = configs.tiles(configs.dk_dv_table(q, options), q, size, options.window)
+    cap = configs.registers("backward_dk_dv", q, size, options, config)
     num_tiles = tiling.ceil_div(size.N, config.block_n)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, dout, dk, dv))
-    _launch(
+    launch = _launch_capped[cap] if cap else _launch
+    launch(
         num_tiles * size.B * size.H_KV,
         strides=(*strides, terms.key),
         args=(

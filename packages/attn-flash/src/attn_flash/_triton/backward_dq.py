@@ -232,6 +232,10 @@ def _attention_backward_dq_kernel(
 
 
 _launch = Launcher(_attention_backward_dq_kernel, check=problem.require_narrow_tiles)
+_launch_capped = {
+    cap: Launcher(_attention_backward_dq_kernel, check=problem.require_narrow_tiles, maxnreg=cap)
+    for cap in configs.REGISTER_CAPS
+}
 
 
 def query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, options):
@@ -241,10 +245,13 @@ def query_gradient(dout, dlse, q, k, v, out, lse, rows, dbias, size, terms, opti
     is_short = configs.is_short_window(options)
     table = configs.BACKWARD_DQ_WINDOW if is_short else configs.BACKWARD_DQ
     config = configs.tiles(table, q, size, options.window)
+    # With the gradient of a bias there is no memory for a program more.
+    cap = configs.registers("backward_dq", q, size, options, config) if dbias is None else 0
     num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out, dout, dq))
     dbias_strides = (0, 0, 0) if dbias is None else dbias.stride()[:3]
-    _launch(
+    launch = _launch_capped[cap] if cap else _launch
+    launch(
         num_tiles * size.B * size.H,
         strides=(*strides, terms.key, dbias_strides),
         args=(

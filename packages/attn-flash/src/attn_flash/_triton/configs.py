@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from attn_core.device import device_info
 from attn_core.tiling import padded_head_dim
 from attn_core.tuning import Table, TileConfig, pick
-from attn_flash._triton.problem import Size
+from attn_flash._triton.problem import Size, bias_run
 from attn_flash.options import Options
 
 SHORT = 1024  # tokens
@@ -100,8 +101,9 @@ FORWARD = _table(
     default=TileConfig(64, 32, 4, 2),
     candidates=_QUERIES_STAY,
 )
-# Score terms and dropout need the registers that smaller tiles leave to a second program, whose
-# arithmetic then overlaps the products of the first.
+# Score terms need the registers that smaller tiles leave to a second program, whose arithmetic then
+# overlaps the products of the first. A bias and dropout take large ones: with `registers`, these
+# leave as many, and read keys and values once for twice the queries.
 FORWARD_TERMS = _variant(FORWARD, "terms", (64, "any", TileConfig(64, 64, 4, 3)))
 BACKWARD_DQ = _table(
     "backward_dq",
@@ -129,6 +131,13 @@ BACKWARD_DK_DV = _table(
 )
 # Positions, a bias and random numbers take registers, which tiles of fewer queries leave.
 BACKWARD_DK_DV_TERMS = _variant(BACKWARD_DK_DV, "terms", (128, "any", TileConfig(32, 128, 8, 3)))
+# A bias beside narrow heads: with `registers`.
+BACKWARD_DK_DV_BIAS = _variant(
+    BACKWARD_DK_DV_TERMS,
+    "bias",
+    (64, "causal", TileConfig(32, 64, 4, 3)),
+    (64, "full", TileConfig(32, 64, 4, 3)),
+)
 # Every operand changes from step to step, so all of them go through the pipeline's shared memory.
 BACKWARD_BIAS = _table(
     "backward_bias",
@@ -142,10 +151,68 @@ BACKWARD_BIAS = _table(
 )
 
 
-def modifies_scores(options: Options) -> bool:
-    """Whether kernels do more to scores than scaling and softmax: tables of terms are for these."""
-    modifiers = {"alibi_slopes", "attn_bias", "key_mask", "softcap", "dropout_p"}
-    return not modifiers.isdisjoint(options.features())
+# The most registers a thread may have, by kernel, the only term and tiles, of 16-bit elements and
+# head dimensions up to 64 on an H200. ptxas takes more to little use: a program fewer then shares
+# the processor. All other kernels need theirs.
+_REGISTERS = {
+    ("forward", "attn_bias", TileConfig(128, 64, 8, 3)): 128,
+    ("forward", "attn_bias", TileConfig(64, 64, 4, 3)): 168,
+    ("forward", "dropout_p", TileConfig(128, 64, 8, 3)): 128,
+    ("forward", "alibi_slopes", TileConfig(64, 64, 4, 3)): 128,
+    ("forward", "key_mask", TileConfig(64, 64, 4, 3)): 168,
+    ("backward_dq", "alibi_slopes", TileConfig(64, 64, 4, 3)): 168,
+    ("backward_dq", "attn_bias", TileConfig(64, 64, 4, 3)): 168,
+    ("backward_dq", "dropout_p", TileConfig(64, 64, 4, 3)): 168,
+    ("backward_dq", "key_mask", TileConfig(64, 64, 4, 3)): 168,
+    ("backward_dq", "softcap", TileConfig(64, 64, 4, 3)): 168,
+    ("backward_dk_dv", "attn_bias", TileConfig(32, 64, 4, 3)): 168,
+}
+_CAPPED_WIDTH = 64  # padded head dimension
+REGISTER_CAPS = sorted({*_REGISTERS.values()})
+_TERMS = frozenset({"alibi_slopes", "attn_bias", "key_mask", "softcap", "dropout_p"})
+_LARGE_TILE_TERMS = ("attn_bias", "dropout_p")
+
+
+def _only_term(q: torch.Tensor, options: Options) -> str:
+    """Name of what kernels do to scores beside scaling and softmax; "" for nothing, or for more.
+
+    Nor is there a name for a bias that takes more memory or registers than one of q's dtype, which
+    is read 16 bytes at a time.
+    """
+    terms = _TERMS & options.features()
+    bias = options.attn_bias
+    if bias is not None and (bias.element_size() != q.element_size() or bias_run(bias) == 1):
+        return ""
+    return next(iter(terms)) if len(terms) == 1 else ""
+
+
+def registers(
+    kernel: str, q: torch.Tensor, size: Size, options: Options, config: TileConfig
+) -> int:
+    """Return the most registers that a thread of a kernel may have; 0 for any number."""
+    cap = _REGISTERS.get((kernel, _only_term(q, options), config), 0)
+    if not cap or q.element_size() != 2 or options.block_table is not None:
+        return 0
+    width = padded_head_dim(max(size.D, size.D_v))
+    is_measured = width == _CAPPED_WIDTH and device_info(q.device).arch == "sm_90"
+    return cap if is_measured else 0
+
+
+def forward_table(q: torch.Tensor, options: Options) -> Table:
+    """Tiles of the forward pass."""
+    if _TERMS.isdisjoint(options.features()) or _only_term(q, options) in _LARGE_TILE_TERMS:
+        return FORWARD
+    return FORWARD_TERMS
+
+
+def dk_dv_table(q: torch.Tensor, options: Options) -> Table:
+    """Tiles of the kernel for dk and dv."""
+    if _only_term(q, options) == "attn_bias":
+        return BACKWARD_DK_DV_BIAS
+    takes_registers = {"attn_bias", "alibi_slopes", "dropout_p"}
+    if takes_registers.isdisjoint(options.features()):
+        return BACKWARD_DK_DV
+    return BACKWARD_DK_DV_TERMS
 
 
 def is_short_window(options: Options) -> bool:

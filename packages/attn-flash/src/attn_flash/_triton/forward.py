@@ -298,6 +298,10 @@ def _attention_forward_kernel(
 
 
 _launch = Launcher(_attention_forward_kernel, check=problem.require_narrow_tiles)
+_launch_capped = {
+    cap: Launcher(_attention_forward_kernel, check=problem.require_narrow_tiles, maxnreg=cap)
+    for cap in configs.REGISTER_CAPS
+}
 
 
 def attention(
@@ -310,7 +314,8 @@ def attention(
         return out, lse
     options = problem.with_added_bias(q, size, problem.with_narrow_bias(options))
     left, right = options.window
-    config = configs.tiles(_tiles_table(options), q, size, options.window)
+    config = configs.tiles(configs.forward_table(q, options), q, size, options.window)
+    cap = configs.registers("forward", q, size, options, config)
     num_tiles = tiling.ceil_div(size.M, config.block_m)
     strides = tuple(problem.four_strides(x, options) for x in (q, k, v, out))
     if options.block_table is not None:
@@ -319,7 +324,8 @@ def attention(
     table_strides = (0, 0) if table is None else table.stride()
     sinks = options.sinks
     terms = problem.score_terms(q, size, options)
-    _launch(
+    launch = _launch_capped[cap] if cap else _launch
+    launch(
         num_tiles * size.B * size.H,
         strides=(*strides, table_strides, terms.key, None if sinks is None else sinks.dtype),
         args=(
@@ -354,10 +360,6 @@ def attention(
         config=config,
     )  # fmt: skip
     return out, lse
-
-
-def _tiles_table(options):
-    return configs.FORWARD_TERMS if configs.modifies_scores(options) else configs.FORWARD
 
 
 def _runs_ahead(size, options, config):

@@ -84,7 +84,8 @@ def with_added_bias(q: torch.Tensor, size: Size, options: Options) -> Options:
         return options
     if _SHARING * bias.numel() > size.B * size.H * size.M * size.N:
         return options
-    return options._replace(attn_bias=bias.to(q.dtype).log_())
+    added = torch.log(bias, out=torch.empty_like(bias, dtype=q.dtype))
+    return options._replace(attn_bias=added)
 
 
 class ScoreTerms(NamedTuple):
