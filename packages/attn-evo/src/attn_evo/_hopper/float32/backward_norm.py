@@ -23,18 +23,17 @@ from attn_evo._hopper.float32.tiles import (
     SPREAD_ROW,
     WARPS,
     D,
-    add_scan,
     add_weight_gradient,
     allocate_row,
     allocate_tiles,
     begin_linear,
-    begin_with,
     column_sums,
     load_row,
     load_rows,
     load_weight,
     no_column_sums,
     rows_of_threads,
+    start_scan,
     store_partial,
     store_parts,
     store_row,
@@ -104,23 +103,24 @@ def _attention_backward_norm_kernel(
         token = (head * L + start + zero) * D
         stat_row.store(stat_i)
         store_parts(held, zero, v)
-        context = begin_with(load_row(contexts_ptr, ROW))
-        context = add_scan(triangle.index(zero), held, zero, context)
+        is_alive = gl.max(magnitude(v), 1) > 0
+        context = start_scan(triangle.index(zero), held, zero)
         context = warpgroup_mma_wait(0, deps=(context,))
+        context += gl.expand_dims(load_row(contexts_ptr, ROW), 0)
         count = (start + 1 + gl.arange(0, BLOCK_M, COLUMN)).to(gl.float32)
         store_parts(work, zero, context * gl.expand_dims(1.0 / count, 1))
         logit = begin_linear(work, zero, weights, W_G * PARTS + zero, vectors_ptr + W_G * D)
         logit = warpgroup_mma_wait(0, deps=(logit,))
         gl.thread_barrier()  # the other warpgroup's products have read what is overwritten now
         store_parts(work, zero, sigmoid_of_double(logit, False) * v)
-        stat = begin_with(stat_row.load(ROW))
-        stat = add_scan(triangle.index(zero), work, zero, stat)
+        stat = start_scan(triangle.index(zero), work, zero)
         stat_i += load_row(tile_sums_ptr, SPREAD_ROW)
         tile_sums_ptr += D
         contexts_ptr += gl.where(tile + 1 < last, D, 0)
         local = begin_linear(held, zero, weights, W_L * PARTS + zero, vectors_ptr + W_L * D)
         query = begin_linear(held, zero, weights, W_Q * PARTS + zero, vectors_ptr + W_Q * D)
         stat, local, query = warpgroup_mma_wait(0, deps=(stat, local, query))
+        stat += gl.expand_dims(stat_row.load(ROW), 0)
         inverse = reciprocal(add_magnitudes(stat, local) + EPSILON)
         half_ratio = query * inverse
         store_rows(inverse_ptr + token, with_sign(inverse, stat), rows)
@@ -130,7 +130,6 @@ def _attention_backward_norm_kernel(
         final = begin_linear(work, zero, weights, W_F * PARTS + zero, vectors_ptr + W_F * D)
         dout = load_rows(dout_ptr, stride_dol, rows)
         dout_ptr += BLOCK_M * stride_dol
-        is_alive = gl.max(magnitude(v), 1) > 0
         final = warpgroup_mma_wait(0, deps=(final,))
 
         sigma = sigmoid_of_double(final, False)

@@ -18,17 +18,16 @@ from attn_evo._hopper.float32.tiles import (
     WARPS,
     D,
     add_input_gradient,
-    add_scan,
     add_weight_gradient,
     allocate_tiles,
     begin_linear,
-    begin_with,
     column_sums,
     load_row,
     load_rows,
     load_weight,
     no_column_sums,
     rows_of_threads,
+    start_scan,
     store_partial,
     store_parts,
     store_row,
@@ -85,13 +84,13 @@ def _attention_backward_stat_kernel(
         token = (head * L + start + zero) * D
         store_parts(v_parts, zero, v)
         store_parts(work, zero, dstat)
-        context = begin_with(load_row(contexts_ptr, ROW))
-        context = add_scan(triangles.index(zero), v_parts, zero, context)
-        dgated = add_scan(triangles.index(1 + zero), work, zero, begin_with(dstat_after))
+        context = start_scan(triangles.index(zero), v_parts, zero)
+        dgated = start_scan(triangles.index(1 + zero), work, zero)
         dcontext = load_rows(dcontext_ptr + token, D, rows)
         dv = load_rows(dv_ptr + token, D, rows)
-        dstat_after += gl.sum(dstat, 0)
+        dstat_sum = gl.sum(dstat, 0)
         context = warpgroup_mma_wait(3, deps=(context,))
+        context += gl.expand_dims(load_row(contexts_ptr, ROW), 0)
         count = (start + 1 + gl.arange(0, BLOCK_M, COLUMN)).to(gl.float32)
         inverse_count = gl.expand_dims(1.0 / count, 1)
         store_parts(mean_parts, zero, context * inverse_count)
@@ -103,6 +102,8 @@ def _attention_backward_stat_kernel(
         next_v = load_rows(v_ptr, stride_vl, back)
         dstat = load_rows(dstat_ptr + token - back * D, D, back)
         logit, dgated = warpgroup_mma_wait(0, deps=(logit, dgated))
+        dgated += gl.expand_dims(dstat_after, 0)
+        dstat_after += dstat_sum
         gate = sigmoid_of_double(logit, False)
         dgated *= gate
         dlogit = 2.0 * dgated * v * (1.0 - gate)

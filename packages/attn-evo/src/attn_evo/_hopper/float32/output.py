@@ -17,14 +17,13 @@ from attn_evo._hopper.float32.tiles import (
     SPREAD_ROW,
     WARPS,
     D,
-    add_scan,
     allocate_row,
     allocate_tiles,
     begin_linear,
-    begin_with,
     load_row,
     load_rows,
     load_weight,
+    start_scan,
     store_parts,
     store_row,
     store_rows,
@@ -80,25 +79,25 @@ def _attention_output_kernel(
         zero = opaque_zero(rows)
         stat_row.store(stat_i)
         store_parts(v_parts, zero, v)
-        context = begin_with(load_row(contexts_ptr, ROW))
-        context = add_scan(triangle.index(zero), v_parts, zero, context)
+        context = start_scan(triangle.index(zero), v_parts, zero)
         local = begin_linear(v_parts, zero, weights, W_L * PARTS + zero, vectors_ptr + W_L * D)
         query = begin_linear(v_parts, zero, weights, W_Q * PARTS + zero, vectors_ptr + W_Q * D)
         v_ptr += BLOCK_M * stride_vl
         next_v = load_rows(v_ptr, stride_vl, gl.where(tile + 1 < last, rows - BLOCK_M, 0))
         context = warpgroup_mma_wait(12, deps=(context,))
+        context += gl.expand_dims(load_row(contexts_ptr, ROW), 0)
         count = (start + 1 + gl.arange(0, BLOCK_M, COLUMN)).to(gl.float32)
         store_parts(work, zero, context * gl.expand_dims(1.0 / count, 1))
         logit = begin_linear(work, zero, weights, W_G * PARTS + zero, vectors_ptr + W_G * D)
         logit, local, query = warpgroup_mma_wait(0, deps=(logit, local, query))
         gl.thread_barrier()  # the other warpgroup's products have read what is overwritten now
         store_parts(work, zero, sigmoid_of_double(logit, False) * v)
-        stat = begin_with(stat_row.load(ROW))
-        stat = add_scan(triangle.index(zero), work, zero, stat)
+        stat = start_scan(triangle.index(zero), work, zero)
         stat_i += load_row(tile_sums_ptr, SPREAD_ROW)
         tile_sums_ptr += D
         contexts_ptr += gl.where(tile + 1 < last, D, 0)
         stat = warpgroup_mma_wait(0, deps=(stat,))
+        stat += gl.expand_dims(stat_row.load(ROW), 0)
         half_ratio = query * reciprocal(add_magnitudes(stat, local) + EPSILON)
         gl.thread_barrier()
         store_parts(work, zero, twice_gated(half_ratio * v, half_ratio, False))

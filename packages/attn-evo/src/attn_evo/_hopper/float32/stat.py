@@ -15,13 +15,12 @@ from attn_evo._hopper.float32.tiles import (
     ROW,
     WARPS,
     D,
-    add_scan,
     allocate_tiles,
     begin_linear,
-    begin_with,
     load_row,
     load_rows,
     load_weight,
+    start_scan,
     store_parts,
     store_row,
     store_triangle,
@@ -63,13 +62,15 @@ def _attention_stat_kernel(
         rows = L - start
         zero = opaque_zero(rows)
         store_parts(v_parts, zero, v)
-        context = add_scan(triangle.index(zero), v_parts, zero, begin_with(context_i))
+        context = start_scan(triangle.index(zero), v_parts, zero)
         store_row(contexts_ptr, context_i)
         contexts_ptr += D
-        context_i += load_row(tile_sums_ptr, ROW)
+        tile_sum = load_row(tile_sums_ptr, ROW)
         v_ptr += BLOCK_M * stride_vl
         next_v = load_rows(v_ptr, stride_vl, gl.where(tile + 1 < last, rows - BLOCK_M, 0))
         context = warpgroup_mma_wait(0, deps=(context,))
+        context += gl.expand_dims(context_i, 0)
+        context_i += tile_sum
         count = (start + 1 + gl.arange(0, BLOCK_M, COLUMN)).to(gl.float32)
         store_parts(mean_parts, zero, context * gl.expand_dims(1.0 / count, 1))
         logit = begin_linear(mean_parts, zero, weight, zero, vectors_ptr + W_G * D)

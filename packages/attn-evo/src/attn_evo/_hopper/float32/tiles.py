@@ -147,9 +147,13 @@ def store_triangle(tile, AFTER: gl.constexpr):
 
 
 @gluon.jit
-def add_scan(triangle, x, i, acc):
-    """Start to add the sums of rows of x that a triangle picks; each part's are exact."""
-    acc = warpgroup_mma(triangle, x.index(i + 2), acc, is_async=True)
+def start_scan(triangle, x, i):
+    """Start to sum up the rows of x that a triangle picks.
+
+    Not on top of the sums before the tile: tensor cores cut off what they do not round.
+    """
+    acc = gl.zeros([BLOCK_M, D], gl.float32, RESULT)
+    acc = warpgroup_mma(triangle, x.index(i + 2), acc, use_acc=False, is_async=True)
     acc = warpgroup_mma(triangle, x.index(i + 1), acc, is_async=True)
     return warpgroup_mma(triangle, x.index(i), acc, is_async=True)
 
