@@ -194,3 +194,20 @@ def test_sums_use_the_memory_of_a_later_result():
     assert inside.nbytes == lent.nbytes
     assert inside.data_ptr() == lent.data_ptr()
     assert beyond.untyped_storage().data_ptr() != lent.untyped_storage().data_ptr()
+
+
+def test_masks_are_read_four_keys_at_a_time_where_they_can_be(hopper):
+    mask = torch.zeros(2, 3, 160, dtype=torch.bool)
+    row = torch.zeros(161, dtype=torch.bool)
+    for part, keys in (
+        (mask, 4),
+        (mask[:, :1], 4),
+        (mask[..., :150], 1),
+        (mask[:1].expand(2, -1, -1), 1),
+        (mask[..., :1], 1),
+        (row[None, None, :160], 1),
+    ):
+        N = max(150, part.shape[2])
+        read = hopper.problem.mask_bytes(part, N, unread=mask)
+        assert read.keys.itemsize * keys == read.words.itemsize
+        assert read.keys.data_ptr() == read.words.data_ptr() == part.data_ptr()

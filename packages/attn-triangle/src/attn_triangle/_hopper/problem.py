@@ -103,7 +103,8 @@ def mask_bytes(mask: torch.Tensor | None, N: int, unread: torch.Tensor) -> MaskB
     if mask is None:
         return MaskBytes(unread, (0, 0, 0), unread, (0, 0, 0))
     keys = words = mask.view(torch.uint8)
-    is_whole = mask.shape[2] == N and N % 4 == 0
+    # A view of other elements looks at all strides, those of dimensions of size 1 too.
+    is_whole = mask.shape[2] == N and not any(x % 4 for x in (N, *mask.stride()[:2]))
     if is_whole and is_aligned(mask) and mask.data_ptr() % 16 == 0:
         words = mask.view(torch.int32)
     return MaskBytes(keys, broadcast_strides(keys), words, broadcast_strides(words))
