@@ -18,9 +18,10 @@ from attn_flash._hopper import backward, backward_sums, problem
 pytestmark = pytest.mark.compile
 
 WINDOWS = {"full": OPEN, "causal": CAUSAL, "window": (100, 0)}
-# Bytes: numbers that stay the same through the loop, most of them for the branch that masks. An
+# Bytes: numbers that stay the same through the loop, most of them for the branch that masks, and
+# for narrow heads those of the tile and the program, which compute many tiles. An
 # accumulator that does not fit takes thousands.
-MAX_SPILLS = {64: 192, 128: 96}
+MAX_SPILLS = {64: 272, 128: 104}
 
 
 def run(D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
@@ -62,10 +63,13 @@ def test_products_overlap_and_accumulators_stay_in_registers(D, window, determin
     assert compiled.spills <= MAX_SPILLS[D]
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 @pytest.mark.parametrize("D", [64, 128])
-def test_sums_that_are_cleared_first(D, monkeypatch):
-    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, 0))
-    compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=False)
+def test_many_keys(D, deterministic, monkeypatch):
+    """Sums are cleared first, and every tile has a program."""
+    for limit in ("_CLAIMED", "_PERSISTENT"):
+        monkeypatch.setattr(backward, limit, 0)
+    compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=deterministic)
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]
 

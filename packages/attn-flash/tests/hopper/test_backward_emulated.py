@@ -88,10 +88,18 @@ def test_late_copies(D, deterministic, backward, late):
     check(backward, Case(1, 2, 1, 150, 270, D, CAUSAL), deterministic)
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
-def test_sums_that_are_cleared_first(case, backward, monkeypatch):
-    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, 0))
-    check(backward, case)
+@pytest.fixture
+def for_many_keys(backward, monkeypatch):
+    """The module, which clears sums first and starts a program for every tile."""
+    for limit in ("_CLAIMED", "_PERSISTENT"):
+        monkeypatch.setattr(backward, limit, 0)
+    return backward
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_many_keys(case, deterministic, for_many_keys):
+    check(for_many_keys, case, deterministic)
 
 
 @pytest.fixture
@@ -187,19 +195,40 @@ def test_a_missing_arrival_or_wait_at_an_mbarrier(name, backward, monkeypatch, i
 
 
 @pytest.mark.parametrize(
-    "function, barrier",
+    "function, barrier, D",
     [
-        ("load", "empty"),
-        ("accumulate", "k_full"),
-        ("accumulate", "v_full"),
-        ("accumulate", "q_full"),
-        ("accumulate", "do_full"),
+        ("_load_step", "empty", 64),
+        ("_load_step", "empty", 128),
+        ("await_number", "k_full", 64),
+        ("accumulate", "k_full", 128),
+        ("_accumulate_tile", "v_full", 128),
+        ("_accumulate_tile", "q_full", 64),
+        ("_accumulate_tile", "q_full", 128),
+        ("_accumulate_tile", "do_full", 64),
+        ("_accumulate_tile", "do_full", 128),
     ],
 )
-def test_each_wait(function, barrier, backward, monkeypatch, impatient, late):
+def test_each_wait(function, barrier, D, backward, monkeypatch, impatient, late):
     forget_wait(monkeypatch, backward.mbarrier, function, barrier)
     with pytest.raises((ProtocolError, AssertionError)):
-        check_often(check, backward, SMALL)
+        check_often(check, backward, SMALL._replace(N=700, D=D))
+
+
+def test_numbers_of_tiles_that_are_written_over(backward, monkeypatch, impatient, late):
+    """Tiles whose keys nobody sees keep nobody waiting but the adder."""
+    forget_wait(monkeypatch, backward.mbarrier, "_announce", "keys_empty")
+    with pytest.raises((ProtocolError, AssertionError)):
+        check_often(check, backward, Case(1, 1, 1, 64, 1500, 64, (3, 3)))
+
+
+@pytest.mark.parametrize("role, name", [("consumer", "meet_at"), ("loader", "arrive_at")])
+def test_keys_that_are_written_over(role, name, hopper, backward, monkeypatch, impatient):
+    """dK and dV of a tile wait where dS of the next one will be."""
+    module = getattr(hopper, f"backward_{role}")
+    call, written = getattr(module, name), hopper.backward_consumer.KEYS_WRITTEN
+    monkeypatch.setattr(module, name, lambda at, threads: at == written or call(at, threads))
+    with pytest.raises((ProtocolError, AssertionError)):
+        check_often(check, backward, SMALL._replace(N=700, D=64))
 
 
 def test_a_store_that_nobody_waits_for(backward, monkeypatch):

@@ -30,16 +30,22 @@ pytestmark = [
 ]
 
 
-# How programs agree on the sum of dq: whether in order, and the keys up to which it is not cleared.
-ADDITIONS = {"claimed": (False, 1 << 20), "cleared": (False, 0), "deterministic": (True, 0)}
+# How programs agree on the sum of dq: whether in order, and whether as for many keys.
+ADDITIONS = {
+    "claimed": (False, False),
+    "cleared": (False, True),
+    "deterministic": (True, False),
+    "deterministic-long": (True, True),
+}
 
 
 @pytest.fixture(params=ADDITIONS)
 def deterministic(request, monkeypatch):
     from attn_flash._hopper import backward
 
-    is_ordered, claimed = ADDITIONS[request.param]
-    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, claimed))
+    is_ordered, are_many = ADDITIONS[request.param]
+    for limit in ("_CLAIMED", "_PERSISTENT"):
+        monkeypatch.setattr(backward, limit, 0 if are_many else 1 << 20)
     return is_ordered
 
 
@@ -79,6 +85,9 @@ CASES = [
       for M, N in ((1, 127), (149, 83), (63, 700), (1000, 1000))
       for window in (OPEN, CAUSAL, (33, 18))),
     *(Case(1, 2, 1, 300, 333, D, CAUSAL, HALF) for D in (136, 192, 256)),
+    # More tiles than multiprocessors, so that programs compute several.
+    *(Case(3, 48, heads_kv, 700, 700, 64, window)
+      for heads_kv in (48, 16) for window in (OPEN, CAUSAL, (100, 0))),
 ]  # fmt: skip
 
 
@@ -118,7 +127,7 @@ def test_broadcast_gradient(device):
 @pytest.mark.parametrize("window", [OPEN, CAUSAL, (200, 100)], ids=str)
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_same_bits_every_time(D, window, device):
-    case = Case(4, 8, 2, 1100, 1300, D, window)
+    case = Case(4, 16, 8, 1100, 1300, D, window)
     tensors, (dout, dlse) = case.tensors(device), case.gradients(device)
     *_, out, lse = exact(case, tensors, dout, dlse, torch.float32)
 

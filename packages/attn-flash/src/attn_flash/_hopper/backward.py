@@ -17,6 +17,8 @@ the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their
 * `backward_adder` adds the halves to the sum in memory; with DETERMINISTIC, in the order of the
   keys.
 
+For narrow heads and few keys a program computes tile after tile, with the loader a tile ahead.
+
 This file has what they share, the kernel and its launcher, and `backward_tiles` which keys and
 queries a program works on.
 Where there are few tiles, the query heads of a key head are the work of two programs.
@@ -36,7 +38,7 @@ from attn_flash._hopper import problem as host
 from attn_flash._hopper.backward_adder import add_dq
 from attn_flash._hopper.backward_consumer import accumulate
 from attn_flash._hopper.backward_loader import load
-from attn_flash._hopper.backward_tiles import KEYS, tile_at
+from attn_flash._hopper.backward_tiles import KEYS
 from attn_flash._hopper.descriptors import Flat, Rows, addressable
 from attn_flash._hopper.problem import Sequences
 
@@ -62,7 +64,7 @@ class _Tensors:
 class _Shared:
     """Shared memory of a program, and the barriers that say what is in it."""
 
-    k: gl.shared_memory_descriptor  # [2, KEYS, BLOCK_D], one for each consumer, as v
+    k: gl.shared_memory_descriptor  # [BUFFERS * 2, KEYS, BLOCK_D], two for the consumers, as v
     v: gl.shared_memory_descriptor
     q: gl.shared_memory_descriptor  # [_STAGES, BLOCK_M, BLOCK_D], as do
     do: gl.shared_memory_descriptor
@@ -70,8 +72,10 @@ class _Shared:
     delta: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor  # dS^T of [_STAGES * 2, KEYS, BLOCK_M]
     dq: gl.shared_memory_descriptor  # [2, *sums.UNIT], one for each consumer
-    k_full: gl.shared_memory_descriptor
+    number: gl.shared_memory_descriptor  # of the tile whose keys are in each buffer
+    k_full: gl.shared_memory_descriptor  # of each buffer of keys, as v_full and keys_empty
     v_full: gl.shared_memory_descriptor
+    keys_empty: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor  # of each stage, as do_full and empty
     do_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
@@ -92,6 +96,8 @@ class _Problem:
     group: gl.tensor  # query heads of a program
     blocks_m: gl.tensor  # of the rows of a head
     blocks_n: gl.tensor
+    num_heads: gl.tensor  # of keys, times PARTS and B
+    heads_per_group: gl.tensor  # that have what they read in the L2 cache
     left: gl.tensor
     right: gl.tensor
     scale: gl.tensor
@@ -102,6 +108,7 @@ class _Problem:
     PARTS: gl.constexpr  # programs that share the query heads of a key head
     DETERMINISTIC: gl.constexpr
     IS_CLEARED: gl.constexpr  # the sum of dq is 0 at first
+    IS_PERSISTENT: gl.constexpr  # programs compute tile after tile
 
 
 # fmt: off
@@ -119,30 +126,37 @@ def _attention_backward_kernel(
     IS_RAGGED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     PARTS: gl.constexpr, DETERMINISTIC: gl.constexpr, IS_CLEARED: gl.constexpr,
+    IS_PERSISTENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):
     # fmt: on
     DTYPE: gl.constexpr = q_desc.dtype
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    BUFFERS: gl.constexpr = 2 if IS_PERSISTENT else 1
     shared = _Shared(
-        gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_D], SWIZZLED),
-        gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [BUFFERS * 2, KEYS, BLOCK_D], SWIZZLED),
+        gl.allocate_shared_memory(DTYPE, [BUFFERS * 2, KEYS, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_M, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_M, BLOCK_D], SWIZZLED),
         gl.allocate_shared_memory(gl.float32, [_STAGES, 1, BLOCK_M], FLAT),
         gl.allocate_shared_memory(gl.float32, [_STAGES, 1, BLOCK_M], FLAT),
         gl.allocate_shared_memory(DTYPE, [_STAGES * 2, KEYS, BLOCK_M], SWIZZLED),
         gl.allocate_shared_memory(gl.float32, [2, 16, 256], FLAT),
-        gl.allocate_shared_memory(gl.int64, [1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [1], BARRIER),
+        gl.allocate_shared_memory(gl.int32, [BUFFERS, 1], PLAIN),
+        gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER),
     )
-    mbarrier.init(shared.k_full, count=1)
-    mbarrier.init(shared.v_full, count=1)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(shared.k_full.index(i), count=1)
+        mbarrier.init(shared.v_full.index(i), count=1)
+        mbarrier.init(shared.keys_empty.index(i), count=3)
     for i in gl.static_range(_STAGES):
         mbarrier.init(shared.q_full.index(i), count=1)
         mbarrier.init(shared.do_full.index(i), count=1)
@@ -152,20 +166,20 @@ def _attention_backward_kernel(
     )
     problem = _Problem(
         starts_q_ptr, starts_k_ptr, parts_ptr, are_left_ptr,
-        B, M, N, H, group, blocks_m, blocks_n, left, right, scale, scale_log2,
-        IS_RAGGED, HAS_LEFT, HAS_RIGHT, PARTS, DETERMINISTIC, IS_CLEARED,
+        B, M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
+        left, right, scale, scale_log2,
+        IS_RAGGED, HAS_LEFT, HAS_RIGHT, PARTS, DETERMINISTIC, IS_CLEARED, IS_PERSISTENT,
     )  # fmt: skip
     ticket = gl.program_id(0)
-    if DETERMINISTIC or PARTS == 2:
+    if IS_PERSISTENT or DETERMINISTIC or PARTS == 2:
         # A program waits for those with lower tickets: they have begun, so they will end.
         ticket = gl.atomic_add(counters_ptr, 1)
-    tile = tile_at(problem, ticket, heads_per_group, num_heads, BLOCK_M)
     gl.warp_specialize(
         [
-            (accumulate, (tensors, shared, problem, tile, 0)),
-            (accumulate, (tensors, shared, problem, tile, 1)),
-            (load, (tensors, shared, problem, tile)),
-            (add_dq, (tensors, shared, problem, tile, counters_ptr + 1)),
+            (accumulate, (tensors, shared, problem, ticket, 0)),
+            (accumulate, (tensors, shared, problem, ticket, 1)),
+            (load, (tensors, shared, problem, ticket, counters_ptr)),
+            (add_dq, (tensors, shared, problem, ticket, counters_ptr + 1)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -177,7 +191,9 @@ _launch = GluonLauncher(_attention_backward_kernel)
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
 # Keys of a query up to which clearing the sum of dQ takes longer than asking who is first.
-_CLAIMED = {64: 1024, 128: 4096}
+_CLAIMED = 4096
+# Those up to which programs for narrow heads compute tile after tile.
+_PERSISTENT = 4096
 _FEW_TILES = 4  # for every multiprocessor: fewer are split into two parts
 
 
@@ -235,7 +251,9 @@ def attention_backward(
     block_d = 64 if D <= 64 else 128
     block_m = 8192 // block_d
     longest_k = sequences.longest_k if is_ragged else N
-    is_cleared = not deterministic and _most_seen(longest_k, window) > _CLAIMED[block_d]
+    seen = _most_seen(longest_k, window)
+    is_cleared = not deterministic and seen > _CLAIMED
+    is_persistent = block_d == 64 and seen <= _PERSISTENT
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
     count, starts_q, starts_k = 0, None, None
@@ -252,8 +270,11 @@ def attention_backward(
     tiles = blocks_n * B * H_KV
     parts, part_sums, are_left = _parts(q, H // H_KV, tiles, block_d, counters)
     group = H // H_KV // parts
+    programs = tiles * parts
+    if is_persistent:
+        programs = min(programs, host.num_sms(q.device))
     _launch(
-        tiles * parts,
+        programs,
         args=(
             *(Rows(tensor, block_m, block_d, is_ragged) for tensor in (q, dout)),
             *(Rows(tensor, KEYS.value, block_d, is_ragged) for tensor in (k, v, dk, dv)),
@@ -266,6 +287,7 @@ def attention_backward(
         constants={
             "IS_RAGGED": is_ragged, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
             "PARTS": parts, "DETERMINISTIC": deterministic, "IS_CLEARED": is_cleared,
+            "IS_PERSISTENT": is_persistent,
             "BLOCK_M": block_m, "BLOCK_D": block_d,
         },
         maxnreg=_MAX_REGISTERS,

@@ -2,11 +2,16 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from attn_core.tiles.hopper import arrive_at, meet_at
-from attn_flash._hopper.backward_consumer import CONSUMER_AND_ADDER, DQ_EMPTY, DQ_FULL
-from attn_flash._hopper.backward_tiles import BLOCK_N
+from attn_flash._hopper.backward_consumer import (
+    CONSUMER_AND_ADDER,
+    DQ_EMPTY,
+    DQ_FULL,
+    await_number,
+)
+from attn_flash._hopper.backward_tiles import BLOCK_N, tile_at
 from attn_flash._hopper.primitives import (
     PUBLISHED,
     claim,
@@ -56,8 +61,8 @@ def _let_others_add(problem, is_first, state_ptr):
 
 
 @gluon.jit
-def add_dq(tensors, shared, problem, tile, states_ptr):
-    """Add each step's dQ to its sum in memory, whose first summand is stored."""
+def _add_tile(tensors, shared, problem, tile, states_ptr):
+    """Add dQ of each step of a tile to its sum in memory, whose first summand is stored."""
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
     m = tile.first
@@ -95,4 +100,20 @@ def add_dq(tensors, shared, problem, tile, states_ptr):
                 arrive_at(DQ_EMPTY + 1 - w, CONSUMER_AND_ADDER)
         if not problem.IS_CLEARED:
             _let_others_add(problem, is_first, states_ptr + this_block)
+
+
+@gluon.jit
+def add_dq(tensors, shared, problem, number, states_ptr):
+    """Add dQ to its sum in memory, tile after tile, the first of which is tile `number`."""
+    BLOCK_M: gl.constexpr = shared.q.shape[1]
+    if problem.IS_PERSISTENT:
+        rank = 0
+        number = await_number(shared, rank, 1)
+        while number < problem.blocks_n * problem.num_heads:
+            mbarrier.arrive(shared.keys_empty.index(rank & 1), count=1)
+            _add_tile(tensors, shared, problem, tile_at(problem, number, BLOCK_M), states_ptr)
+            rank += 1
+            number = await_number(shared, rank, 1)
+    else:
+        _add_tile(tensors, shared, problem, tile_at(problem, number, BLOCK_M), states_ptr)
     tma.store_wait(0)

@@ -11,11 +11,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at
 from attn_flash._hopper.backward_sums import to_unit
-from attn_flash._hopper.backward_tiles import BLOCK_N, KEYS, crosses_edge, mask
+from attn_flash._hopper.backward_tiles import BLOCK_N, KEYS, crosses_edge, mask, tile_at
 from attn_flash._hopper.primitives import columns, keep_branch, load_row, wait_until_set
 
 # Named barriers and the threads that meet there; barriers below 8 are the compiler's.
-_KEYS_READ = gl.constexpr(8)
+_KEYS_READ = gl.constexpr(8)  # of a program with one tile
+KEYS_WRITTEN = gl.constexpr(8)  # of one with many
 DQ_EMPTY = gl.constexpr(9)  # 10 for the second consumer
 DQ_FULL = gl.constexpr(11)  # 12 for the second consumer
 _TURN = gl.constexpr(13)  # 14 for the second consumer
@@ -26,7 +27,7 @@ CONSUMER_AND_ADDER = gl.constexpr(160)
 
 
 @gluon.jit
-def _start_dq(shared, step, W: gl.constexpr):
+def _start_dq(shared, step, keys, W: gl.constexpr):
     """Start this consumer's half of dS K: its columns of 64 queries, or its 64 of 128 queries."""
     BLOCK_M: gl.constexpr = shared.ds.shape[2]
     BLOCK_D: gl.constexpr = shared.k.shape[2]
@@ -35,12 +36,24 @@ def _start_dq(shared, step, W: gl.constexpr):
     for w in gl.static_range(2):
         ds = shared.ds.index(step % STAGES * 2 + w)
         if BLOCK_M == 64:
-            k = columns(shared.k.index(w), W, KEYS, BLOCK_D)
+            k = columns(shared.k.index(keys * 2 + w), W, KEYS, BLOCK_D)
         else:
             ds = columns(ds, W, KEYS, BLOCK_M)
-            k = shared.k.index(w)
+            k = shared.k.index(keys * 2 + w)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
     return dq
+
+
+@gluon.jit
+def _widen(p):
+    """Convert probabilities to float32, those of bfloat16 two at a time."""
+    if p.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [p], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # noqa: RET505 - decided while compiling
+        return p.to(gl.float32)
 
 
 @gluon.jit
@@ -77,12 +90,38 @@ def _add_other_part(problem, tile, dk, dv, W: gl.constexpr):
 
 
 @gluon.jit
-def accumulate(tensors, shared, problem, tile, W: gl.constexpr):
-    """Compute dK and dV of consumer W's keys, and its half of each step's dQ.
+def staged_keys(shared, problem, step, W: gl.constexpr):
+    """Where consumer W leaves dK and dV for the loader, when the next step is number `step`.
 
-    A turn is the products of P and dS, for narrow heads also the next scores. When the second
-    consumer's comes, both have stored the dS of the step; when the first one's comes, that of the
-    step before, whose dQ it computes.
+    Between tiles that is where the next step's dS will be.
+    """
+    BLOCK_M: gl.constexpr = shared.ds.shape[2]
+    STAGES: gl.constexpr = shared.q.shape[0]
+    if problem.IS_PERSISTENT:
+        staged = shared.ds.index(step % STAGES * 2 + W)
+        return columns(staged, 0, KEYS, BLOCK_M), columns(staged, 1, KEYS, BLOCK_M)
+    else:  # noqa: RET505 - decided while compiling
+        return shared.k.index(W), shared.v.index(W)
+
+
+@gluon.jit
+def _stage_keys(shared, problem, dk, dv, step, W: gl.constexpr):
+    """Leave dK and dV for the loader."""
+    DTYPE: gl.constexpr = shared.k.dtype
+    staged_dk, staged_dv = staged_keys(shared, problem, step, W)
+    staged_dv.store(dv.to(DTYPE))
+    if not problem.IS_PERSISTENT:
+        meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
+    staged_dk.store((dk * problem.scale).to(DTYPE))
+
+
+@gluon.jit
+def _accumulate_tile(tensors, shared, problem, tile, rank, begun, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys of a tile, and its half of each step's dQ.
+
+    The program has begun `rank` tiles and `begun` steps before. A turn is the products of P and dS,
+    for narrow heads also the next scores. When the second consumer's comes, both have stored the dS
+    of the step; when the first one's comes, that of the step before, whose dQ it computes.
     """
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     BLOCK_D: gl.constexpr = shared.q.shape[2]
@@ -97,21 +136,21 @@ def accumulate(tensors, shared, problem, tile, W: gl.constexpr):
     key = tile.n * BLOCK_N + W * KEYS
     count = tile.sequence.N - key
     row = tile.sequence.M - count  # of the query at the first key's position
-    k = shared.k.index(W)
-    v = shared.v.index(W)
+    keys = rank & 1
+    k = shared.k.index(keys * 2 + W)
+    v = shared.v.index(keys * 2 + W)
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, S_LAYOUT)
     dk = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
     dv = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
     m = tile.first
     steps = (tile.last - tile.first) * problem.group
-    mbarrier.wait(shared.k_full, 0)
     if steps > 0:
-        mbarrier.wait(shared.v_full, 0)
+        mbarrier.wait(shared.v_full.index(keys), (rank // 2) & 1)
         if W == 1 and KEEPS_TURN:
             meet_at(_TURN + 1, _CONSUMERS)
         elif W == 1:
             arrive_at(_TURN, _CONSUMERS)  # the first turn is the first consumer's
-    for step in range(steps):
+    for step in range(begun, begun + steps):
         i = step % STAGES
         phase = (step // STAGES) & 1
         q = shared.q.index(i)
@@ -129,22 +168,27 @@ def accumulate(tensors, shared, problem, tile, W: gl.constexpr):
             keep_branch()
             s = mask(s, problem, count, ahead)
         p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
+        if problem.IS_PERSISTENT:
+            p = p.to(DTYPE)  # from here on: 64 registers more than there are would be needed
         p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         # Not before the wait, where scores and lse still fill the registers.
         delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
-        ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+        ds = (_widen(p) * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
         ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
+        if problem.IS_PERSISTENT:  # noqa: SIM102 - known to the compiler
+            if step == begun:
+                meet_at(KEYS_WRITTEN, CONSUMERS_AND_LOADER)
         shared.ds.index(i * 2 + W).store(ds)
         fence_async_shared()
         meet_at(_TURN + W, _CONSUMERS)
         dv = warpgroup_mma(p_operand, do, dv, is_async=True)
-        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, W)
+        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, keys, W)
         dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
         if not KEEPS_TURN:
             arrive_at(_TURN + 1 - W, _CONSUMERS)
-        if not IS_BEHIND or step > 0:
+        if not IS_BEHIND or step > begun:
             _hand_over(shared, dq, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(shared.empty.index(i), count=1)
@@ -155,13 +199,43 @@ def accumulate(tensors, shared, problem, tile, W: gl.constexpr):
         arrive_at(_TURN + 1 - W, _CONSUMERS)
     if IS_BEHIND and steps > 0:
         meet_at(_TURN, _CONSUMERS)
-        dq = _start_dq(shared, steps - 1, W)
+        dq = _start_dq(shared, begun + steps - 1, keys, W)
         _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
+    if problem.IS_PERSISTENT:
+        if steps == 0:
+            meet_at(KEYS_WRITTEN, CONSUMERS_AND_LOADER)
+        mbarrier.arrive(shared.keys_empty.index(keys), count=1)
     if problem.PARTS == 2:
         dk, dv = _add_other_part(problem, tile, dk, dv, W)
     if tile.part == problem.PARTS - 1:
-        v.store(dv.to(DTYPE))
-        meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
-        k.store((dk * problem.scale).to(DTYPE))
+        _stage_keys(shared, problem, dk, dv, begun + steps, W)
         fence_async_shared()
         arrive_at(KEYS_DONE, CONSUMERS_AND_LOADER)
+    return begun + steps
+
+
+@gluon.jit
+def await_number(shared, rank, WARPS: gl.constexpr):
+    """Wait for the keys of the program's tile `rank`; return its number among all tiles."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    mbarrier.wait(shared.k_full.index(rank & 1), (rank // 2) & 1)
+    return gl.max(shared.number.index(rank & 1).load(LAYOUT), axis=0)
+
+
+@gluon.jit
+def accumulate(tensors, shared, problem, ticket, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys, and its half of dQ, tile after tile."""
+    BLOCK_M: gl.constexpr = shared.q.shape[1]
+    if problem.IS_PERSISTENT:
+        rank = 0
+        begun = 0
+        number = await_number(shared, rank, 4)
+        while number < problem.blocks_n * problem.num_heads:
+            tile = tile_at(problem, number, BLOCK_M)
+            begun = _accumulate_tile(tensors, shared, problem, tile, rank, begun, W)
+            rank += 1
+            number = await_number(shared, rank, 4)
+    else:
+        tile = tile_at(problem, ticket, BLOCK_M)
+        mbarrier.wait(shared.k_full.index(0), 0)
+        _accumulate_tile(tensors, shared, problem, tile, 0, 0, W)

@@ -137,13 +137,13 @@ def _sequence(problem, block_n, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def tile_at(problem, ticket, heads_per_group, num_heads, BLOCK_M: gl.constexpr):
-    """Return tile number `ticket`.
+def tile_at(problem, number, BLOCK_M: gl.constexpr):
+    """Return tile `number`.
 
     Heads alternate, within groups whose queries the L2 cache holds. Where tiles differ in length
     the longest come first, and where the sum of dq has an order the last keys do.
     """
-    n, head = place(ticket, problem.blocks_n, num_heads, heads_per_group)
+    n, head = place(number, problem.blocks_n, problem.num_heads, problem.heads_per_group)
     if problem.DETERMINISTIC:
         n = problem.blocks_n - 1 - n
     sequence = _sequence(problem, n, BLOCK_M)

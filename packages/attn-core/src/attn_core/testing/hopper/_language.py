@@ -74,6 +74,8 @@ def _inline_asm(code: str, _constraints: str, args: Sequence[Any], **_: Any) -> 
         return at_named_barrier(instruction[0] == "bar.sync", int(number), int(threads))
     if instruction[0] == "mov.u32":
         return 0
+    if instruction[0] == "shl.b32":  # from bfloat16 to float32
+        return Tensor(args[0].array)
     raise NotImplementedError(code)
 
 
