@@ -3,10 +3,11 @@
 The source of the kernels runs as it is, on stand-ins for Gluon that compute with NumPy. Programs
 start in a random order, some at once; each partition of a program is a thread that now and then
 falls behind. Barriers count arrivals, bytes and phases as the hardware does. Whatever the hardware
-may delay is delayed: copies land late in memory that holds NaN until then, products read their
-operands and stores leave shared memory only when somebody waits for them, and what leaves it is in
-global memory only when somebody waits for that. A missing wait gives wrong numbers; a missing
-arrival, or a missing fence between threads and the units that copy and multiply, a `ProtocolError`.
+may delay is delayed: copies land late, or when somebody waits for them, in memory that holds NaN
+until then; products read their operands and stores leave shared memory only when somebody waits for
+them, and what leaves it is in global memory only when somebody waits for that. A missing wait gives
+wrong numbers; a missing arrival, or a missing fence between threads and the units that copy and
+multiply, a `ProtocolError`.
 """
 
 from __future__ import annotations

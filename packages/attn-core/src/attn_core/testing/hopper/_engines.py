@@ -14,6 +14,7 @@ from attn_core.testing.hopper._registers import Dtype, Tensor, array_of
 from attn_core.testing.hopper._shared import Memory, one, require_fenced
 from attn_core.testing.hopper._threads import ProtocolError, changed, dawdle, here, lateness
 
+_COPY_IS_LATER = 20  # times as late as a thread: until then, whoever does not wait reads NaN
 DTYPES = {
     torch.float32: Dtype("fp32"),
     torch.float16: Dtype("fp16"),
@@ -84,7 +85,11 @@ class Tma:
             barrier.advance(0, desc.block_type.nbytes)
 
         tile.array[...] = np.nan
-        threading.Timer(lateness(), land).start()
+        with changed:
+            barrier.copies.append(land)
+        timer = threading.Timer(_COPY_IS_LATER * lateness(), barrier.land, [land])
+        timer.daemon = True
+        timer.start()
 
     @staticmethod
     def async_copy_shared_to_global(desc: Descriptor, coord: Any, tile: Memory) -> None:

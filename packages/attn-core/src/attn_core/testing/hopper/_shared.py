@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,15 @@ class Barrier:
 
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
+        self.copies: list[Callable[[], None]] = []  # that are under way
+
+    def land(self, *copies: Callable[[], None]) -> None:
+        """Let copies end that are still under way."""
+        with changed:
+            for copy in copies:
+                if copy in self.copies:
+                    self.copies.remove(copy)
+                    copy()
 
     def advance(self, arrivals: int, landed: int) -> None:
         with changed:
@@ -123,8 +132,11 @@ class Mbarrier:
     @staticmethod
     def wait(barrier: Any, phase: Any, pred: Any = True) -> None:
         barrier = one(barrier)
-        if array_of(pred):
-            wait(lambda: barrier.phase != int(array_of(phase)), f"phase {phase} of an mbarrier")
+        if not array_of(pred):
+            return
+        if barrier.phase == int(array_of(phase)):
+            barrier.land(*barrier.copies)  # it is enough that they are late for who does not wait
+        wait(lambda: barrier.phase != int(array_of(phase)), f"phase {phase} of an mbarrier")
 
 
 def allocate(dtype: str, shape: Sequence[int], layout: Any) -> Memory | Barriers:
