@@ -26,22 +26,17 @@ _SEQUENCES = 256  # of which a program looks at once; fewer compile no other ker
 
 # fmt: off
 @triton.jit
-def _load_whole(
-    out_ptr, lse_ptr, heads, token, mask_g, T,
+def _take_in_whole(
+    m_i, l_i, acc, out_ptr, lse_ptr, heads, token, mask_g, T,
     H: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
-    """Load what a launch has left of a query in out [T, H, D_v] and lse [H, T]."""
+    """Take in what a launch has left of a query in out [T, H, D_v] and lse [H, T]."""
     offs_d = tl.arange(0, BLOCK_DV)
     lse = tl.load(lse_ptr + heads * T + token, mask=mask_g, other=-float("inf"))
     rows = (token * H + heads) * HEAD_DIM_V
     mask = mask_g[:, None] & (offs_d < HEAD_DIM_V)[None, :]
     out = tl.load(out_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
-    return lse, out
-
-
-@triton.jit
-def _take_in_whole(m_i, l_i, acc, lse, out):
     return take_in_parts(m_i, l_i, acc, (lse * LOG2_E)[:, None], out[:, None, :])
 
 
@@ -93,17 +88,11 @@ def _merge_halves_kernel(
         rest_count = tl.cdiv(key_tiles, size_of_parts(key_tiles, num_splits, LEAST))
     if OVERLAPS:  # all of this was there before attention, which may not have ended
         tl.extra.cuda.gdc_wait()
-    # Loaded before parts are, so that the two are on their way together; of what is in parts none.
-    rest_lse, rest_out = _load_whole(
-        rest_out_ptr, rest_lse_ptr, heads, token, mask_g & (rest_count == 1), T,
-        H_KV * GROUP, HEAD_DIM_V, BLOCK_DV,
-    )  # fmt: skip
     if count == 1:
-        prefix_lse, prefix_out = _load_whole(
-            prefix_out_ptr, prefix_lse_ptr, heads, token, mask_g, T,
+        m_i, l_i, acc = _take_in_whole(
+            m_i, l_i, acc, prefix_out_ptr, prefix_lse_ptr, heads, token, mask_g, T,
             H_KV * GROUP, HEAD_DIM_V, BLOCK_DV,
         )  # fmt: skip
-        m_i, l_i, acc = _take_in_whole(m_i, l_i, acc, prefix_lse, prefix_out)
     elif not PREFIX_IS_WHOLE:
         head_tile = run * BLOCK_G // PREFIX_GROUP
         rank = (place - begin) % PREFIX_BLOCK_Q
@@ -114,8 +103,12 @@ def _merge_halves_kernel(
             H_KV * ((GROUP + PREFIX_GROUP - 1) // PREFIX_GROUP), HEAD_DIM_V, PREFIX_BLOCK_M,
             BLOCK_S, BLOCK_DV,
         )  # fmt: skip
-    m_i, l_i, acc = _take_in_whole(m_i, l_i, acc, rest_lse, rest_out)
-    if not REST_IS_WHOLE and rest_count > 1:
+    if rest_count == 1:
+        m_i, l_i, acc = _take_in_whole(
+            m_i, l_i, acc, rest_out_ptr, rest_lse_ptr, heads, token, mask_g, T,
+            H_KV * GROUP, HEAD_DIM_V, BLOCK_DV,
+        )  # fmt: skip
+    elif not REST_IS_WHOLE:
         head_tile = run * BLOCK_G // REST_GROUP
         m_i, l_i, acc = merge_slots(
             m_i, l_i, acc, rest_parts_ptr, rest_parts_lse_ptr, token.to(tl.int32), T, 0, rest_count,
