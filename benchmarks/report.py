@@ -1,7 +1,8 @@
 """Plots and tables of a result: ``python -m benchmarks.report RESULT.json [--readme README.md]``.
 
 Writes beside the result a Markdown file with every row and, where matplotlib is installed, a PNG of
-the rates and one of the ratios to the best peer. With ``--readme`` the headline rows also replace
+the rates and one of the ratios to the best peer over the length of series, and one of the rates of
+single cases. With ``--readme`` the headline rows also replace
 what stands between ``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<package> -->``.
 """
 
@@ -151,28 +152,32 @@ def our_ratio(rows: Iterable[Row]) -> float | None:
 
 
 def plot(result: Result, path: Path) -> list[Path]:
-    """Draw rates and ratios over the length of the series; nothing without matplotlib."""
+    """Draw series over their length and single cases as bars; nothing without matplotlib."""
     try:
         import matplotlib as mpl
     except ImportError:
         return []
     mpl.use("Agg")
-    rows = [row for row in result.rows if row.series and row.status == results.OK]
-    rows = [row for row in rows if row.pass_ != "graph"]
-    if not rows:
-        return []
-    drawings: dict[str, Callable[[Result, Sequence[Row]], Any]] = {"rates": _draw_rates}
+    measured = [row for row in result.rows if row.status == results.OK and row.pass_ != "graph"]
+    rows = [row for row in measured if row.series]
+    drawings: dict[str, Callable[[], Any]] = {}
+    if rows:
+        drawings["rates"] = functools.partial(_draw_rates, result, rows)
     if our_ratio(rows) is not None:  # some peer ran
-        drawings["ratios"] = _draw_ratios
+        drawings["ratios"] = functools.partial(_draw_ratios, result, rows)
     if any(row.peak_mib for row in rows):
-        drawings["runtime"] = functools.partial(_draw_grid, value=lambda row: row.ms, unit="ms")
-        drawings["memory"] = functools.partial(
-            _draw_grid, value=lambda row: row.peak_mib, unit="MiB"
-        )
+        for name, value, unit in (
+            ("runtime", lambda row: row.ms, "ms"),
+            ("memory", lambda row: row.peak_mib, "MiB"),
+        ):
+            drawings[name] = functools.partial(_draw_grid, result, rows, value, unit)
+    single = [row for row in measured if not row.series and row.pass_ in ("forward", "backward")]
+    if single:
+        drawings["cases"] = functools.partial(_draw_cases, single)
     pictures = []
     for name, draw in drawings.items():
         picture = path.with_name(f"{path.stem}-{name}.png")
-        figure = draw(result, rows)
+        figure = draw()
         figure.suptitle(f"{result.package} on {result.device['name']}, {result.date}")
         figure.savefig(picture, dpi=110)
         pictures.append(picture)
@@ -238,6 +243,41 @@ def _draw_ratios(result: Result, rows: Sequence[Row]) -> Any:
     return figure
 
 
+def _draw_cases(rows: Sequence[Row]) -> Any:
+    """One panel for each pass, a group of bars for each case, a bar for each provider."""
+    from matplotlib import pyplot as plt
+
+    passes, providers = _unique(row.pass_ for row in rows), _providers(rows)
+    cases = _unique(row.case for row in rows)
+    value, unit = (_rate, "TFLOP/s") if any(row.tflop_s for row in rows) else (_ms, "ms")
+    figure, panels = plt.subplots(
+        1,
+        len(passes),
+        figsize=(5.0 * len(passes) + 2, 1 + 0.12 * len(cases) * (len(providers) + 1)),
+        squeeze=False,
+        layout="constrained",
+    )
+    thickness = 1 / (len(providers) + 1)
+    for panel, pass_ in zip(panels[0], passes, strict=True):
+        for n, provider in enumerate(providers):
+            bars = {
+                row.case: value(row) or 0.0
+                for row in rows
+                if row.pass_ == pass_ and row.provider == provider
+            }
+            places = [cases.index(case) + n * thickness for case in bars]
+            panel.barh(places, bars.values(), thickness, label=provider, color=f"C{n}")
+        panel.set_yticks([place + 0.5 - thickness for place in range(len(cases))], cases)
+        panel.invert_yaxis()
+        panel.margins(y=0.01)
+        panel.set_title(pass_, fontsize=10)
+        panel.set_xlabel(unit)
+        panel.grid(alpha=0.3, axis="x")
+    labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right center", fontsize=9)
+    return figure
+
+
 def _our_best(rows: Sequence[Row]) -> list[Row]:
     """Return for each case our fastest row."""
     best: dict[str, Row] = {}
@@ -275,6 +315,10 @@ def _legend(figure: Any) -> None:
 
 def _rate(row: Row) -> float | None:
     return row.tflop_s or row.gb_s
+
+
+def _ms(row: Row) -> float | None:
+    return row.ms
 
 
 def _short(length: int) -> str:

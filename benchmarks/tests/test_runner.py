@@ -284,6 +284,19 @@ def test_a_pass_without_a_peer_has_no_panel_of_ratios(tmp_path):
     assert len(figure.axes) == 1
 
 
+def test_single_cases_are_drawn_as_bars(tmp_path):
+    pytest.importorskip("matplotlib")
+    result, _, _ = measure(provider("a"), provider("b", kind="ours"))
+    for row in result.rows:
+        row.series = ""
+    pictures = report.plot(result, tmp_path / "result.json")
+    assert [picture.name for picture in pictures] == ["result-cases.png"]
+    forward, backward = report._draw_cases(result.rows).axes
+    assert [panel.get_title() for panel in (forward, backward)] == ["forward", "backward"]
+    assert [bar.get_width() > 0 for bar in forward.patches] == [True, True]
+    assert [label.get_text() for label in forward.get_yticklabels()] == [CASE.id]
+
+
 def test_a_readme_without_a_section_is_refused():
     with pytest.raises(ValueError, match="must have a section <!-- benchmarks:attn-flash -->"):
         report.fill("text", "benchmarks:attn-flash", "body")
