@@ -2,8 +2,7 @@
 
 Writes beside the result a Markdown file with every row and, where matplotlib is installed, a PNG of
 the rates and one of the ratios to the best peer over the length of series, and one of the rates of
-single cases. With ``--readme`` the headline rows also replace
-what stands between ``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<package> -->``.
+single cases. With ``--readme`` the headline rows also replace what stands between ``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<package> -->``.
 """
 
 from __future__ import annotations
@@ -246,6 +245,7 @@ def _draw_ratios(result: Result, rows: Sequence[Row]) -> Any:
 def _draw_cases(rows: Sequence[Row]) -> Any:
     """One panel for each pass, a group of bars for each case, a bar for each provider."""
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     passes, providers = _unique(row.pass_ for row in rows), _providers(rows)
     cases = _unique(row.case for row in rows)
@@ -254,6 +254,7 @@ def _draw_cases(rows: Sequence[Row]) -> Any:
         1,
         len(passes),
         figsize=(5.0 * len(passes) + 2, 1 + 0.12 * len(cases) * (len(providers) + 1)),
+        sharey=True,
         squeeze=False,
         layout="constrained",
     )
@@ -266,15 +267,17 @@ def _draw_cases(rows: Sequence[Row]) -> Any:
                 if row.pass_ == pass_ and row.provider == provider
             }
             places = [cases.index(case) + n * thickness for case in bars]
-            panel.barh(places, bars.values(), thickness, label=provider, color=f"C{n}")
-        panel.set_yticks([place + 0.5 - thickness for place in range(len(cases))], cases)
-        panel.invert_yaxis()
+            panel.barh(places, bars.values(), thickness, color=f"C{n}")
         panel.margins(y=0.01)
         panel.set_title(pass_, fontsize=10)
         panel.set_xlabel(unit)
         panel.grid(alpha=0.3, axis="x")
-    labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside right center", fontsize=9)
+    # Their axis is one: what is said of it in a panel holds in all.
+    panels[0, 0].set_yticks([place + 0.5 - thickness for place in range(len(cases))], cases)
+    panels[0, 0].invert_yaxis()
+    # Not those of a panel, where a provider of another pass has no bar, and so no colour.
+    colours = [Patch(color=f"C{n}") for n in range(len(providers))]
+    figure.legend(colours, providers, loc="outside right center", fontsize=9)
     return figure
 
 
@@ -336,7 +339,11 @@ def _origin(result: Result) -> str:
         if name in result.ceilings
     )
     commit = f", commit {result.commit[:12]}" if result.commit else ""
-    return f"{result.device['name']}, {result.date}{commit}: {versions}.{ceilings} Medians."
+    origin = f"{result.device['name']}, {result.date}{commit}: {versions}.{ceilings} Medians."
+    if continued := result.settings.get("continued"):
+        cases, providers = (", ".join(continued[name]) for name in ("cases", "providers"))
+        origin += f" Measured in a second run right after the first, of {providers} alone: {cases}."
+    return origin
 
 
 def _unit(rows: Sequence[Row]) -> str:

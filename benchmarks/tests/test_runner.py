@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +296,14 @@ def test_single_cases_are_drawn_as_bars(tmp_path):
     assert [panel.get_title() for panel in (forward, backward)] == ["forward", "backward"]
     assert [bar.get_width() > 0 for bar in forward.patches] == [True, True]
     assert [label.get_text() for label in forward.get_yticklabels()] == [CASE.id]
+
+
+def test_a_page_says_what_a_second_run_measured():
+    result, _, _ = measure(provider("a"))
+    assert "second run" not in report.markdown(result, result.rows, [], Path())
+    result.settings["continued"] = {"cases": [CASE.id], "providers": ["a", "b"]}
+    page = report.markdown(result, result.rows, [], Path())
+    assert f"Measured in a second run right after the first, of a, b alone: {CASE.id}." in page
 
 
 def test_a_readme_without_a_section_is_refused():
