@@ -37,8 +37,8 @@ def scratch(shape: tuple[int, ...], lent: torch.Tensor) -> torch.Tensor:
     size = math.prod(shape)
     if lent.nbytes < 4 * size:
         return lent.new_empty(shape, dtype=torch.float32)
-    flat = lent.as_strided((lent.numel(),), (1,))
-    return flat.view(torch.float32)[:size].view(shape)
+    flat = lent.as_strided((4 * size // lent.itemsize,), (1,))
+    return flat.view(torch.float32).view(shape)
 
 
 def is_aligned(x: torch.Tensor) -> bool:

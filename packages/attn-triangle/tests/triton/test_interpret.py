@@ -146,6 +146,7 @@ SHORT = [
     Case(R=2, M=33, N=128, D=24, masked_rows="zero", mask="rows", dtype=torch.float16),
     Case(R=1, M=1, N=65, D=32, mask="padded", dtype=torch.float16),
     Case(R=12, M=64, N=64, D=32, mask="none", dtype=torch.float16),  # sums in dk and dv
+    Case(R=7, M=3, N=5, D=9, dtype=torch.float16),  # there too, in an odd number of 16 bits
 ]
 
 
