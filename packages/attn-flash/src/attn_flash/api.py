@@ -74,7 +74,8 @@ def flash_attn_func(
     deterministic : bool, default False
         Gradients must have the same bits every time, as under
         ``torch.use_deterministic_algorithms``. On backends "torch" and "triton" they have with
-        either value; on "hopper" order costs up to 8 % of the speed of the backward pass.
+        either value; on "hopper" order costs up to a tenth of the speed of the backward pass, a
+        quarter where heads share keys.
     return_attn_probs : bool, default False
         Also return lse and probs.
     attn_bias : Tensor, optional
