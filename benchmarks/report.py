@@ -2,7 +2,8 @@
 
 Writes beside the result a Markdown file with every row and, where matplotlib is installed, a PNG of
 the rates and one of the ratios to the best peer over the length of series, and one of the rates of
-single cases. With ``--readme`` the headline rows also replace what stands between ``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<package> -->``.
+single cases. With ``--readme`` the headline rows also replace what stands between
+``<!-- benchmarks:<package> -->`` and ``<!-- /benchmarks:<package> -->``.
 """
 
 from __future__ import annotations
@@ -245,7 +246,6 @@ def _draw_ratios(result: Result, rows: Sequence[Row]) -> Any:
 def _draw_cases(rows: Sequence[Row]) -> Any:
     """One panel for each pass, a group of bars for each case, a bar for each provider."""
     from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
 
     passes, providers = _unique(row.pass_ for row in rows), _providers(rows)
     cases = _unique(row.case for row in rows)
@@ -267,17 +267,16 @@ def _draw_cases(rows: Sequence[Row]) -> Any:
                 if row.pass_ == pass_ and row.provider == provider
             }
             places = [cases.index(case) + n * thickness for case in bars]
-            panel.barh(places, bars.values(), thickness, color=f"C{n}")
+            if bars:
+                panel.barh(places, bars.values(), thickness, label=provider, color=f"C{n}")
         panel.margins(y=0.01)
         panel.set_title(pass_, fontsize=10)
         panel.set_xlabel(unit)
         panel.grid(alpha=0.3, axis="x")
-    # Their axis is one: what is said of it in a panel holds in all.
-    panels[0, 0].set_yticks([place + 0.5 - thickness for place in range(len(cases))], cases)
-    panels[0, 0].invert_yaxis()
-    # Not those of a panel, where a provider of another pass has no bar, and so no colour.
-    colours = [Patch(color=f"C{n}") for n in range(len(providers))]
-    figure.legend(colours, providers, loc="outside right center", fontsize=9)
+    shared = panels[0, 0]  # the axis of all
+    shared.set_yticks([place + 0.5 - thickness for place in range(len(cases))], cases)
+    shared.invert_yaxis()
+    _legend(figure)
     return figure
 
 
@@ -311,8 +310,11 @@ def _finish(panel: Any, result: Result, rows: Sequence[Row], title: str, unit: s
 
 
 def _legend(figure: Any) -> None:
-    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
-    entries = {label: line for label, line in lines.items() if not label.startswith("_")}
+    entries = {
+        label: mark
+        for panel in figure.axes
+        for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=9)
 
 

@@ -298,6 +298,18 @@ def test_single_cases_are_drawn_as_bars(tmp_path):
     assert [label.get_text() for label in forward.get_yticklabels()] == [CASE.id]
 
 
+def test_the_legend_of_bars_shows_a_provider_of_a_later_pass_in_its_colour():
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_hex
+
+    result, _, _ = measure(provider("a"), provider("b", passes=("backward",)))
+    figure = report._draw_cases(result.rows)
+    bars = [to_hex(bar.get_facecolor()) for bar in figure.axes[1].patches]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert [to_hex(mark.get_facecolor()) for mark in legend.legend_handles] == bars
+
+
 def test_a_page_says_what_a_second_run_measured():
     result, _, _ = measure(provider("a"))
     assert "second run" not in report.markdown(result, result.rows, [], Path())
