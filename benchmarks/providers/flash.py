@@ -360,7 +360,8 @@ def _require_top_left(case: Case) -> None:
 def _kind(case: Case) -> tuple[Any, ...]:
     """What kernels are compiled for."""
     group = case["H"] // case["H_KV"]
-    return case["D"], window(case), is_ragged(case), group, min(case["M"], _LONG), case.passes
+    length = min(case["M"], _LONG)
+    return case.dtype, case["D"], window(case), is_ragged(case), group, length, case.passes
 
 
 def _backend(name: str, **options: Any) -> Provider:

@@ -318,10 +318,10 @@ def _aule(case: Case, inputs: Inputs) -> Call:
     return Call(lambda: flash_attention_paged_amd(*inputs[:5]))
 
 
-def _kind(case: Case) -> tuple[tuple[str, Any], ...]:
+def _kind(case: Case) -> tuple[Any, ...]:
     """What kernels are compiled for."""
     largest = {name: min(case[name], most) for name, most in _MOST_COMPILED_FOR.items()}
-    return tuple(sorted({**case.sizes, **largest}.items()))
+    return case.dtype, *sorted({**case.sizes, **largest}.items())
 
 
 def _backend(name: str, **options: Any) -> Provider:
