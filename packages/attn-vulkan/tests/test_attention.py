@@ -188,6 +188,16 @@ def test_scores_that_grow_along_the_keys(monkeypatch, variant, causal, dim):
     np.testing.assert_allclose(lse, expected_lse, atol=TOLERANCE["float16"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_a_scale_near_zero_gives_the_mean_of_what_is_visible(monkeypatch, variant):
+    use(monkeypatch, variant, "float16")
+    q, k, v = make("scale", (1, 70, 130, 2, 1, 64, 64), "float16")
+    out, lse = attn_vulkan.attention(q, k, v, softmax_scale=1e-30, causal=True, return_lse=True)
+    expected, expected_lse = reference(q, k, v, scale=1e-30, window=(-1, 0))
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE["float16"], rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=TOLERANCE["float16"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("variant", ["matrix", "subgroup", "scalar"])
 def test_split_keys_and_packed_heads(monkeypatch, variant):
     use(monkeypatch, variant, "float16")

@@ -95,6 +95,16 @@ def test_the_variant_that_was_measured_fastest_comes_first(options, first):
     assert variants.ranked(gpu(), problem, ["matrix2", "scalar"]) == ["matrix2", "scalar"]
 
 
+@pytest.mark.parametrize("variant,position", [("matrix", 11), ("matrix2", 9)])
+@pytest.mark.parametrize(
+    "scale,is_first", [(0.125, 0), (1e-9, 0), (1e-29, 1), (0.0, 1), (-0.125, 1), (1e9, 1)]
+)
+def test_scales_that_would_not_hide_a_score_come_first(variant, position, scale, is_first):
+    problem = Problem("float16", 1, 512, 512, 1, 1, 64, 64, is_aligned=True)
+    plan = variants.forward(gpu(), variant, problem, scale)
+    assert plan.constants[position] == is_first
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("len_q", [1, 100, 200, 4096])
 def test_matrix2_has_whole_chunks_in_shared_memory(dim, len_q):

@@ -271,18 +271,18 @@ def _forward_matrix(device: Device, problem: Problem, scale: float) -> Plan:
     splits = _splits(problem, tile.rows, pack, busy or _BUSY_WORKGROUPS[device.type])
     constants = _numbers(
         *(tile.threads, *_matrix_dims(problem), tile.columns, *_flags(problem)),
-        *(problem.block_size > 0, splits > 1, pack, scale <= 0, tile.blocks, tile.is_shared),
+        *(problem.block_size > 0, splits > 1, pack),
+        *(_scales_first(scale), tile.blocks, tile.is_shared),
     )
     return Plan(f"forward_matrix_{problem.dtype}", constants, tile.rows, pack, splits)
 
 
 def _forward_matrix2(problem: Problem, scale: float) -> Plan:
     dims = _matrix_dims(problem)
-    low, high = _SCALES
     tile = _filled_by(problem.len_q, _of_dim(_MATRIX2_TILES, max(dims)))
     constants = _numbers(
         *(tile.threads, *dims, tile.columns, *_flags(problem)),
-        *(problem.block_size > 0, not low < scale < high, tile.blocks, tile.chunk),
+        *(problem.block_size > 0, _scales_first(scale), tile.blocks, tile.chunk),
     )
     return Plan(f"forward_matrix2_{problem.dtype}", constants, tile.rows)
 
@@ -316,6 +316,12 @@ def _backward_matrix(problem: Problem) -> tuple[Plan, Plan]:
 def _flags(problem: Problem) -> tuple[bool, ...]:
     """What every shader of attention is told of a problem, in this order."""
     return problem.is_aligned, problem.softcap > 0, problem.has_bias, problem.has_slopes
+
+
+def _scales_first(scale: float) -> bool:
+    """Whether scores are multiplied before softmax, and not with its exponents."""
+    low, high = _SCALES
+    return not low < scale < high
 
 
 def _matrix_dims(problem: Problem) -> tuple[int, int]:

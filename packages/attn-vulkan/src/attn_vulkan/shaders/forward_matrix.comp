@@ -20,7 +20,7 @@ layout(constant_id = 7) const bool HAS_SLOPES = false;
 layout(constant_id = 8) const bool PAGED = false;
 layout(constant_id = 9) const bool SPLIT = false;
 layout(constant_id = 10) const uint PACK = 1;
-layout(constant_id = 11) const bool SCALE_FIRST = false;  // where the scale is not positive
+layout(constant_id = 11) const bool SCALE_FIRST = false;  // not with exponents: see variants._SCALES
 layout(constant_id = 12) const uint BLOCKS = 1;
 layout(constant_id = 13) const bool TOGETHER = false;
 

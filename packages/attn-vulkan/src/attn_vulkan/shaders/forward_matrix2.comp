@@ -21,7 +21,7 @@ layout(constant_id = 5) const bool HAS_CAP = false;
 layout(constant_id = 6) const bool HAS_BIAS = false;
 layout(constant_id = 7) const bool HAS_SLOPES = false;
 layout(constant_id = 8) const bool PAGED = false;
-layout(constant_id = 9) const bool SCALE_FIRST = false;  // where the scale is not positive
+layout(constant_id = 9) const bool SCALE_FIRST = false;  // not with exponents: see variants._SCALES
 layout(constant_id = 10) const uint BLOCKS = 1;
 layout(constant_id = 11) const uint CHUNK = 1;   // matrices of scores at a time
 
