@@ -35,7 +35,7 @@ pytestmark = [
 
 # In the order in which they import one another.
 MODULES = (
-    "configs", "descriptors", "tiles", "problem", "redo", "rows",
+    "configs", "descriptors", "tiles", "problem", "redo", "rows", "mask",
     "forward", "dk_dv", "dq", "dq_dbias", "dbias", "backward",
 )  # fmt: skip
 GLUON = {
@@ -100,6 +100,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr("attn_core.testing.hopper._threads.LATENESS", 5e-4)
     with emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
         modules = dict(zip(MODULES, found, strict=True))
+        monkeypatch.setattr(modules["configs"], "FEW_SCORES", 0)
         for name, kernel in GLUON.items():
             monkeypatch.setattr(modules[name], "_launch", starter(getattr(modules[name], kernel)))
             monkeypatch.setattr(
@@ -160,6 +161,7 @@ CASES = [
     Case(D=64, mask="random"),
     Case(N=160),  # a mask that is read four keys at a time
     Case(H=2, R=5, M=64, N=336, mask="front", masked_rows="zero"),
+    Case(R=2, M=1, N=1100, mask="random"),  # more words of a mask than are looked at together
 ]
 
 

@@ -14,11 +14,13 @@ from attn_core.testing.hopper._registers import Dtype, Tensor, array_of
 from attn_core.testing.hopper._shared import Memory, one, require_fenced
 from attn_core.testing.hopper._threads import ProtocolError, changed, dawdle, here, lateness
 
-_COPY_IS_LATER = 20  # times as late as a thread: until then, whoever does not wait reads NaN
+_COPY_LATENESS = 20  # in those of a thread: until then, whoever does not wait reads NaN
 DTYPES = {
     torch.float32: Dtype("fp32"),
     torch.float16: Dtype("fp16"),
     torch.bfloat16: Dtype("bf16"),
+    torch.uint8: Dtype("u8"),
+    torch.int32: Dtype("i32"),
 }
 
 
@@ -87,7 +89,7 @@ class Tma:
         tile.array[...] = np.nan
         with changed:
             barrier.copies.append(land)
-        timer = threading.Timer(_COPY_IS_LATER * lateness(), barrier.land, [land])
+        timer = threading.Timer(_COPY_LATENESS * lateness(), barrier.land, [land])
         timer.daemon = True
         timer.start()
 

@@ -127,6 +127,7 @@ def _language() -> types.ModuleType:
         reshape=lambda x, shape: Tensor(x.array.reshape(shape)),
         permute=lambda x, order: Tensor(x.array.transpose(order)),
         sum=reduction(total),
+        min=reduction(np.min),
         max=reduction(np.max),
         log2=log2,
         fma=lambda a, b, c: a * b + c,

@@ -41,7 +41,7 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = Fa
     found = found.float() if found.is_floating_point() else found
     values = np.full(pointer.offset.shape, other, found.numpy().dtype)
     values[is_read] = found.numpy()
-    return Tensor(values)
+    return Tensor(values, pointer.dtype.element_ty)
 
 
 def store(pointer: Pointer, value: Any, mask: Any = None) -> None:

@@ -51,10 +51,15 @@ class Tensor:
         return list(self.array.shape)
 
     def to(self, dtype: str) -> Tensor:
+        if dtype.startswith("i"):
+            return Tensor(self.array.astype(f"int{dtype[1:]}"), dtype)
         return Tensor(round_to(self.array, dtype), dtype)
 
     def __neg__(self) -> Tensor:
         return Tensor(-self.array)
+
+    def __invert__(self) -> Tensor:
+        return Tensor(~self.array)
 
 
 def _binary(function: Callable[[Any, Any], Any], swap: bool = False) -> Any:

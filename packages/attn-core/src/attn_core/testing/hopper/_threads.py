@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PATIENCE = 20.0  # seconds a thread waits before it is stuck
-LATENESS = 0.001  # seconds, at most, of a copy or of a thread
+LATENESS = 0.001  # seconds, at most, of a thread
 _WARP = 32
 
 
@@ -54,7 +54,7 @@ class _Abandoned(BaseException):
 
 
 def lateness() -> float:
-    """Seconds by which the next copy is late."""
+    """Seconds by which a thread falls behind this time."""
     return random.random() * LATENESS
 
 
