@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_core import device as device_module
-from attn_core.device import DeviceInfo, device_info, list_devices, triton_version
+from attn_core.device import DeviceInfo, device_info, list_devices, triton_refusal, triton_version
 
 
 @pytest.fixture
@@ -111,3 +111,8 @@ def test_no_triton(distributions):
 def test_triton_of_unknown_origin(distributions):
     distributions(True)
     assert triton_version() is None
+
+
+def test_an_old_triton_is_refused(distributions):
+    distributions(True, triton="3.1.0")
+    assert triton_refusal(torch.device("cuda")) == "triton must be at least 3.2, got 3.1"
