@@ -67,8 +67,8 @@ def test_products_overlap_and_accumulators_stay_in_registers(D, window, determin
 @pytest.mark.parametrize("D", [64, 128])
 def test_many_keys(D, deterministic, monkeypatch):
     """Sums are cleared first, and every tile has a program."""
-    for limit in ("_CLAIMED", "_PERSISTENT"):
-        monkeypatch.setattr(backward, limit, 0)
+    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, 0))
+    monkeypatch.setattr(backward, "_PERSISTENT", 0)
     compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=deterministic)
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]

@@ -8,6 +8,8 @@ takes its place here, and test_backward_sums_interpret.py compares the two.
 from __future__ import annotations
 
 import math
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -91,8 +93,8 @@ def test_late_copies(D, deterministic, backward, late):
 @pytest.fixture
 def for_many_keys(backward, monkeypatch):
     """The module, which clears sums first and starts a program for every tile."""
-    for limit in ("_CLAIMED", "_PERSISTENT"):
-        monkeypatch.setattr(backward, limit, 0)
+    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, 0))
+    monkeypatch.setattr(backward, "_PERSISTENT", 0)
     return backward
 
 
@@ -116,6 +118,24 @@ SHARED = [Case(1, 4, 2, 150, 300, 128, CAUSAL), Case(1, 4, 1, 130, 140, 64, (100
 @pytest.mark.parametrize("case", SHARED, ids=str)
 def test_two_programs_share_a_key_head(case, deterministic, in_parts):
     check(in_parts, case, deterministic)
+
+
+def test_a_late_first_part(hopper, in_parts, monkeypatch):
+    """Whoever waits for it has not claimed a sum of its next tile that the late one waits for."""
+    adder = hopper.backward_adder
+    add_tile = adder._add_tile
+    next_tile = threading.Event()
+
+    def add_late(tensors, shared, problem, tile, states_ptr):
+        if (tile.n, tile.h) == (1, 0):
+            next_tile.set()
+        if (tile.n, tile.h) == (0, 0):
+            next_tile.wait(2.0)
+            time.sleep(0.2)
+        add_tile(tensors, shared, problem, tile, states_ptr)
+
+    monkeypatch.setattr(adder, "_add_tile", add_late)
+    check(in_parts, Case(1, 2, 1, 700, 300, 64))
 
 
 @pytest.mark.parametrize("D", [64, 128])

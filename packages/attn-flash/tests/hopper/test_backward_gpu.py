@@ -44,8 +44,9 @@ def deterministic(request, monkeypatch):
     from attn_flash._hopper import backward
 
     is_ordered, are_many = ADDITIONS[request.param]
-    for limit in ("_CLAIMED", "_PERSISTENT"):
-        monkeypatch.setattr(backward, limit, 0 if are_many else 1 << 20)
+    limit = 0 if are_many else 1 << 20
+    monkeypatch.setattr(backward, "_CLAIMED", dict.fromkeys(backward._CLAIMED, limit))
+    monkeypatch.setattr(backward, "_PERSISTENT", limit)
     return is_ordered
 
 

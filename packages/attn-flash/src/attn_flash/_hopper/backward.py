@@ -18,10 +18,12 @@ the L2 cache. Three roles share a program; docs/attn-flash-hopper.md draws their
   keys.
 
 For narrow heads and few keys a program computes tile after tile, with the loader a tile ahead.
+Where there are few tiles, the query heads of a key head are the work of two programs, of one tile
+each: with a next tile the adder could claim a sum for it while consumers wait for the other
+program, and that for the sum.
 
 This file has what they share, the kernel and its launcher, and `backward_tiles` which keys and
 queries a program works on.
-Where there are few tiles, the query heads of a key head are the work of two programs.
 
 Shah et al., "FlashAttention-3", 2024; Dao, "FlashAttention-2", 2023, algorithm 2.
 """
@@ -190,9 +192,10 @@ _launch = GluonLauncher(_attention_backward_kernel)
 # Registers of a thread at the start, which warp_specialize shares out: 240 for each consumer.
 _MAX_REGISTERS = 168
 _L2_SHARE = 32 << 20  # bytes of Q, dO and the sum of dQ that running programs may touch at once
-# Keys of a query up to which clearing the sum of dQ takes longer than asking who is first.
-_CLAIMED = 4096
-# Those up to which programs for narrow heads compute tile after tile.
+# Keys of a query up to which clearing the sum of dQ takes longer than asking who is first, where
+# every tile has a program.
+_CLAIMED = {64: 1024, 128: 4096}
+# Those up to which programs for narrow heads compute tile after tile, and ask.
 _PERSISTENT = 4096
 _FEW_TILES = 4  # for every multiprocessor: fewer are split into two parts
 
@@ -212,17 +215,20 @@ def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
     return max(1, _L2_SHARE // (min(group, 2) * head_bytes))
 
 
-def _parts(q, group, tiles, block_d, unused):
-    """Into how many parts a key head's group is split, and where the first one leaves dK and dV.
+def _parts(group: int, tiles: int, device: torch.device) -> int:
+    """Into how many parts a key head's group is split.
 
     A tile has as many steps as its group has heads. When there are few tiles, the last ones to end
     leave most multiprocessors idle.
     """
-    if group % 2 or tiles >= _FEW_TILES * host.num_sms(q.device):
-        return 1, unused, unused
+    return 1 if group % 2 or tiles >= _FEW_TILES * host.num_sms(device) else 2
+
+
+def _part_sums(q: torch.Tensor, tiles: int, block_d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the first of two parts leaves dK and dV, and says that they are there."""
     consumers = 2 * tiles
     part_sums = q.new_empty(consumers * 2 * KEYS.value * block_d, dtype=torch.float32)
-    return 2, part_sums, q.new_zeros(consumers, dtype=torch.int32)
+    return part_sums, q.new_zeros(consumers, dtype=torch.int32)
 
 
 def attention_backward(
@@ -252,23 +258,24 @@ def attention_backward(
     block_m = 8192 // block_d
     longest_k = sequences.longest_k if is_ragged else N
     seen = _most_seen(longest_k, window)
-    is_cleared = not deterministic and seen > _CLAIMED
-    is_persistent = block_d == 64 and seen <= _PERSISTENT
     q, k, v, out, dout = (addressable(tensor) for tensor in (q, k, v, out, dout))
     dlse = None if dlse is None else dlse.contiguous()
     count, starts_q, starts_k = 0, None, None
     if is_ragged:
         count, (starts_q, starts_k, _) = sequences.arguments()
+    blocks_n = sums.padded_blocks(N, starts_k)
+    tiles = blocks_n * B * H_KV
+    parts = _parts(H // H_KV, tiles, q.device)
+    is_persistent = block_d == 64 and seen <= _PERSISTENT and parts == 1
+    is_cleared = not (deterministic or is_persistent) and seen > _CLAIMED[block_d]
     dq = sums.new_gradient(q, starts_q)
     dk, dv = (sums.new_gradient(x, starts_k) for x in (k, v))
     rows, dq_sum, counters = sums.prepare(
         dout, dlse, out, lse, block_m, block_d, is_cleared, starts_q
     )
     blocks_m = rows.shape[-1] // block_m
-    blocks_n = sums.padded_blocks(N, starts_k)
     longest = sequences.longest_k if is_ragged else M
-    tiles = blocks_n * B * H_KV
-    parts, part_sums, are_left = _parts(q, H // H_KV, tiles, block_d, counters)
+    part_sums = _part_sums(q, tiles, block_d) if parts == 2 else (counters, counters)
     group = H // H_KV // parts
     programs = tiles * parts
     if is_persistent:
@@ -281,7 +288,7 @@ def attention_backward(
             *(Flat(row, (1, block_m)) for row in rows),
             Flat(dq_sum, sums.UNIT),
             counters, *((starts_q, starts_k) if is_ragged else (counters, counters)),
-            part_sums, are_left, count, M, N, H, group, blocks_m, blocks_n, B * H_KV * parts,
+            *part_sums, count, M, N, H, group, blocks_m, blocks_n, B * H_KV * parts,
             _heads_per_group(q, longest, group), scale, scale * host.LOG2_E, left, right,
         ),
         constants={
