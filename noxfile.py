@@ -293,9 +293,9 @@ def run_tests_side_by_side(
     env: Mapping[str, str] = MappingProxyType({}),
     **rest: Any,
 ) -> None:
-    """Run tests in a process for each core, where a session may install what that takes."""
+    """Run tests in a process for each core, up to 8, where a session may install that."""
     if session.venv_backend != "none":
-        options = (*options, "-n=auto", "--dist=worksteal")
+        options = (*options, "-n=auto", "--maxprocesses=8", "--dist=worksteal")
         groups = (*groups, "parallel")
         env = {**env, "OMP_NUM_THREADS": "1"}
     run_tests(session, stack, markers, *options, groups=groups, env=env, **rest)
