@@ -234,10 +234,6 @@ def attention_output(
         call.num_programs,
         strides=v.stride(),
         args=args,
-        constexprs={
-            "OWNS_SEQUENCE": own_sequences,
-            "D": D,
-            "BLOCK_M": BLOCK_M,
-        },
+        constexprs={"OWNS_SEQUENCE": own_sequences, "D": D, "BLOCK_M": BLOCK_M},
         config=configs.hopper_kernel(v, call.config),
     )

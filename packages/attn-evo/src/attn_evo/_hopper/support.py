@@ -32,7 +32,7 @@ def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
 def takes_backward(
     v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_state: bool, causal: bool
 ) -> bool:
-    """Whether the kernels take the gradients of values."""
+    """Whether the kernels take the gradients of values: in float32 of causal ones alone."""
     has_kernels = v.dtype == torch.bfloat16 or (v.dtype == torch.float32 and causal)
     return has_kernels and takes(v, has_mask, has_state) and _is_copied_in_units(dout)
 
