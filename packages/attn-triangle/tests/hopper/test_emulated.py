@@ -95,7 +95,7 @@ class Case(NamedTuple):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The backend's modules on an emulated GPU of `SMS` multiprocessors, for problems of any size."""
+    """The backend's modules on an emulated GPU of `SMS` multiprocessors, for any problem."""
     monkeypatch.setattr(short, "LONGEST", 0)
     monkeypatch.setattr("attn_core.testing.hopper._threads.LATENESS", 5e-4)
     with emulation(*(f"attn_triangle._hopper.{name}" for name in MODULES)) as found:
