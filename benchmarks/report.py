@@ -167,7 +167,7 @@ def plot(result: Result, path: Path) -> list[Path]:
         drawings["ratios"] = functools.partial(_draw_ratios, result, rows)
     if any(row.peak_mib for row in rows):
         for name, value, unit in (
-            ("runtime", lambda row: row.ms, "ms"),
+            ("runtime", _ms, "ms"),
             ("memory", lambda row: row.peak_mib, "MiB"),
         ):
             drawings[name] = functools.partial(_draw_grid, result, rows, value, unit)
