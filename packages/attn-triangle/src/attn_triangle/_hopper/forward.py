@@ -32,6 +32,7 @@ from attn_triangle._hopper.tiles import (
     SEES_NONE,
     WG_ROWS,
     load_bias,
+    load_queries,
     load_rows,
     load_wide,
     moved,
@@ -100,7 +101,6 @@ def _load(
     q_buf, k_buf, v_buf, bias_buf, shut_buf, blocks_buf = bufs
     q_full, q_empty, full, empty = rings
     bias_b, bias_h = bias_steps
-    q_bytes: gl.constexpr = ROWS * TILES * q_desc.block_type.nbytes
     block_bytes: gl.constexpr = (
         ROWS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         + TILES * bias_desc.block_type.nbytes
@@ -113,14 +113,9 @@ def _load(
         row0, last = rows_of(group, sizes, ROWS)
         start_m = tile * (TILES * WG_ROWS)
         slot = step & 1
-        bar = q_full.index(slot)
-        mbarrier.wait(q_empty.index(slot), ((step >> 1) & 1) ^ 1)
-        mbarrier.expect(bar, q_bytes)
-        for x in gl.static_range(ROWS):
-            row = gl.minimum(row0 + x, last)
-            for w in gl.static_range(TILES):
-                own = (slot * ROWS + x) * TILES + w
-                load_rows(q_desc, b, h, row, start_m + w * WG_ROWS, bar, q_buf.index(own))
+        load_queries(
+            ((q_desc,), (q_buf,)), (q_full, q_empty), step, b, h, row0, last, start_m, TILES, ROWS
+        )
         lo = 0
         hi = gl.cdiv(N, BLOCK_N)
         if HAS_MASK:
@@ -128,7 +123,7 @@ def _load(
                 words_ptr, words_strides, b, row0, last, N, IS_ZERO, ROWS, BLOCK_N
             )
             store_pair(lo, hi, blocks_buf.index(slot))
-            mbarrier.arrive(bar, count=1)
+            mbarrier.arrive(q_full.index(slot), count=1)
         hidden = ()
         if HAS_MASK or not EVEN_N:
             hidden = load_hidden(

@@ -263,6 +263,27 @@ def new_query_buffers(
     return (q_buf, do_buf), (k_buf, v_buf, bias_buf, mask_buf), rings
 
 
+@gluon.jit
+def load_queries(
+    queries, ring, step, b, h, row0, last, start_m, TILES: gl.constexpr, ROWS: gl.constexpr
+):
+    """Load the queries of the program's tile `step`, and dO if it is among them."""
+    descs, bufs = queries
+    full, empty = ring
+    OPERANDS: gl.constexpr = len(descs)
+    slot = step & 1
+    bar = full.index(slot)
+    mbarrier.wait(empty.index(slot), ((step >> 1) & 1) ^ 1)
+    mbarrier.expect(bar, OPERANDS * ROWS * TILES * descs[0].block_type.nbytes)
+    for x in gl.static_range(ROWS):
+        row = gl.minimum(row0 + x, last)
+        for w in gl.static_range(TILES):
+            own = (slot * ROWS + x) * TILES + w
+            start = start_m + w * WG_ROWS
+            for o in gl.static_range(OPERANDS):
+                load_rows(descs[o], b, h, row, start, bar, bufs[o].index(own))
+
+
 # fmt: off
 @gluon.jit
 def load_queries_and_keys(
@@ -276,24 +297,11 @@ def load_queries_and_keys(
     `count` blocks were loaded before. Returns how many there are now.
     """
     queries, streamed, rings, sizes, N, range_ptr, strides = args
-    query_descs, query_bufs = queries
     descs, bufs = streamed
     q_full, q_empty, full, empty = rings
     range_strides, bias_strides, mask_steps = strides
-    OPERANDS: gl.constexpr = len(query_descs)
-    q_bytes: gl.constexpr = OPERANDS * ROWS * TILES * query_descs[0].block_type.nbytes
     start_m = tile * (TILES * WG_ROWS)
-    slot = step & 1
-    bar = q_full.index(slot)
-    mbarrier.wait(q_empty.index(slot), ((step >> 1) & 1) ^ 1)
-    mbarrier.expect(bar, q_bytes)
-    for x in gl.static_range(ROWS):
-        row = gl.minimum(row0 + x, last)
-        for w in gl.static_range(TILES):
-            own = (slot * ROWS + x) * TILES + w
-            start = start_m + w * WG_ROWS
-            for o in gl.static_range(OPERANDS):
-                load_rows(query_descs[o], b, h, row, start, bar, query_bufs[o].index(own))
+    load_queries(queries, (q_full, q_empty), step, b, h, row0, last, start_m, TILES, ROWS)
     lo, hi = key_blocks(range_ptr, range_strides, b, row0, last, N, HAS_RANGE, ROWS, BLOCK_N)
     return load_keys(
         descs, bufs, (full, empty), (bias_strides, mask_steps), count, b, h, row0, last,
