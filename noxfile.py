@@ -96,7 +96,7 @@ def tests_compile(session: nox.Session, stack: str) -> None:
 @nox.session(name="tests-cuda")
 def tests_cuda(session: nox.Session) -> None:
     """Run the GPU tests on CUDA; -- --allow-missing skips where there is no device."""
-    run_tests(session, DEFAULT_STACK, "gpu", "--device=cuda")
+    run_tests_side_by_side(session, DEFAULT_STACK, "gpu", "--device=cuda")
 
 
 @nox.session
@@ -121,7 +121,7 @@ def sanitize(session: nox.Session) -> None:
 @nox.session(name="tests-rocm")
 def tests_rocm(session: nox.Session) -> None:
     """Run the GPU tests on ROCm; -- --allow-missing skips where there is no device."""
-    run_tests(session, DEFAULT_STACK, "gpu", "--device=hip")
+    run_tests_side_by_side(session, DEFAULT_STACK, "gpu", "--device=hip")
 
 
 @nox.session(name="tests-vulkan")
