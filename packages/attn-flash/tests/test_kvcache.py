@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from attn_core.testing import assert_within_budget
 from attn_flash import (
     UnsupportedProblemError,
+    _kvcache_torch,
+    _torch,
     flash_attn_func,
     flash_attn_with_kvcache,
     kvcache_ops,
@@ -37,6 +39,21 @@ def check(case, dtype=torch.float32):
 @pytest.mark.parametrize("case", KVCACHE_CASES, ids=str)
 def test_float32(case):
     check(case)
+
+
+@pytest.mark.parametrize("case", KVCACHE_CASES, ids=str)
+def test_as_on_devices_that_nothing_is_read_back_from(case, monkeypatch):
+    monkeypatch.setattr(_kvcache_torch, "_attend_to_keys", _kvcache_torch._attend_to_room)
+    check(case)
+
+
+@pytest.mark.parametrize("pages", [False, True], ids=["dense", "pages"])
+def test_a_step_takes_the_kernel_of_torch(pages, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the plain formula ran")
+
+    monkeypatch.setattr(_torch, "_scores", refuse)
+    check(KVCacheCase((30, 7), M=1, H=4, H_KV=2, causal=True, page=8 * pages, leftpad=True))
 
 
 def test_the_arguments_are_those_of_flash_attn():

@@ -1,7 +1,8 @@
 """Backend "torch" of attention with a KV cache: right on every device torch has.
 
-One sequence after the other. On the CPU only the keys it has are looked at; elsewhere all that the
-cache has room for, with those beyond its length masked, so that nothing is read back.
+One sequence after the other. On the CPU the keys it has are given to backend "torch" of attention,
+which knows torch's own kernel; elsewhere all that the cache has room for is looked at, with what
+does not count masked, so that nothing is read back.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from attn_core.dtypes import accumulator_dtype
-from attn_flash import rotary_reference
+from attn_flash import _torch, rotary_reference
 from attn_flash.kvcache_checks import Cache, capacity
+from attn_flash.options import Options
 
 _BLOCK_BYTES = 1 << 27  # of one block of scores
 
@@ -65,25 +67,75 @@ def attention(
     if cos is not None:
         steps = torch.arange(len_q, device=q.device) * (window != (-1, -1))
         q = _rotated(q, cos, sin, lengths[:, None] + steps, interleaved)
-    slopes = None if alibi_slopes is None else alibi_slopes.expand(batch, heads).to(dtype)
+    options = Options(
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.expand(batch, heads),
+        scale=scale,
+        window_left=window[0],
+        window_right=window[1],
+        softcap=softcap,
+    )
+    attend = _attend_to_keys if q.device.type == "cpu" else _attend_to_room
     for b in range(batch):
-        total = lengths[b] + new
-        keys, values, is_key = _keys_of(k_cache, v_cache, cache, b, total)
-        keys, values = keys.to(dtype), values.to(dtype)
-        for rows in _query_blocks(q, keys):
-            i = total - len_q + torch.arange(len_q, device=q.device)[rows, None]
-            distance = torch.arange(keys.shape[0], device=q.device) - i
-            scores = _scores(q[b, rows].to(dtype), keys, scale, softcap)  # [H_KV, G, rows, N]
-            if slopes is not None:
-                bend = slopes[b].unflatten(0, scores.shape[:2])[..., None, None]
-                scores = scores - bend * distance.abs()
-            scores = scores.masked_fill(~(_visible(distance, window) & is_key), -torch.inf)
-            block_lse = torch.logsumexp(scores, -1)
-            pivot = block_lse.masked_fill(block_lse == -torch.inf, 0.0)
-            probs = torch.exp(scores - pivot[..., None])
-            block = torch.einsum("hgij,jhd->ihgd", probs, values)
-            out[b, rows] = block.flatten(1, 2).to(q.dtype)
-            lse[b, :, rows] = block_lse.flatten(0, 1)
+        own = options
+        if options.alibi_slopes is not None:
+            own = options._replace(alibi_slopes=options.alibi_slopes[b : b + 1])
+        out[b], lse[b] = attend(q[b], k_cache, v_cache, cache, b, lengths[b] + new, own)
+    return out, lse
+
+
+def _attend_to_keys(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache: Cache,
+    b: int,
+    total: torch.Tensor,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend with q (M, H, D) to the keys of sequence b alone: out (M, H, D_v) and lse (H, M)."""
+    stop = min(capacity(k_cache, cache.block_table), int(total))
+    start = 0 if cache.leftpad is None else min(int(cache.leftpad[b]), stop)
+    row = b if cache.batch_idx is None else int(cache.batch_idx[b])
+    if cache.block_table is None:
+        keys, values = k_cache[row, start:stop], v_cache[row, start:stop]
+    else:
+        n = torch.arange(start, stop)
+        places = (cache.block_table[row][n // k_cache.shape[1]].long(), n % k_cache.shape[1])
+        keys, values = k_cache[places], v_cache[places]
+    options = options.bound(q[None], keys[None])
+    out, lse = _torch.attention(q[None], keys[None], values[None], options)
+    return out[0], lse[0]
+
+
+def _attend_to_room(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache: Cache,
+    b: int,
+    total: torch.Tensor,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do the same without reading anything back."""
+    len_q, heads, _ = q.shape
+    dtype = accumulator_dtype(q.dtype)
+    keys, values, is_key = _keys_of(k_cache, v_cache, cache, b, total)
+    keys, values = keys.to(dtype), values.to(dtype)
+    out = q.new_empty((len_q, heads, v_cache.shape[3]))
+    lse = torch.empty((heads, len_q), dtype=dtype, device=q.device)
+    for rows in _query_blocks(q, keys):
+        i = total - len_q + torch.arange(len_q, device=q.device)[rows, None]
+        distance = torch.arange(keys.shape[0], device=q.device) - i
+        scores = _scores(q[rows].to(dtype), keys, options.scale, options.softcap)
+        if options.alibi_slopes is not None:
+            slopes = options.alibi_slopes[0].to(dtype).unflatten(0, scores.shape[:2])
+            scores = scores - slopes[..., None, None] * distance.abs()
+        scores = scores.masked_fill(~(_visible(distance, options.window) & is_key), -torch.inf)
+        block_lse = torch.logsumexp(scores, -1)  # [H_KV, G, rows]
+        pivot = block_lse.masked_fill(block_lse == -torch.inf, 0.0)
+        probs = torch.exp(scores - pivot[..., None])
+        out[rows] = torch.einsum("hgij,jhd->ihgd", probs, values).flatten(1, 2).to(q.dtype)
+        lse[:, rows] = block_lse.flatten(0, 1)
     return out, lse
 
 
@@ -126,34 +178,25 @@ def _keys_of(
     k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, b: int, total: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values (N, H_KV, D) of sequence b, and which count; values of the others are 0."""
-    room = capacity(k_cache, cache.block_table)
-    stop = min(room, int(total)) if k_cache.device.type == "cpu" else room
-    n = torch.arange(stop, device=k_cache.device)
+    n = torch.arange(capacity(k_cache, cache.block_table), device=k_cache.device)
     is_key = n < total
     if cache.leftpad is not None:
         is_key = is_key & (n >= cache.leftpad[b])
     row = b if cache.batch_idx is None else cache.batch_idx[b]
     if cache.block_table is None:
-        keys, values = k_cache[row][:stop], v_cache[row][:stop]
+        keys, values = k_cache[row], v_cache[row]
     else:
         pages = cache.block_table[row][n // k_cache.shape[1]]
         places = (torch.where(is_key, pages, 0).long(), n % k_cache.shape[1])
         keys, values = k_cache[places], v_cache[places]
-    if not _are_all(is_key):
-        values = values.masked_fill(~is_key[:, None, None], 0.0)
-    return keys, values, is_key
-
-
-def _are_all(is_key: torch.Tensor) -> bool:
-    """Whether every key counts, as far as that can be known without waiting for a device."""
-    return is_key.device.type == "cpu" and bool(is_key.all())
+    return keys, values.masked_fill(~is_key[:, None, None], 0.0), is_key
 
 
 def _query_blocks(q: torch.Tensor, keys: torch.Tensor) -> Iterator[slice]:
-    row_bytes = 8 * q.shape[2] * max(keys.shape[0], 1)
+    row_bytes = 8 * q.shape[1] * max(keys.shape[0], 1)
     step = max(1, _BLOCK_BYTES // row_bytes)
-    for start in range(0, q.shape[1], step):
-        yield slice(start, min(start + step, q.shape[1]))
+    for start in range(0, len(q), step):
+        yield slice(start, min(start + step, len(q)))
 
 
 def _scores(
