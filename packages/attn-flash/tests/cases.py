@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,3 +48,18 @@ def show_window(window):
 
 def random_like(tensor, seed):
     return random_tensor(tensor.shape, seed=seed, dtype=tensor.dtype, device=tensor.device)
+
+
+def with_nan(q, k):
+    """Make one number of a query NaN in the first batch entry, and of a key in the last."""
+    q, k = q.clone(), k.clone()
+    q[0, 5, 1, 2] = math.nan
+    k[-1, -6, 0, 3] = math.nan
+    return q, k
+
+
+def assert_nan_where_expected(actual, expected):
+    """Compare where out and lse are NaN: in rows that see a NaN, all of them, and nowhere else."""
+    for name, x, y in zip(("out", "lse"), actual, expected, strict=True):
+        assert 0 < y.isnan().sum() < y.numel(), name
+        assert x.isnan().equal(y.isnan()), name

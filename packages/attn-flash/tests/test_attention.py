@@ -18,7 +18,16 @@ from attn_flash import (
 )
 from attn_flash.options import Options
 
-from .cases import CAUSAL, OPEN, Case, random_like, show_dtype, show_window
+from .cases import (
+    CAUSAL,
+    OPEN,
+    Case,
+    assert_nan_where_expected,
+    random_like,
+    show_dtype,
+    show_window,
+    with_nan,
+)
 
 # In float32 both errors are a few roundings, added up in another order: the largest is luck.
 _FACTOR_FLOAT32 = 4.0
@@ -305,6 +314,18 @@ def test_a_query_without_keys(window, dtype, device):
     grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
     assert not grads[0][:, :5].any()
     assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=show_window)
+@pytest.mark.parametrize("case", [SMALL, SQUARE], ids=str)
+def test_nan_reaches_the_rows_that_see_it(case, window, device):
+    q, k, v = case.inputs(device=device)
+    q, k = with_nan(q, k)
+    out, lse, _ = flash_attn_func(
+        q, k, v, window_size=window, return_attn_probs=True, backend="torch"
+    )
+    scale = q.shape[-1] ** -0.5
+    assert_nan_where_expected((out, lse), reference.attention(q, k, v, scale, window))
 
 
 def test_no_keys_at_all(device):

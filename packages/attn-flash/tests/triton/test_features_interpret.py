@@ -10,6 +10,8 @@ from attn_core.tuning import TileConfig
 from attn_flash import reference
 from attn_flash.options import Options
 
+from ..cases import assert_nan_where_expected, with_nan
+
 pytest.importorskip("triton")
 
 from attn_flash._triton import backward, configs, forward, problem
@@ -149,6 +151,18 @@ def test_products_a_tile_ahead(name, monkeypatch):
 def test_scales_that_are_not_positive(name, scale):
     q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
     check(q, k, v, Options(scale=scale, window_right=0, **FEATURES[name]))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("window", ["full", "causal"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_nan_reaches_the_rows_that_see_it(name, window):
+    left, right = WINDOWS[window]
+    options = Options(scale=D**-0.5, window_left=left, window_right=right, **FEATURES[name])
+    q, k = with_nan(tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D))
+    v = tensor("v", B, N, H_KV, D_V)
+    expected = reference.attention_with(*(x.double() for x in (q, k, v)), options)
+    assert_nan_where_expected(forward.attention(q, k, v, options), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -21,7 +21,15 @@ from attn_flash import (
 )
 from attn_flash.options import Options
 
-from ..cases import CAUSAL, OPEN, Case, random_like, show_window
+from ..cases import (
+    CAUSAL,
+    OPEN,
+    Case,
+    assert_nan_where_expected,
+    random_like,
+    show_window,
+    with_nan,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -220,6 +228,17 @@ def test_queries_without_keys(device):
     assert results["lse"][..., :100].eq(-torch.inf).all()
     assert results["dq"][:, :100].eq(0).all()
     assert all(results[name].isfinite().all() for name in ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("window", [OPEN, CAUSAL], ids=show_window)
+def test_nan_reaches_the_rows_that_see_it(window, device):
+    q, k, v = SMALL.inputs(BFLOAT, device)
+    q, k = with_nan(q, k)
+    out, lse, _ = flash_attn_func(
+        q, k, v, window_size=window, return_attn_probs=True, backend=BACKEND
+    )
+    expected = reference.attention(*(x.float() for x in (q, k, v)), q.shape[-1] ** -0.5, window)
+    assert_nan_where_expected((out, lse), expected)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 5, 0)], ids=str)
