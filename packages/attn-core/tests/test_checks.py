@@ -74,6 +74,10 @@ def nested():
             "k_cache must not be broadcast, it is written to, got strides (0, 1)",
         ),
         (
+            lambda: checks.require_writable("k_cache", torch.empty(2).cfloat().conj().imag),
+            "k_cache must not be the negative of other memory, it is written to",
+        ),
+        (
             lambda: checks.require_positive("heads", 1.5),
             "heads must be a positive integer, got 1.5",
         ),

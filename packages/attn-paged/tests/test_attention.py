@@ -491,6 +491,17 @@ def test_bad_slots_are_named_on_the_cpu(slots, positions, message):
         )
 
 
+def test_scales_that_are_written_must_not_be_broadcast():
+    cache, rows = torch.zeros(6, 4, 2, 16).char(), torch.zeros(2, 2, 16)
+    scale = torch.ones(1).expand(6, 4, 2)
+    with pytest.raises(ValueError, match="k_scale must not be broadcast, it is written to"):
+        append_to_cache(
+            *(rows, rows, cache, cache.clone(), torch.tensor([3, 4])),
+            k_scale=scale,
+            v_scale=scale.clone(),
+        )
+
+
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -106,10 +106,15 @@ def may_read_values(tensor: torch.Tensor) -> bool:
 
 
 def require_writable(name: str, tensor: torch.Tensor) -> None:
-    """Check that no two elements of a tensor that is written to are one by broadcasting."""
+    """Check that a tensor that is written to holds each element once, and as it is."""
+    import torch
+
     sizes, strides = tensor.shape, tensor.stride()
     if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
         raise ValueError(f"{name} must not be broadcast, it is written to, got strides {strides}")
+    # No operator writes to a tensor that is negated by a mark. A compiler cannot ask for the mark.
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise ValueError(f"{name} must not be the negative of other memory, it is written to")
 
 
 def require_positive(name: str, value: object) -> None:

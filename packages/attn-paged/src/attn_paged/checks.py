@@ -167,6 +167,8 @@ def append_problem(
     for name, scale in (("k_scale", options.k_scale), ("v_scale", options.v_scale)):
         if scale is not None:
             _check_scale(name, scale, k_cache)
+            if scale.ndim == 3:
+                checks.require_writable(name, scale)
     if options.rotary is not None:
         _check_rotary(options.rotary, k)
     arguments.require_no_grad(
