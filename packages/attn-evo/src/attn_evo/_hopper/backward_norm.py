@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.support import BLOCK_M, HELD_DIM
 from attn_evo._hopper.tiles import (
@@ -222,7 +223,7 @@ def _attention_backward_norm_kernel(
         dcontext = rounded(dx * sigma, dtype)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         if not HOLDS_DW:  # the other warpgroup's products have read what is overwritten now
-            gl.thread_barrier()
+            thread_barrier()
         high.store(df)
         fence_async_shared()
         dout_ptr += BLOCK_M * stride_dol

@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import async_load, reinterpret, thread_barrier
 from attn_evo._triton import problem
 from attn_evo._triton.prefix_sum import (
     GROUP,
@@ -88,10 +89,10 @@ def _prefix_sum_columns_kernel(
     offs_c = gl.arange(0, BLOCK_C, gl.SliceLayout(0, COPIED))[None, :]
     mask = (offs_n < num_rows) & (offs_c < BLOCK_C)
     ptrs = x_ptr + (offs_n * stride_xn + offs_c)
-    async_copy.async_copy_global_to_shared(flat, ptrs, mask=mask)
+    async_load(flat, ptrs, mask=mask)
     async_copy.commit_group()
     LAID_IN_RUNS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0])
-    runs_of_tile = flat._reinterpret(dtype, [_RUNS, RUN, BLOCK_C], LAID_IN_RUNS)
+    runs_of_tile = reinterpret(flat, dtype, [_RUNS, RUN, BLOCK_C], LAID_IN_RUNS)
     async_copy.wait_group(0)
 
     runs = gl.zeros([_RUNS, BLOCK_C], gl.float32, STEP)
@@ -105,6 +106,7 @@ def _prefix_sum_columns_kernel(
         row = words_ptr + (num_tiles + place // GROUP) * BLOCK_C
         gl.store(row + offs_d, published(carry + total))
 
+    thread_barrier()  # or the tile is kept in registers from the first walk on
     runs = gl.convert_layout(runs, UPRIGHT)
     before = gl.associative_scan(runs, 0, _add, reverse=REVERSE) - runs
     sums = gl.convert_layout(before, STEP) + gl.expand_dims(carry, 0)

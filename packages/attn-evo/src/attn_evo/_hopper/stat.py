@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import reinterpret
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
     FLAT,
@@ -56,7 +57,7 @@ def store_partial_sums(v, logit, part):
 def sums_of_both(parts):
     """The sums [2, 64] of two tiles of gated values, of which `parts` [2, 32, 64] has the parts."""
     COLUMNS: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
-    both = parts._reinterpret(gl.float32, [64, 64], PARTS).load(COLUMNS)
+    both = reinterpret(parts, gl.float32, [64, 64], PARTS).load(COLUMNS)
     sums = gl.sum(gl.reshape(both, [2, 32, 64]), 1) * 0.5
     return gl.convert_layout(sums, PAIR)
 

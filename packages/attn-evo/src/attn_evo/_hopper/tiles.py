@@ -6,11 +6,11 @@ Results of a product lie in the accumulators of warpgroups, 64 columns in each.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     warpgroup_mma,
 )
 
+from attn_core.tiles.gluon_names import async_load
 from attn_evo._triton.tiles import BIAS_ROWS, twice_gated
 
 STAGES = gl.constexpr(2)  # tiles of v in shared memory
@@ -42,7 +42,7 @@ def start_copy(tile, ptr, stride, num_rows, ROWS: gl.constexpr, D: gl.constexpr)
     offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     ptrs = ptr + (offs_row[:, None] * stride + offs_d[None, :])
     mask = (offs_row < num_rows)[:, None] & (offs_d < D)[None, :]
-    async_copy.async_copy_global_to_shared(tile, ptrs, mask=mask)
+    async_load(tile, ptrs, mask=mask)
 
 
 @gluon.jit

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from attn_core.tiles.gluon_names import thread_barrier, tma_store
 from attn_core.tiles.hopper import arrive_at, meet_at
 from attn_flash._hopper.backward_consumer import (
     CONSUMER_AND_ADDER,
@@ -54,7 +55,7 @@ def _let_others_add(problem, is_first, state_ptr):
     """Let those go on who wait for what this program has added."""
     if problem.DETERMINISTIC:
         wait_for_bulk_writes()
-        gl.thread_barrier()
+        thread_barrier()
         gl.atomic_add(state_ptr, 1, sem="release")
     elif is_first:
         publish(state_ptr)
@@ -92,7 +93,7 @@ def _add_tile(tensors, shared, problem, tile, states_ptr):
             meet_at(DQ_FULL + w, CONSUMER_AND_ADDER)
             coord = [(this_block * UNITS + w) * 16, 0]
             if is_first:
-                tma.async_copy_shared_to_global(tensors.dq_sum, coord, shared.dq.index(w))
+                tma_store(tensors.dq_sum, coord, shared.dq.index(w))
             else:
                 reduce_add(tensors.dq_sum, coord, shared.dq.index(w))
             tma.store_wait(1)  # the copy before this one has read the other half

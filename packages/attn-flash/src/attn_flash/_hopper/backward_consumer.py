@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at
 from attn_flash._hopper.backward_sums import to_unit
 from attn_flash._hopper.backward_tiles import BLOCK_N, KEYS, crosses_edge, mask, tile_at
@@ -84,7 +85,7 @@ def _add_other_part(problem, tile, dk, dv, W: gl.constexpr):
     else:
         gl.store(ptrs, dv)
         gl.store(ptrs + KEYS * BLOCK_D, dk)
-        gl.thread_barrier()
+        thread_barrier()
         gl.atomic_add(problem.are_left_ptr + number, 1, sem="release")
     return dk, dv
 

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from attn_core.tiles.gluon_names import tma_load
 from attn_core.tiles.hopper import arrive_at, meet_at
 from attn_flash._hopper.backward_consumer import (
     CONSUMERS_AND_LOADER,
@@ -48,7 +49,7 @@ def _load_queries(problem, tile, desc, row_desc, barrier, buffer, row_buffer, h,
     mbarrier.expect(barrier, desc.block_type.nbytes + row_desc.block_type.nbytes)
     _load_rows(problem, tile, desc, sequence.start_q, sequence.M, h, m * BLOCK_M, barrier, buffer)
     coord = [tile.b * problem.H + h, (sequence.block_q + m) * BLOCK_M]
-    tma.async_copy_global_to_shared(row_desc, coord, barrier, row_buffer)
+    tma_load(row_desc, coord, barrier, row_buffer)
 
 
 @gluon.jit

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import tma_load
 from attn_core.tiles.hopper import accumulator_layout, arrive_at_stage, exp2, meet_at_stage, record
 from attn_flash._hopper import backward_sums as sums
 from attn_flash._hopper import problem as host
@@ -122,7 +123,7 @@ def _load_tile(desc, full, buffer, b, h, row):
 def _load_queries(desc, row_desc, full, buffer, row_buffer, b, h, H, start_m):
     mbarrier.expect(full, desc.block_type.nbytes + row_desc.block_type.nbytes)
     load_rows(desc, b, h, start_m, full, buffer)
-    tma.async_copy_global_to_shared(row_desc, [b * H + h, start_m], full, row_buffer)
+    tma_load(row_desc, [b * H + h, start_m], full, row_buffer)
 
 
 @gluon.jit

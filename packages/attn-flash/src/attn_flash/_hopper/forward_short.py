@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import reinterpret
 from attn_core.tiles.hopper import (
     accumulator_layout,
     arrive_at,
@@ -108,9 +109,12 @@ def _head(problem, visit):
 
 
 @gluon.jit
-def _load_piece(desc, buffer, barrier, b, h, start, PIECE: gl.constexpr):
-    for part in gl.static_range(0, PIECE, ROWS):
-        load_rows(desc, b, h, start + part, barrier, buffer.slice(part, ROWS))
+def _load_piece(desc, buffer, barrier, b, h, start):
+    COPIES: gl.constexpr = buffer.shape[0] // ROWS
+    SHAPE: gl.constexpr = [COPIES, ROWS, buffer.shape[1]]
+    parts = reinterpret(buffer, buffer.dtype, SHAPE, buffer.layout)
+    for i in gl.static_range(COPIES):
+        load_rows(desc, b, h, start + i * ROWS, barrier, parts.index(i))
 
 
 @gluon.jit
@@ -118,7 +122,7 @@ def _load_pieces(desc, pieces, barrier, b, h, stage, PIECES: gl.constexpr):
     start = 0
     mbarrier.expect(barrier, copies(PIECES) * desc.block_type.nbytes)
     for i in gl.static_range(len(PIECES)):
-        _load_piece(desc, pieces[i].index(stage), barrier, b, h, start, PIECES[i])
+        _load_piece(desc, pieces[i].index(stage), barrier, b, h, start)
         start += PIECES[i]
 
 

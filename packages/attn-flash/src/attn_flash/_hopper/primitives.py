@@ -4,7 +4,8 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import tma
+
+from attn_core.tiles.gluon_names import reinterpret, tma_load, tma_store
 
 RAGGED_END = gl.constexpr(1 << 30)  # the row, to a ragged descriptor, at which any sequence ends
 
@@ -18,17 +19,15 @@ def keep_branch():
 @gluon.jit
 def load_rows(desc, b, h, row, barrier, tile):
     """Start to copy rows of (B, H, S, D) to a tile; rows past the end arrive as zeros."""
-    tma.async_copy_global_to_shared(
-        desc, [b, h, row, 0], barrier, tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    tma_load(
+        desc, [b, h, row, 0], barrier, reinterpret(tile, desc.dtype, desc.block_shape, desc.layout)
     )
 
 
 @gluon.jit
 def store_rows(desc, b, h, row, tile):
     """Start to copy a tile to rows of (B, H, S, D); rows past the end are dropped."""
-    tma.async_copy_shared_to_global(
-        desc, [b, h, row, 0], tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
-    )
+    tma_store(desc, [b, h, row, 0], reinterpret(tile, desc.dtype, desc.block_shape, desc.layout))
 
 
 @gluon.jit
@@ -40,18 +39,18 @@ def _ragged(start, length, h, row):
 @gluon.jit
 def load_ragged_rows(desc, start, length, h, row, barrier, tile):
     """Start to copy rows of a sequence of (T, H, D); rows past its end arrive as zeros."""
-    tma.async_copy_global_to_shared(
+    tma_load(
         desc, _ragged(start, length, h, row), barrier,
-        tile._reinterpret(desc.dtype, desc.block_shape, desc.layout),
+        reinterpret(tile, desc.dtype, desc.block_shape, desc.layout),
     )  # fmt: skip
 
 
 @gluon.jit
 def store_ragged_rows(desc, start, length, h, row, tile):
     """Start to copy a tile to rows of a sequence of (T, H, D); rows past its end are dropped."""
-    tma.async_copy_shared_to_global(
+    tma_store(
         desc, _ragged(start, length, h, row),
-        tile._reinterpret(desc.dtype, desc.block_shape, desc.layout),
+        reinterpret(tile, desc.dtype, desc.block_shape, desc.layout),
     )  # fmt: skip
 
 
@@ -59,7 +58,7 @@ def store_ragged_rows(desc, start, length, h, row, tile):
 def load_row(tile, LENGTH: gl.constexpr, LAYOUT: gl.constexpr):
     """Read a tile [1, LENGTH] of float32 as a vector."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return tile._reinterpret(gl.float32, [LENGTH], FLAT).load(LAYOUT)
+    return reinterpret(tile, gl.float32, [LENGTH], FLAT).load(LAYOUT)
 
 
 @gluon.jit
@@ -72,7 +71,7 @@ def columns(tile, i, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
         return tile
     else:  # noqa: RET505 - decided while compiling
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-        return tile._reinterpret(tile.dtype, [COLUMNS // 64, ROWS, 64], LAYOUT).index(i)
+        return reinterpret(tile, tile.dtype, [COLUMNS // 64, ROWS, 64], LAYOUT).index(i)
 
 
 @builtin

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import reinterpret, thread_barrier, tma_load
 from attn_core.tiles.hopper import (
     accumulator_layout,
     arrive_at_stage,
@@ -179,10 +180,10 @@ def _load_block(
     full = fulls.index(i)
     mbarrier.expect(full, desc.block_type.nbytes * (BOXES * PANELS))
     for c in gl.static_range(PANELS):
-        boxes = panel(buffers.index(i), c)._reinterpret(desc.dtype, [BOXES, BOX, PANEL], LAYOUT)
+        boxes = reinterpret(panel(buffers.index(i), c), desc.dtype, [BOXES, BOX, PANEL], LAYOUT)
         for j in gl.static_range(BOXES):
-            tile = boxes.index(j)._reinterpret(desc.dtype, desc.block_shape, desc.layout)
-            tma.async_copy_global_to_shared(desc, [ids[j], h, slot, c * PANEL], full, tile)
+            tile = reinterpret(boxes.index(j), desc.dtype, desc.block_shape, desc.layout)
+            tma_load(desc, [ids[j], h, slot, c * PANEL], full, tile)
 
 
 @gluon.jit
@@ -256,7 +257,7 @@ def _load_queries(tensors, shared, problem, share, segment, W: gl.constexpr):
         q = -q
     shared.q.index(W).store(q)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit

@@ -7,6 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attn_core.tiles.gluon_names import reinterpret
+
 PANEL = gl.constexpr(64)  # columns of 16-bit numbers that a 128-byte swizzle keeps together
 
 
@@ -44,4 +46,4 @@ def panel(tile, i):
     ROWS: gl.constexpr = tile.shape[0]
     PANELS: gl.constexpr = tile.shape[1] // PANEL
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    return tile._reinterpret(tile.dtype, [PANELS, ROWS, PANEL], LAYOUT).index(i)
+    return reinterpret(tile, tile.dtype, [PANELS, ROWS, PANEL], LAYOUT).index(i)

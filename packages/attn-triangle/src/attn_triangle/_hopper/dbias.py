@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import accumulator_layout, exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
@@ -192,7 +193,7 @@ def _attention_backward_dbias_kernel(
     mask_buf = new_mask_rows(mask_desc, k_buf, HAS_MASK, STAGES * TILES, BLOCK_N)
     bias_full, bias_empty = new_ring(1, TILES)
     full, empty = new_ring(STAGES, TILES)
-    gl.thread_barrier()
+    thread_barrier()
     descs = (q_desc, do_desc, k_desc, v_desc, bias_desc, mask_desc)
     bufs = (q_buf, do_buf, k_buf, v_buf, bias_buf, mask_buf)
     rings = (bias_full, bias_empty, full, empty)

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import thread_barrier, tma_load
 from attn_core.tiles.hopper import accumulator_layout, exp2
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
@@ -125,7 +126,7 @@ def _load(
                 load_rows(q_desc, b, h, row, start_m, bar, q_buf.index(own))
                 load_rows(do_desc, b, h, row, start_m, bar, do_buf.index(own))
                 at = [(b * H + h) * R + row, start_m]
-                tma.async_copy_global_to_shared(delta_desc, at, bar, delta_buf.index(own))
+                tma_load(delta_desc, at, bar, delta_buf.index(own))
             for w in gl.static_range(TILES):
                 load_bias(
                     bias_desc, b * bias_b, h * bias_h, start_m, start_n + w * WG_ROWS,
@@ -258,7 +259,7 @@ def _attention_backward_dk_dv_kernel(
     delta_buf = gl.allocate_shared_memory(gl.float32, numbers, delta_desc.layout)
     k_full, k_empty = new_ring(2, WARPGROUPS)
     full, empty = new_ring(STAGES, WARPGROUPS, WRITERS=2)  # the copy engine and the loading warp
-    gl.thread_barrier()
+    thread_barrier()
     descs = (k_desc, v_desc, q_desc, do_desc, bias_desc, delta_desc, dk_desc, dv_desc)
     bufs = (k_buf, v_buf, q_buf, do_buf, bias_buf, lse_buf, delta_buf)
     rings = (k_full, k_empty, full, empty)

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core import tiling
 from attn_core.device import device_info
 from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import accumulator_layout, exp2, log2, reciprocal, thread_sums
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 from attn_triangle._hopper import configs, problem
@@ -261,7 +262,7 @@ def _attention_forward_kernel(
     # Written by the copy engine and, as for the mask, by the loading warp.
     q_full, q_empty = new_ring(2, WARPGROUPS, WRITERS=2 if HAS_MASK else 1)
     full, empty = new_ring(STAGES, WARPGROUPS, WRITERS=2 if HAS_SHUT else 1)
-    gl.thread_barrier()
+    thread_barrier()
     descs = (q_desc, k_desc, v_desc, bias_desc)
     bufs = (q_buf, k_buf, v_buf, bias_buf, shut_buf, blocks_buf)
     rings = (q_full, q_empty, full, empty)

@@ -13,9 +13,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
 )
 
+from attn_core.tiles.gluon_names import reinterpret, thread_barrier, tma_load, tma_store
 from attn_core.tiles.softmax import LOG2_E as _LOG2_E
 
 WG_ROWS = gl.constexpr(64)  # rows of one warpgroup's tile
@@ -101,8 +101,8 @@ def num_steps(sizes):
 def load_rows(desc, b, h, row, start, bar, buf):
     """Load a tile of q, k, v or dout, (B, H, R, N, D) in memory, into a [., D] buffer."""
     shape: gl.constexpr = desc.block_type.shape
-    view = buf._reinterpret(desc.dtype, shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [b, h, row, start, 0], bar, view)
+    view = reinterpret(buf, desc.dtype, shape, desc.layout)
+    tma_load(desc, [b, h, row, start, 0], bar, view)
 
 
 @gluon.jit
@@ -114,23 +114,23 @@ def store_rows(x, buf, desc, b, h, row, start):
     buf.store(x.to(desc.dtype))
     fence_async_shared()
     shape: gl.constexpr = desc.block_type.shape
-    view = buf._reinterpret(desc.dtype, shape, desc.layout)
-    tma.async_copy_shared_to_global(desc, [b, h, row, start, 0], view)
+    view = reinterpret(buf, desc.dtype, shape, desc.layout)
+    tma_store(desc, [b, h, row, start, 0], view)
 
 
 @gluon.jit
 def load_bias(desc, b, h, start_m, start_n, bar, buf):
     """Load a tile of a bias (B, H, M, N)."""
     shape: gl.constexpr = desc.block_type.shape
-    view = buf._reinterpret(desc.dtype, shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [b, h, start_m, start_n], bar, view)
+    view = reinterpret(buf, desc.dtype, shape, desc.layout)
+    tma_load(desc, [b, h, start_m, start_n], bar, view)
 
 
 @gluon.jit
 def load_mask(desc, steps, b, row, start_n, bar, buf):
     """Load what the mask adds to the scores of a row's keys, [1, BLOCK]."""
     step_b, step_r = steps
-    tma.async_copy_global_to_shared(desc, [b * step_b + row * step_r, start_n], bar, buf)
+    tma_load(desc, [b * step_b + row * step_r, start_n], bar, buf)
 
 
 @gluon.jit
@@ -258,7 +258,7 @@ def new_query_buffers(
     mask_buf = new_mask_rows(mask_desc, k_buf, HAS_MASK, STAGES * ROWS, BLOCK_N)
     q_full, q_empty = new_ring(2, READERS)
     full, empty = new_ring(STAGES, READERS)
-    gl.thread_barrier()
+    thread_barrier()
     rings = (q_full, q_empty, full, empty)
     return (q_buf, do_buf), (k_buf, v_buf, bias_buf, mask_buf), rings
 

@@ -26,6 +26,8 @@ from attn_core.testing.hopper._threads import ProtocolError
 
 __all__ = ["ProtocolError", "emulation", "round_to"]
 
+_TILES = ("attn_core.tiles.gluon_names", "attn_core.tiles.hopper")
+
 
 @contextlib.contextmanager
 def emulation(*modules: str) -> Iterator[list[types.ModuleType]]:
@@ -54,7 +56,7 @@ def emulation(*modules: str) -> Iterator[list[types.ModuleType]]:
     from triton.language import core
 
     replaced = stand_ins()
-    names = (*replaced, "attn_core.tiles.hopper", *modules)
+    names = (*replaced, *_TILES, *modules)
     before = {name: sys.modules.get(name) for name in names}
     aggregate = core._aggregate
     try:

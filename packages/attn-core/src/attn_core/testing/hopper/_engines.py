@@ -73,7 +73,7 @@ class Descriptor:
 
 class Tma:
     @staticmethod
-    def async_copy_global_to_shared(
+    def async_load(
         desc: Descriptor, coord: Any, barrier: Any, tile: Memory, pred: Any = True
     ) -> None:
         if not array_of(pred):
@@ -94,7 +94,7 @@ class Tma:
         timer.start()
 
     @staticmethod
-    def async_copy_shared_to_global(desc: Descriptor, coord: Any, tile: Memory) -> None:
+    def async_store(desc: Descriptor, coord: Any, tile: Memory) -> None:
         _start_store(desc, coord, tile, torch.Tensor.__setitem__)
 
     @staticmethod

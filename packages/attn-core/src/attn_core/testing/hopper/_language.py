@@ -137,7 +137,7 @@ def _language() -> types.ModuleType:
         num_programs=lambda axis: here.program.count,
         load=load, store=store, atomic_add=atomic_add,
         inline_asm_elementwise=_inline_asm,
-        thread_barrier=lambda: None,
+        barrier=lambda: None,
         allocate_shared_memory=allocate,
         warp_specialize=warp_specialize,
         **dict.fromkeys((
@@ -214,8 +214,8 @@ def stand_ins() -> dict[str, types.ModuleType]:
     gl = _language()
     tma = types.SimpleNamespace(
         tensor_descriptor=Descriptor,
-        async_copy_global_to_shared=Tma.async_copy_global_to_shared,
-        async_copy_shared_to_global=Tma.async_copy_shared_to_global,
+        async_load=Tma.async_load,
+        async_store=Tma.async_store,
         store_wait=Tma.store_wait,
     )
     gluon = "triton.experimental.gluon"
@@ -225,6 +225,7 @@ def stand_ins() -> dict[str, types.ModuleType]:
         f"{gluon}.language.nvidia.hopper": module(
             "hopper",
             tma=tma,
+            async_copy=types.SimpleNamespace(async_load=None),  # no emulated kernel calls it
             mbarrier=Mbarrier,
             fence_async_shared=fence,
             warpgroup_mma=product,

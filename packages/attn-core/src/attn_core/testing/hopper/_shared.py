@@ -31,7 +31,7 @@ class Memory:
     def permute(self, order: Sequence[int]) -> Memory:
         return Memory(self.array.transpose(order), self.dtype)
 
-    def _reinterpret(self, dtype: str, shape: Sequence[int], _layout: Any) -> Memory:
+    def reinterpret(self, dtype: str, shape: Sequence[int], _layout: Any) -> Memory:
         if len(shape) == 3 and self.array.ndim == 2 and shape[2] < self.array.shape[1]:
             panels, rows, width = shape  # a swizzled tile as panels of 64 columns
             array = self.array.reshape(rows, panels, width).transpose(1, 0, 2)

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_evo._hopper.float32.tiles import (
     BLOCK_M,
     PARTS,
@@ -89,7 +90,7 @@ def _attention_backward_gate_kernel(
         ddenominator = -dq * half_ratio
         dstat = with_sign(ddenominator, inverse)
         dlocal = times_sign(ddenominator, local)
-        gl.thread_barrier()  # the other warpgroup's products have read what is overwritten now
+        thread_barrier()  # the other warpgroup's products have read what is overwritten now
         store_parts(dq_parts, zero, dq)
         store_parts(dlocal_parts, zero, dlocal)
         dv = add_input_gradient(dq_parts, zero, weights, W_Q * PARTS + zero, dv)
@@ -108,7 +109,7 @@ def _attention_backward_gate_kernel(
         half_ratio = load_rows(half_ratio_ptr + next_token, D, num_rows)
         inverse = load_rows(inverse_ptr + next_token, D, num_rows)
         dv, dw_q, dw_l = warpgroup_mma_wait(0, deps=(dv, dw_q, dw_l))
-        gl.thread_barrier()
+        thread_barrier()
         store_rows(dv_ptr + token, dv, rows)
 
     row = (DSTAT * num_heads.to(gl.int64) + pid_bh) * num_chunks + pid_c

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.float32.tiles import (
     BLOCK_M,
@@ -111,7 +112,7 @@ def _attention_backward_norm_kernel(
         store_parts(work, zero, context * gl.expand_dims(1.0 / count, 1))
         logit = begin_linear(work, zero, weights, W_G * PARTS + zero, vectors_ptr + W_G * D)
         logit = warpgroup_mma_wait(0, deps=(logit,))
-        gl.thread_barrier()  # the other warpgroup's products have read what is overwritten now
+        thread_barrier()  # the other warpgroup's products have read what is overwritten now
         store_parts(work, zero, sigmoid_of_double(logit, False) * v)
         stat = start_scan(triangle.index(zero), work, zero)
         stat_i += load_row(tile_sums_ptr, SPREAD_ROW)
@@ -125,7 +126,7 @@ def _attention_backward_norm_kernel(
         half_ratio = query * inverse
         store_rows(inverse_ptr + token, with_sign(inverse, stat), rows)
         store_rows(half_ratio_ptr + token, half_ratio, rows)
-        gl.thread_barrier()
+        thread_barrier()
         store_parts(work, zero, twice_gated(half_ratio * v, half_ratio, False))
         final = begin_linear(work, zero, weights, W_F * PARTS + zero, vectors_ptr + W_F * D)
         dout = load_rows(dout_ptr, stride_dol, rows)
@@ -156,7 +157,7 @@ def _attention_backward_norm_kernel(
         store_parts(held, zero, df)
         dw_f = add_weight_gradient(held, zero, work, zero, dw_f)
         dw_f = warpgroup_mma_wait(0, deps=(dw_f,))
-        gl.thread_barrier()
+        thread_barrier()
 
     row = partial_vectors_ptr + gl.program_id(0).to(gl.int64) * 6 * D
     store_row(row + NORM_WEIGHT * D, column_sums(dnorm_weight))

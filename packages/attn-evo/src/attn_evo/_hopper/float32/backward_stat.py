@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_evo._hopper.float32.tiles import (
     BLOCK_M,
     COLUMN,
@@ -108,7 +109,7 @@ def _attention_backward_stat_kernel(
         dgated *= gate
         dlogit = 2.0 * dgated * v * (1.0 - gate)
         v = next_v
-        gl.thread_barrier()  # the other warpgroup's products have read what is overwritten now
+        thread_barrier()  # the other warpgroup's products have read what is overwritten now
         store_parts(work, zero, dlogit)
         dmean = gl.zeros([BLOCK_M, D], gl.float32, RESULT)
         dmean = add_input_gradient(work, zero, weight, zero, dmean)
@@ -119,7 +120,7 @@ def _attention_backward_stat_kernel(
         dcontext += dmean * inverse_count
         dcontext_sums += rows_of_threads(dcontext)
         store_rows(dcontext_ptr + token, dcontext, rows)
-        gl.thread_barrier()
+        thread_barrier()
 
     row = (DCONTEXT * heads + pid_bh) * num_chunks + pid_c
     store_row(chunk_sums_ptr + row * D, column_sums(dcontext_sums))

@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from attn_core.launch import Launcher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import reciprocal
 from attn_evo._hopper.float32.tiles import (
     BLOCK_M,
@@ -90,7 +91,7 @@ def _attention_output_kernel(
         store_parts(work, zero, context * gl.expand_dims(1.0 / count, 1))
         logit = begin_linear(work, zero, weights, W_G * PARTS + zero, vectors_ptr + W_G * D)
         logit, local, query = warpgroup_mma_wait(0, deps=(logit, local, query))
-        gl.thread_barrier()  # the other warpgroup's products have read what is overwritten now
+        thread_barrier()  # the other warpgroup's products have read what is overwritten now
         store_parts(work, zero, sigmoid_of_double(logit, False) * v)
         stat = start_scan(triangle.index(zero), work, zero)
         stat_i += load_row(tile_sums_ptr, SPREAD_ROW)
@@ -99,7 +100,7 @@ def _attention_output_kernel(
         stat = warpgroup_mma_wait(0, deps=(stat,))
         stat += gl.expand_dims(stat_row.load(ROW), 0)
         half_ratio = query * reciprocal(add_magnitudes(stat, local) + EPSILON)
-        gl.thread_barrier()
+        thread_barrier()
         store_parts(work, zero, twice_gated(half_ratio * v, half_ratio, False))
         final = begin_linear(work, zero, weights, W_F * PARTS + zero, vectors_ptr + W_F * D)
         is_alive = gl.max(magnitude(v), 1) > 0
