@@ -1,11 +1,12 @@
 """The launcher, with kernels that only write down how they were started."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from attn_core import launch
+from attn_core import driver_call, launch
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 
@@ -34,19 +35,30 @@ class CudaLauncher:
     profile_scratch_size = 0
     launch_cooperative_grid = False
     launch_pdl = True
+    arg_annotations = "annotations"
+    kernel_signature = b"signature"
 
     def __init__(self, starts, scratch):
         self.starts = starts
         self.global_scratch_size = scratch
+        c_function = self.start if driver_call.triton_version() == (3, 6) else self.start_typed
+        self.launch = functools.partial(c_function)
 
     def __call__(self, x, y, z, stream, function, metadata, *args):
         assert self.global_scratch_size > 0
         self.note(x, y, z, stream, function, metadata, *args)
 
-    def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, *args):
+    def start(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, *args):
+        """The function of Triton 3.6."""
         assert self.global_scratch_size == 0
         assert (cooperative, pdl, scratch, profile) == (False, True, None, None)
         self.note(x, y, z, stream, function, *args)
+
+    def start_typed(self, x, y, z, stream, function, cooperative, pdl, *rest):
+        """The function of later versions."""
+        *metadata, scratch, profile, annotations, signature, args = rest
+        assert (annotations, signature) == (self.arg_annotations, self.kernel_signature)
+        self.start(x, y, z, stream, function, cooperative, pdl, scratch, profile, *metadata, *args)
 
     def note(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
         assert (stream, function) == (STREAM, Compiled.function)
@@ -86,7 +98,7 @@ class Interpreted(Kernel):
 def hooks(monkeypatch):
     """Those of Triton 3.6, on a machine without it and without a stream."""
     hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]))
-    monkeypatch.setattr(launch, "triton_version", lambda: (3, 6))
+    monkeypatch.setattr(driver_call, "triton_version", lambda: (3, 6))
     monkeypatch.setattr(launch, "_hooks", lambda: hooks)
     monkeypatch.setattr(launch, "_stream", lambda device: STREAM)
     return hooks
@@ -125,7 +137,9 @@ def test_each_dtype_of_any_tensor_has_its_own_kernel(kernel):
     assert [len(compiled.starts) for compiled in kernel.compiled] == [1, 0]
 
 
-def test_later_starts_go_to_the_compiled_kernel(kernel):
+@pytest.mark.parametrize("version", [(3, 6), (3, 7), (3, 8), (3, 9)])
+def test_later_starts_go_to_the_compiled_kernel(kernel, monkeypatch, version):
+    monkeypatch.setattr(driver_call, "triton_version", lambda: version)
     launcher = Launcher(kernel)
     start(launcher, aligned(), 4, 0.5)
     x = aligned()
@@ -144,6 +158,19 @@ def test_scratch_memory_is_left_to_triton():
     for _ in range(2):
         start(launcher, x)
     assert kernel.compiled[0].starts == [((8, 1, 1), (x.data_ptr(), *CONSTEXPRS.values()))]
+
+
+@pytest.mark.parametrize("lacking", ["launch_pdl", "profile_scratch_size"])
+def test_what_is_not_known_of_a_launcher_is_left_to_triton(monkeypatch, lacking):
+    if lacking == "launch_pdl":  # as on AMD
+        monkeypatch.delattr(CudaLauncher, lacking)
+    else:
+        monkeypatch.setattr(CudaLauncher, lacking, 64)
+    launcher = Launcher(kernel := Kernel(scratch=128))
+    for _ in range(2):
+        start(launcher, aligned())
+    [(grid, _)] = kernel.compiled[0].starts
+    assert grid == (8, 1, 1)
 
 
 def test_profilers_see_the_kernel(kernel, hooks):
@@ -252,9 +279,9 @@ def test_interpreter_compiles_nothing_to_remember():
     assert len(kernel.launches) == 2
 
 
-@pytest.mark.parametrize("version", [None, (3, 5), (3, 7)])
+@pytest.mark.parametrize("version", [None, (3, 5), (3, 10)])
 def test_untried_versions_of_triton_bind_every_time(kernel, monkeypatch, version):
-    monkeypatch.setattr(launch, "triton_version", lambda: version)
+    monkeypatch.setattr(driver_call, "triton_version", lambda: version)
     launcher = Launcher(kernel)
     for _ in range(2):
         start(launcher, aligned())

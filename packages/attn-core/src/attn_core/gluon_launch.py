@@ -16,6 +16,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from attn_core import recording
+from attn_core.driver_call import NOBODY, DriverCall, direct_call
 
 _MAX_REMEMBERED = 4096
 _PADDING = 0  # what is past the end of a tensor arrives as zeros
@@ -24,16 +25,13 @@ _WARPS = 4  # of the first computing warpgroup, the only one that a launch names
 _DRIVER_TYPES = {8: 10, 9: 8, 10: 9}
 _descriptor_of = methodcaller("describe")
 _GAP = object()
-# Places among the arguments of a start: after the grid, and after what the kernel is.
-_STREAM = 3
-_WATCHERS = slice(10, 13)
 
 
 class _Compiled(NamedTuple):
-    """A compiled kernel, its function in the driver, and how it wants its tensors encoded."""
+    """A compiled kernel, what starts it, and how it wants its tensors encoded."""
 
     kernel: Any
-    start: Any
+    call: DriverCall
     encodings: Sequence[Mapping[str, Any]]
 
 
@@ -97,12 +95,12 @@ class GluonLauncher:
             num_warps=_WARPS,
             maxnreg=maxnreg,
         )
-        start = _start_function(kernel)
-        if start is None:
+        call = direct_call(kernel)
+        if call is None:
             return
         if len(self._compiled) == _MAX_REMEMBERED:
             self._compiled.clear()
-        self._compiled[key] = _Compiled(kernel, start, kernel.metadata.tensordesc_meta)
+        self._compiled[key] = _Compiled(kernel, call, kernel.metadata.tensordesc_meta)
 
     def _parts(self, args: Sequence[Any], compiled: _Compiled) -> list[Any]:
         """Return the arguments with an encoder in place of tiles, and `_GAP` of other tensors."""
@@ -133,11 +131,10 @@ class _Start:
     def __init__(
         self, compiled: _Compiled, num_programs: int, device: int, parts: Sequence[Any]
     ) -> None:
-        kernel = compiled.kernel
         self._compiled = compiled
+        self._num_programs = num_programs
         self._device = device
-        self._args = [num_programs, 1, 1, None, kernel.function, False, False, None, None]
-        self._args += [kernel.packed_metadata, None, None, None]
+        self._args: list[Any] = []
         self._tensors: list[tuple[int, _Encoder | None]] = []  # the place of each
         for part in parts:
             if part is _GAP:
@@ -152,14 +149,15 @@ class _Start:
     def __call__(self, pointers: Sequence[int]) -> None:
         """Start it with the addresses of its tensors; their device is the current one."""
         args = self._args.copy()
-        args[_STREAM] = torch._C._cuda_getCurrentRawStream(self._device)
         for (place, encoder), pointer in zip(self._tensors, pointers, strict=True):
             args[place] = pointer if encoder is None else encoder(pointer)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        watchers: Any = NOBODY
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if enter.calls:  # of a profiler, which wants to know the kernel
-            metadata = self._compiled.kernel.launch_metadata(tuple(args[:_STREAM]), args[_STREAM])
-            args[_WATCHERS] = metadata, enter, leave
-        self._compiled.start(*args)
+            grid = (self._num_programs, 1, 1)
+            watchers = (self._compiled.kernel.launch_metadata(grid, stream), enter, leave)
+        self._compiled.call(self._num_programs, stream, args, watchers)
 
 
 class _Encoder:
@@ -184,7 +182,7 @@ class _Encoder:
 
     def _encode(self, pointer: int) -> Any:
         encoding = self._encoding
-        tensor_map = driver.active.utils.fill_tma_descriptor(
+        tensor_map = _encode_function()(
             pointer,
             encoding["swizzle"],
             encoding["elem_size"],
@@ -200,14 +198,9 @@ class _Encoder:
         return tensor_map
 
 
-def _start_function(kernel: Any) -> Any:
-    """Return the C function that starts a compiled kernel with encoded tensors, or None.
-
-    Triton 3.6 keeps it in the closure that encodes tensor descriptors at every launch.
-    """
-    launcher = kernel.run
-    encode = launcher.launch
-    names = getattr(getattr(encode, "__code__", None), "co_freevars", ())
-    if launcher.global_scratch_size or launcher.profile_scratch_size or "launcher" not in names:
-        return None
-    return encode.__closure__[names.index("launcher")].cell_contents
+def _encode_function() -> Any:
+    """Return the driver's function in C that makes a tensor map."""
+    utils = driver.active.utils
+    if hasattr(utils, "fill_tma_descriptor_tiled"):
+        return utils.fill_tma_descriptor_tiled
+    return utils.fill_tma_descriptor  # its name in Triton 3.6

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from attn_core import recording
-from attn_core.device import triton_version
+from attn_core.driver_call import DriverCall, call_through_triton, direct_call, is_tried
 from attn_core.tuning import TileConfig
 
 _MAX_REMEMBERED = 4096
 _POINTER_ALIGNMENT = 16  # bytes: Triton compiles another kernel for less
-_STREAM = 3  # its place among the arguments of a start, after the grid
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
@@ -43,7 +42,7 @@ class Launcher:
         self._kernel = kernel
         self._check = check
         self._options = options
-        self._compiled: dict[Hashable, Any] = {}
+        self._compiled: dict[Hashable, tuple[Any, DriverCall]] = {}
 
     def __call__(
         self,
@@ -83,7 +82,7 @@ class Launcher:
         tape = recording.current()
         with _on_device(device):
             if compiled is not None:
-                start = _Start(compiled, num_programs, device, [*args, *constants], places)
+                start = _Start(*compiled, num_programs, device, [*args, *constants], places)
                 start(pointers)
                 if tape is not None:
                     tape.launched(tensors, start)
@@ -92,17 +91,17 @@ class Launcher:
                 tape.refuse()
             if self._check is not None:
                 self._check(strides)
-            compiled = self._kernel[(num_programs,)](
+            kernel = self._kernel[(num_programs,)](
                 *args,
                 **constexprs,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 **self._options,
             )
-        if are_aligned and _can_restart(compiled):
+        if are_aligned and kernel is not None and is_tried():
             if len(self._compiled) == _MAX_REMEMBERED:
                 self._compiled.clear()
-            self._compiled[key] = compiled
+            self._compiled[key] = (kernel, direct_call(kernel) or call_through_triton(kernel))
 
 
 class _Start:
@@ -111,6 +110,7 @@ class _Start:
     def __init__(
         self,
         kernel: Any,
+        call: DriverCall,
         num_programs: int,
         device: torch.device,
         args: list[Any],
@@ -119,39 +119,21 @@ class _Start:
         for place in places:
             args[place] = None  # a launch that is remembered keeps no memory
         self._kernel = kernel
+        self._call = call
+        self._num_programs = num_programs
         self._device = device
-        self._start, scratch = _driver_function(kernel.run)
-        head = [num_programs, 1, 1, None, kernel.function, *scratch, kernel.packed_metadata]
-        self._args = [*head, None, None, None, *args]
-        self._first = len(self._args) - len(args)
-        self._places = [self._first + place for place in places]
+        self._args = args
+        self._places = places
 
     def __call__(self, pointers: Sequence[int]) -> None:
         """Start it with the addresses of its tensors; their device is the current one."""
         args = self._args.copy()
-        args[_STREAM] = _stream(self._device)
         for place, pointer in zip(self._places, pointers, strict=True):
             args[place] = pointer
         if _hooks().launch_enter_hook.calls:  # of a profiler, which wants to know the kernel
-            self._kernel[tuple(args[:_STREAM])](*args[self._first :])
+            self._kernel[self._num_programs, 1, 1](*args)
             return
-        self._start(*args)
-
-
-def _driver_function(launcher: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """Return what starts a kernel, and what it takes after its function.
-
-    For CUDA that is Triton's function in C, unless it has scratch memory to allocate first.
-    """
-    is_bare = not (getattr(launcher, "global_scratch_size", True) or launcher.profile_scratch_size)
-    if not is_bare:
-        return launcher, ()
-    return launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
-
-
-def _can_restart(compiled: Any) -> bool:
-    """Whether a compiled kernel takes addresses and its constants in place, as tried with 3.6."""
-    return compiled is not None and triton_version() == (3, 6)
+        self._call(self._num_programs, _stream(self._device), args)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-from attn_core import gluon_launch, replay
+from attn_core import driver_call, gluon_launch, replay
 from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper.descriptors import Flat, Rows
 
@@ -35,7 +35,15 @@ class Kernel:
 
         encoding = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [1, 1, 64, 64]}
         self.metadata = SimpleNamespace(tensordesc_meta=[encoding] * arguments)
-        self.run = SimpleNamespace(launch=encode, global_scratch_size=0, profile_scratch_size=0)
+        self.run = SimpleNamespace(
+            launch=encode,
+            global_scratch_size=0,
+            profile_scratch_size=0,
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+            arg_annotations="annotations",
+            kernel_signature=b"signature",
+        )
 
     def __getitem__(self, grid):
         def bind(*args, **options):
@@ -48,8 +56,15 @@ class Kernel:
         return grid, stream
 
 
+@pytest.fixture(params=[(3, 6), (3, 9)], ids=str)
+def version(request, monkeypatch):
+    """Versions of Triton, at the first of which the driver's functions have other names."""
+    monkeypatch.setattr(driver_call, "triton_version", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
-def encoded(monkeypatch):
+def encoded(monkeypatch, version):
     """Addresses that the driver has encoded, one after another."""
     addresses = []
 
@@ -57,7 +72,8 @@ def encoded(monkeypatch):
         addresses.append(pointer)
         return f"map of {pointer}"
 
-    utils = SimpleNamespace(fill_tma_descriptor=fill)
+    name = "fill_tma_descriptor" if version == (3, 6) else "fill_tma_descriptor_tiled"
+    utils = SimpleNamespace(**{name: fill})
     monkeypatch.setattr(
         gluon_launch, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils))
     )
@@ -74,15 +90,16 @@ def start(launcher, x, out, number=5, constants=CONSTANTS):
     launcher(3, (Rows(x, 64, 64), out, None, number), constants, maxnreg=168)
 
 
-def expected(x, out, number=5):
+def expected(x, out, number=5, watchers=(None, None, None)):
     B, S, H, D = x.shape
     b, s, h, d = x.stride()
-    return (
-        *(3, 1, 1, STREAM, Kernel.function, False, False, None, None, Kernel.packed_metadata),
-        *(None, None, None),
-        *(f"map of {x.data_ptr()}", B, H, S, D, b, h, s, d),
-        *(out.data_ptr(), None, number, *CONSTANTS.values()),
-    )
+    head = (3, 1, 1, STREAM, Kernel.function, False, False)
+    args = [f"map of {x.data_ptr()}", B, H, S, D, b, h, s, d, out.data_ptr(), None, number]
+    args += CONSTANTS.values()
+    if driver_call.triton_version() == (3, 6):
+        return (*head, None, None, Kernel.packed_metadata, *watchers, *args)
+    types = ("annotations", b"signature")
+    return (*head, Kernel.packed_metadata, *watchers, None, None, *types, args)
 
 
 def test_later_starts_go_to_the_driver(encoded):
@@ -112,7 +129,8 @@ def test_flat_arguments_are_encoded_too(encoded):
     x, sums = tokens(1, 8, 2, 64), torch.zeros(64, 32)
     for _ in range(2):
         launcher(3, (Rows(x, 64, 64), Flat(sums, (64, 32)), 5), CONSTANTS, maxnreg=168)
-    [args] = kernel.starts
+    [start_args] = kernel.starts
+    args = tuple(start_args[-1]) if type(start_args[-1]) is list else start_args
     assert args[-8:] == (f"map of {sums.data_ptr()}", 64, 32, 32, 1, 5, 128, False)
 
 
@@ -141,8 +159,8 @@ def test_profilers_see_the_launch(encoded, monkeypatch):
     monkeypatch.setattr(gluon_launch, "knobs", SimpleNamespace(runtime=hooks))
     for _ in range(2):
         start(launcher, x, x)
-    [args] = kernel.starts
-    assert args[10:13] == (((3, 1, 1), STREAM), hooks.launch_enter_hook, "leave")
+    watchers = (((3, 1, 1), STREAM), hooks.launch_enter_hook, "leave")
+    assert kernel.starts == [expected(x, x, watchers=watchers)]
 
 
 def test_launch_is_repeated_on_other_tensors(encoded, monkeypatch):
