@@ -98,6 +98,18 @@ def list_devices() -> list[torch.device]:
     return devices
 
 
+GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+"""Versions of Triton whose Gluon the kernels for Hopper compile with: it is experimental."""
+
+
+def gluon_refusal(version: tuple[int, int]) -> str | None:
+    """Say why no kernel for Hopper compiles with a version of Triton; None where they do."""
+    if version in GLUON_VERSIONS:
+        return None
+    known = ", ".join(f"{major}.{minor}" for major, minor in GLUON_VERSIONS)
+    return f"its kernels are written for Gluon of triton {known}, got {version[0]}.{version[1]}"
+
+
 @functools.lru_cache(maxsize=None)
 def triton_version() -> tuple[int, int] | None:
     """Major and minor version of the installed Triton, or None; does not import it."""

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attn_core.device import triton_version
+from attn_core.device import GLUON_VERSIONS, triton_version
 from attn_core.testing.hopper import emulation
-from attn_flash._hopper.support import TRITON_VERSIONS
 
 # In the order in which they import one another.
 MODULES = (
@@ -30,7 +29,7 @@ SMS = 2
 
 @pytest.fixture(autouse=True)
 def runs_here(request):
-    is_known = triton_version() in TRITON_VERSIONS
+    is_known = triton_version() in GLUON_VERSIONS
     if request.node.get_closest_marker("compile") and not is_known:
         pytest.skip("the backend refuses this version of Triton, see test_support.py")
     if request.node.get_closest_marker("gpu"):

@@ -17,7 +17,7 @@ from attn_flash._hopper import attention, forward, forward_short, problem
 pytestmark = pytest.mark.compile
 
 # Bytes, outside the loop: 256 columns of output take half of the registers.
-MAX_SPILLS = {64: 0, 128: 16, 256: 64}
+MAX_SPILLS = {64: 4, 128: 16, 256: 64}
 
 
 @functools.cache

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from attn_core.device import DeviceInfo, triton_version
+from attn_core.device import GLUON_VERSIONS, DeviceInfo, triton_version
 from attn_core.testing.compilation import compile_ahead
 from attn_core.testing.hopper import ProtocolError, emulation
-from attn_paged._hopper.support import TRITON_VERSIONS
 
 gl = pytest.importorskip("triton.experimental.gluon.language")
 
@@ -236,7 +235,7 @@ def compile_launch(case, monkeypatch):
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_kernel_leaves_room_for_the_rest_of_the_keys(case, monkeypatch):
     """Beside a program of it, one of the kernel for the rest has registers and memory."""
-    if triton_version() not in TRITON_VERSIONS:
+    if triton_version() not in GLUON_VERSIONS:
         pytest.skip("the kernel is not for this version of Triton")
     compiled = compile_launch(case, monkeypatch)
     registers, memory = WORK_OF_THE_REST

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from attn_core import backends
-from attn_core.device import device_info, triton_refusal, triton_version
+from attn_core.device import device_info, gluon_refusal, triton_refusal, triton_version
 from attn_triangle.checks import GateProblem, TriangleProblem
 from attn_triangle.ops import ATTENTION, ATTENTION_BACKWARD, GATE, GATE_BACKWARD
 
-# Gluon, the language of its kernels, changes with every version of Triton.
-_HOPPER_TRITON = (3, 6)
 _HOPPER_MAX_HEAD_DIM = 64
 _HOPPER_MIN_KEYS = 128  # with fewer, backend triton is as fast or faster
 # Far below any in use. Smaller ones would let keys that the mask hides reappear.
@@ -34,8 +32,8 @@ def _hopper_supports(op: str, problem: TriangleProblem | GateProblem) -> str | N
     version = triton_version()
     if version is None:
         return triton_refusal(problem.device)
-    if version != _HOPPER_TRITON:
-        return f"its kernels are written for Gluon of triton 3.6, got {version[0]}.{version[1]}"
+    if (refusal := gluon_refusal(version)) is not None:
+        return refusal
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return "it computes in float16 and bfloat16"
     return None if isinstance(problem, GateProblem) else _hopper_refusal(problem)

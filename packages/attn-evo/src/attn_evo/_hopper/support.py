@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_core.device import device_info, triton_version
+from attn_core.device import GLUON_VERSIONS, device_info, triton_version
 
-TRITON_VERSIONS = ((3, 6),)
-"""Those whose Gluon the kernels compile with: it is experimental and changes between releases."""
 HEAD_DIMS = {torch.float16: (64, 128), torch.bfloat16: (64, 128), torch.float32: (64,)}
 BLOCK_M = 64  # tokens of a tile
 HELD_DIM = 64  # of the widest heads whose kernels hold gradients of weights in their registers
@@ -25,7 +23,7 @@ def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
         and v.shape[-1] in HEAD_DIMS.get(v.dtype, ())
         and _is_copied_in_units(v)
         and device_info(v.device).arch == "sm_90"
-        and triton_version() in TRITON_VERSIONS
+        and triton_version() in GLUON_VERSIONS
     )
 
 
@@ -50,7 +48,7 @@ def takes_columns(x: torch.Tensor, out: torch.Tensor, strides: Sequence[Sequence
         and not any(start % _UNIT for start in starts)
         and max(stride_n for *_, stride_n, _ in strides) < _MOST_STRIDE
         and device_info(x.device).arch == "sm_90"
-        and triton_version() in TRITON_VERSIONS
+        and triton_version() in GLUON_VERSIONS
     )
 
 

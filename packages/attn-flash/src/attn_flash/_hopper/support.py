@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from attn_core.device import device_info, triton_version
+from attn_core.device import device_info, gluon_refusal, triton_version
 from attn_flash.checks import AttentionProblem
 
-TRITON_VERSIONS = ((3, 6),)
-"""Those whose Gluon the kernels compile with: it is experimental and changes between releases."""
 _FEATURES = {"cu_seqlens_q", "seqused_k"}
 _UNIT = 8  # 16-bit numbers of 16 bytes, in which the copy engine counts
 
@@ -37,10 +35,7 @@ def _machine_refusal(device: torch.device) -> str | None:
     version = triton_version()
     if version is None:
         return "triton is not installed; the extra [triton] of the package brings it"
-    if version not in TRITON_VERSIONS:
-        known = " and ".join(".".join(map(str, known)) for known in TRITON_VERSIONS)
-        return f"its kernels are written for Gluon of triton {known}, got {version[0]}.{version[1]}"
-    return None
+    return gluon_refusal(version)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from attn_core.device import device_info, triton_version
+from attn_core.device import GLUON_VERSIONS, device_info, triton_version
 from attn_paged.options import AttentionOptions
 
-TRITON_VERSIONS = ((3, 6),)
-"""Those whose Gluon the kernel compiles with: it is experimental and changes between releases."""
 BLOCK_N = 64  # keys of a tile
 _MAX_HEAD_DIM = 128
 _MAX_QUERIES = 768  # of a decoding batch: every program looks at all sequences and tiles at once
@@ -30,7 +28,7 @@ def takes(
     )
     return (
         device_info(q.device).arch == "sm_90"
-        and triton_version() in TRITON_VERSIONS
+        and triton_version() in GLUON_VERSIONS
         and q.dtype == k_cache.dtype
         and q.itemsize == 2
         and max(q.shape[2], v_cache.shape[3]) <= _MAX_HEAD_DIM
