@@ -14,6 +14,8 @@ from attn_core.testing.hopper._threads import ProtocolError, changed, dawdle, he
 class Memory:
     """A piece of shared memory."""
 
+    layout = None  # which says nothing here
+
     def __init__(self, array: Any, dtype: str) -> None:
         self.array = array
         self.dtype = dtype
