@@ -233,5 +233,9 @@ def stand_ins() -> dict[str, types.ModuleType]:
             warpgroup_mma=product,
             warpgroup_mma_wait=await_products,
         ),
-        f"{gluon}.nvidia.hopper": module("host", TensorDescriptor=Descriptor),
+        f"{gluon}.nvidia.hopper": module(
+            "host",
+            TensorDescriptor=Descriptor,
+            TensorDescriptorIm2Col=None,  # newer interpreters look it up
+        ),
     }
