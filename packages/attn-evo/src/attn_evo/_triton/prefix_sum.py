@@ -213,8 +213,12 @@ def _prefix_sum_columns_kernel(
     out_ptr += pid_c.to(tl.int64) * BLOCK_C * stride_oc + start * stride_on
 
     # A tile [runs, BLOCK_RUN, BLOCK_C]: what lies in one thread is summed up without the others.
+    # In reverse it is loaded so: Triton's own way turns it around in registers.
     offs_run = tl.arange(0, BLOCK_N // _BLOCK_RUN)[:, None, None]
     offs_step = tl.arange(0, _BLOCK_RUN)[None, :, None]
+    if REVERSE:
+        offs_run = BLOCK_N // _BLOCK_RUN - 1 - offs_run
+        offs_step = _BLOCK_RUN - 1 - offs_step
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_run * _BLOCK_RUN + offs_step < N - start
     x_offs = offs_step * stride_xn + offs_run * (_BLOCK_RUN * stride_xn)
@@ -230,8 +234,8 @@ def _prefix_sum_columns_kernel(
         row = words_ptr + (num_tiles + place // GROUP) * BLOCK_C
         tl.store(row + offs_c, published(carry + total))
 
-    carries = tl.cumsum(runs, 0, reverse=REVERSE) - runs + carry[None, :]
-    out = tl.cumsum(x, 1, reverse=REVERSE) + carries[:, None, :]
+    carries = tl.cumsum(runs, 0) - runs + carry[None, :]
+    out = tl.cumsum(x, 1) + carries[:, None, :]
     if EXCLUSIVE:
         out -= x
     out_offs = offs_step * stride_on + offs_run * (_BLOCK_RUN * stride_on)
