@@ -7,6 +7,9 @@ multiply through shared memory. The next tile of v is copied while this one is c
 Of many sequences a program owns a whole one and carries its sums from tile to tile, so that no
 launch before has to add them up. Of few it owns a chunk.
 
+Of wide heads the context of the next tile is summed up while the norm of this one is computed.
+Narrow ones have no registers for that, where three programs share an SM.
+
 A running sum is the product of a triangle of ones and a tile, whose accumulators begin with the sum
 of the tokens before it. The triangle holds 1/2 in place of 1: the context is halved, and what
 sigmoid(x) gates comes doubled, as tanh(x / 2) v + v.
@@ -46,6 +49,7 @@ from attn_evo._hopper.tiles import (
     store_columns_of_ones,
     store_gated_values,
     sum_rows,
+    twice_inverse,
 )
 from attn_evo._triton import configs, problem
 from attn_evo._triton.tiles import (
@@ -67,11 +71,55 @@ _REGISTERS = 168  # of a thread: three programs of 128 threads share the 64 K of
 
 
 @gluon.jit
-def _normalised(x, v, vectors_ptr, D: gl.constexpr):
-    """LayerNorm of each row of x; the norm's bias where the row of v is 0."""
+def _start_context(v, row, half, ones, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Start the running sums of a tile and, where there are `ones`, the sums of its columns."""
+    context = begin_with(row, BLOCK_M, D)
+    context = warpgroup_mma(half, v, context, is_async=True)
+    sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
+    if ones is not None:
+        sums = add_column_sums(sums, v, ones, 0, BLOCK_M)
+    return context, sums
+
+
+@gluon.jit
+def _wait_for_context(context, sums, context_i, HAS_SUMS: gl.constexpr, D: gl.constexpr):
+    """The running sums, and with the tile's sums those before the next one."""
+    if HAS_SUMS:
+        context, sums = warpgroup_mma_wait(0, deps=(context, sums))
+        context_i += column_sums(sums, 0, D)
+    else:
+        context = warpgroup_mma_wait(0, deps=(context,))
+    return context, context_i
+
+
+@gluon.jit
+def _silu_times(half_x, v, D: gl.constexpr):
+    """silu(x) v in the dtype of v; of wide heads in bfloat16 with one product for two numbers."""
+    if v.dtype == gl.bfloat16 and D > 64:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .f32 x, y;
+            .reg .b32 silu;
+            tanh.approx.f32 x, $1;
+            tanh.approx.f32 y, $2;
+            fma.rn.f32 x, x, $1, $1;
+            fma.rn.f32 y, y, $2, $2;
+            cvt.rn.bf16x2.f32 silu, y, x;
+            mul.rn.bf16x2 $0, silu, $3;
+            }""", "=r,f,f,r", [half_x, v],
+            dtype=gl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # noqa: RET505 - decided while compiling
+        gate = twice_gated(half_x * v.to(gl.float32), half_x, v.dtype == gl.bfloat16)
+        return rounded(gate, v.dtype)
+
+
+@gluon.jit
+def _normalised(x, alive, vectors_ptr, D: gl.constexpr):
+    """LayerNorm of each row of x; the norm's bias where a row is not alive."""
     x -= gl.expand_dims(gl.sum(x, 1) * (1.0 / D), 1)
     scale = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / D) + NORM_EPSILON)
-    scale = gl.where(has_values(v.load(accumulators(D))), scale, 0.0)
+    scale = gl.where(alive, scale, 0.0)
     offs_d = gl.arange(0, D, gl.SliceLayout(0, accumulators(D)))
     weight = gl.load(vectors_ptr + NORM_WEIGHT * D + offs_d)
     bias = gl.load(vectors_ptr + NORM_BIAS * D + offs_d)
@@ -101,6 +149,7 @@ def _attention_output_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
+    AHEAD: gl.constexpr = D > 64  # start the context of the next tile before this one ends
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, 16], dtype)
     if OWNS_SEQUENCE:
         ROW: gl.constexpr = gl.SliceLayout(1, column_accumulators(D))
@@ -130,6 +179,7 @@ def _attention_output_kernel(
     async_copy.commit_group()
 
     offs_d = gl.arange(0, D, ROW)
+    ones = None
     if OWNS_SEQUENCE:
         ones = gl.allocate_shared_memory(dtype, [1, 16, 16], ONES)
         store_columns_of_ones(ones, 1, D)
@@ -140,12 +190,19 @@ def _attention_output_kernel(
         context_i = gl.load(contexts_ptr + offs_d)
     half = half_triangle(BLOCK_M, dtype, D)
     offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, accumulators(D)))
-    for tile in range(first, last):
-        start = tile * BLOCK_M
-        stage = (tile - first) % STAGES
+    if AHEAD:
         context_row.store(context_i * 0.5)
         stat_row.store(stat_i)
         async_copy.wait_group(0)
+        context, sums = _start_context(v_tiles.index(0), context_row, half, ones, BLOCK_M, D)
+        context, context_i = _wait_for_context(context, sums, context_i, OWNS_SEQUENCE, D)
+    for tile in range(first, last):
+        start = tile * BLOCK_M
+        stage = (tile - first) % STAGES
+        if not AHEAD:
+            context_row.store(context_i * 0.5)
+            stat_row.store(stat_i)
+            async_copy.wait_group(0)
         # The next tile, and its sums before they are needed.
         num_rows = gl.where(tile + 1 < last, L - start - BLOCK_M, 0)
         v_ptr += BLOCK_M * stride_vl
@@ -158,17 +215,10 @@ def _attention_output_kernel(
             context_i = gl.load(contexts_ptr + offs_d)
 
         v = v_tiles.index(stage)
-        context = begin_with(context_row, BLOCK_M, D)
-        context = warpgroup_mma(half, v, context, is_async=True)
-        if OWNS_SEQUENCE:
-            sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
-            sums = add_column_sums(sums, v, ones, 0, BLOCK_M)
-            context, sums = warpgroup_mma_wait(0, deps=(context, sums))
-            context_i += column_sums(sums, 0, D)
-        else:
-            context = warpgroup_mma_wait(0, deps=(context,))
-        inverse_count = gl.expand_dims(2.0 / (start + 1 + offs_m).to(gl.float32), 1)
-        mean = left_operand((context * inverse_count).to(dtype), low, D)
+        if not AHEAD:
+            context, sums = _start_context(v, context_row, half, ones, BLOCK_M, D)
+            context, context_i = _wait_for_context(context, sums, context_i, OWNS_SEQUENCE, D)
+        mean = left_operand((context * twice_inverse(start + 1 + offs_m)).to(dtype), low, D)
         logit = start_linear(mean, weights.index(W_G), biases.index(W_G), BLOCK_M, D)
         logit = warpgroup_mma_wait(0, deps=(logit,))
         store_gated_values(v, logit, high, low, dtype, D)
@@ -191,15 +241,27 @@ def _attention_output_kernel(
         query = start_linear(v, weights.index(W_Q), biases.index(W_Q), BLOCK_M, D)
         half_ratio = reciprocal(denominator)
         half_ratio *= warpgroup_mma_wait(0, deps=(query,))
-        gate = half_ratio * v.load(accumulators(D)).to(gl.float32)
-        gate = twice_gated(gate, half_ratio, dtype == gl.bfloat16)
-        gate = left_operand(rounded(gate, dtype), low, D)
+        values = v.load(accumulators(D))
+        if AHEAD:
+            alive = has_values(values)
+        gate = left_operand(_silu_times(half_ratio, values, D), low, D)
         final = start_linear(gate, weights.index(W_F), biases.index(W_F), BLOCK_M, D)
         final = warpgroup_mma_wait(0, deps=(final,))
         x = twice_gated(context, final, dtype == gl.bfloat16)
-        out = _normalised(x, v, vectors_ptr, D)
+
+        if AHEAD:
+            context_row.store(context_i * 0.5)
+            stat_row.store(stat_i)
+            async_copy.wait_group(0)
+            v_next = v_tiles.index(1 - stage)
+            context, sums = _start_context(v_next, context_row, half, ones, BLOCK_M, D)
+        else:
+            alive = has_values(v.load(accumulators(D)))
+        out = _normalised(x, alive, vectors_ptr, D)
         _store_tile(out_ptr, out.to(dtype), high, L - start, BLOCK_M, D)
         out_ptr += BLOCK_M * D
+        if AHEAD:
+            context, context_i = _wait_for_context(context, sums, context_i, OWNS_SEQUENCE, D)
 
     if pid_c == num_chunks - 1:
         gl.store(sums_after_ptr + (num_heads + pid_bh) * D + offs_d, stat_i)

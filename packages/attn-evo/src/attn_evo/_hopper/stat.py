@@ -28,6 +28,8 @@ from attn_evo._hopper.tiles import (
     start_copy,
     start_linear,
     sum_rows,
+    twice_inverse,
+    widened,
 )
 from attn_evo._triton import configs, problem
 from attn_evo._triton.tiles import (
@@ -45,9 +47,20 @@ PAIR = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0]))
 
 
 @gluon.jit
+def settled(x):
+    """Keep x in registers of its own from here on.
+
+    The compiler would copy equal rows where a product begins, of which it then lets only one run.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def store_partial_sums(v, logit, part):
     """Gate v [64, 64] and store twice the sums of the rows that share a thread, [32, 64]."""
-    values = v.load(accumulators(64)).to(gl.float32)
+    values = widened(v.load(accumulators(64)))
     gated = twice_gated(values, logit, v.dtype == gl.bfloat16)
     sums = gl.sum(gl.reshape(gated, [4, 2, 8, 64]), 1)
     part.store(gl.reshape(sums, [32, 64]))
@@ -131,13 +144,12 @@ def _attention_stat_kernel(
 
         v_0 = v_tiles.index(2 * stage)
         v_1 = v_tiles.index(2 * stage + 1)
-        c_0 = begin_with(row_0, BLOCK_M, D)
-        c_1 = begin_with(row_1, BLOCK_M, D)
+        c_0 = settled(begin_with(row_0, BLOCK_M, D))
+        c_1 = settled(begin_with(row_1, BLOCK_M, D))
         c_0 = warpgroup_mma(half, v_0, c_0, is_async=True)
         c_1 = warpgroup_mma(half, v_1, c_1, is_async=True)
-        counts = (start + 1 + offs_m).to(gl.float32)
-        inverse_0 = gl.expand_dims(2.0 / counts, 1)
-        inverse_1 = gl.expand_dims(2.0 / (counts + BLOCK_M), 1)
+        inverse_0 = twice_inverse(start + 1 + offs_m)
+        inverse_1 = twice_inverse(start + 1 + BLOCK_M + offs_m)
         c_0 = warpgroup_mma_wait(1, deps=(c_0,))
         mean = gl.convert_layout((c_0 * inverse_0).to(dtype), operand(D), assert_trivial=True)
         logit_0 = start_linear(mean, weight, bias, BLOCK_M, D)

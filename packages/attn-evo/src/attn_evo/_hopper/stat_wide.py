@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core.launch import Launcher
 from attn_evo._hopper import support
-from attn_evo._hopper.stat import PAIR, PARTS, store_partial_sums, sums_of_both
+from attn_evo._hopper.stat import PAIR, PARTS, settled, store_partial_sums, sums_of_both
 from attn_evo._hopper.tiles import (
     FLAT,
     STAGES,
@@ -27,6 +27,7 @@ from attn_evo._hopper.tiles import (
     opaque_zero,
     operand,
     start_copy,
+    twice_inverse,
 )
 from attn_evo._triton import problem
 from attn_evo._triton.tiles import (
@@ -134,11 +135,11 @@ def _attention_stat_wide_kernel(
 
         v_0 = v_tiles.index(2 * stage)
         v_1 = v_tiles.index(2 * stage + 1)
-        c_0 = begin_with(context_row.slice(0, _HALF), _BLOCK_M, _HALF)
-        c_1 = begin_with(context_row.slice(_HALF, _HALF), _BLOCK_M, _HALF)
+        c_0 = settled(begin_with(context_row.slice(0, _HALF), _BLOCK_M, _HALF))
+        c_1 = settled(begin_with(context_row.slice(_HALF, _HALF), _BLOCK_M, _HALF))
         c_0 = warpgroup_mma(half, v_0, c_0, is_async=True)
         c_1 = warpgroup_mma(half, v_1, c_1, is_async=True)
-        inverse_count = gl.expand_dims(2.0 / (start + 1 + offs_m).to(gl.float32), 1)
+        inverse_count = twice_inverse(start + 1 + offs_m)
         c_0 = warpgroup_mma_wait(1, deps=(c_0,))
         mean_0 = _left_operand(c_0 * inverse_count, dtype)
         c_1 = warpgroup_mma_wait(0, deps=(c_1,))

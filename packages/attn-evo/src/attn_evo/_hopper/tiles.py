@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.tiles.gluon_names import async_load
+from attn_core.tiles.hopper import reciprocal
 from attn_evo._triton.tiles import BIAS_ROWS, twice_gated
 
 STAGES = gl.constexpr(2)  # tiles of v in shared memory
@@ -73,6 +74,24 @@ def half_triangle(BLOCK_M: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def twice_inverse(counts):
+    """[rows, 1]: 2 / count of the tokens up to each row."""
+    return gl.expand_dims(2.0 * reciprocal(counts.to(gl.float32)), 1)
+
+
+@gluon.jit
+def widened(x):
+    """16-bit numbers in float32; of bfloat16 in one instruction each."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x],
+            dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # noqa: RET505 - decided while compiling
+        return x.to(gl.float32)
+
+
+@gluon.jit
 def begin_with(row, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """Accumulators whose rows are all the one [D] in shared memory."""
     row = row.load(gl.SliceLayout(0, accumulators(D)))
@@ -126,8 +145,7 @@ def has_values(v):
 @gluon.jit
 def store_gated_values(v, logit, high_tile, low_tile, dtype: gl.constexpr, D: gl.constexpr):
     """Store 2 sigmoid(2 logit) v as two tiles that add up to it."""
-    v = v.load(accumulators(D)).to(gl.float32)
-    gated = twice_gated(v, logit, dtype == gl.bfloat16)
+    gated = twice_gated(widened(v.load(accumulators(D))), logit, dtype == gl.bfloat16)
     if dtype == gl.bfloat16:  # cut off, which is cheaper than rounding
         high = (gated.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
     else:
