@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from . import sums_torch
 from .cases import (
     CAUSAL,
     HALF,
+    OPEN,
     Case,
     assert_gradients,
     assert_same_bits,
@@ -75,6 +78,7 @@ CASES = [
     Case(1, 2, 2, 200, 150, 64),
     Case(1, 2, 2, 130, 1, 40),
     Case(1, 1, 1, 1, 200, 72, CAUSAL),
+    Case(1, 2, 1, 64, 1000, 64, (3, 3)),
 ]
 
 
@@ -144,6 +148,43 @@ def test_same_bits_every_time(D, backward):
     case = Case(1, 2, 1, 100, 390, D)
     first, again = (gradients(backward, case, deterministic=True) for _ in range(2))
     assert_same_bits(again, first)
+
+
+GROUPED = [
+    Case(1, 4, 1, 200, 300, 128, CAUSAL),
+    Case(2, 4, 2, 300, 130, 64, CAUSAL),
+    Case(1, 3, 1, 300, 400, 128, (70, 20), HALF),
+    Case(1, 3, 1, 270, 300, 64, (150, 0)),
+]
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_programs_in_lockstep(case, backward):
+    check(backward, case, deterministic=True)
+
+
+@pytest.mark.parametrize("window", [OPEN, CAUSAL, (150, -1), (100, 20), (-1, 300)], ids=str)
+@pytest.mark.parametrize("M, N", [(300, 700), (700, 300), (500, 512)])
+@pytest.mark.parametrize("in_lockstep", [False, True], ids=["by-heads", "lockstep"])
+def test_a_sum_waits_for_lower_tickets_alone(in_lockstep, M, N, window, hopper):
+    """So whoever is waited for has begun, and no two programs wait for each other."""
+    left, right = window
+    block_m, heads, group = 64, 4, 2
+    problem = SimpleNamespace(
+        M=M, N=N, H=heads, group=group, blocks_n=-(-N // 128), num_heads=2 * heads // group,
+        heads_per_group=3, left=left, right=right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
+        IS_RAGGED=False, PARTS=1, DETERMINISTIC=True, IS_LOCKSTEP=in_lockstep,
+    )  # fmt: skip
+    added = Counter()
+    for ticket in range(problem.blocks_n * problem.num_heads):
+        tile = hopper.backward_tiles.tile_at(problem, ticket, block_m)
+        m, h = hopper.backward_tiles.first_step(problem, tile)
+        for _ in range((tile.last - tile.first) * group):
+            block = int(tile.b), int(h), int(m)
+            assert hopper.backward_adder._turn(problem, tile, m, block_m) == added[block]
+            added[block] += 1
+            m, h = hopper.backward_tiles.next_step(problem, tile, m, h)
+    assert {(b, h) for b, h, _ in added} == {(b, h) for b in range(2) for h in range(heads)}
 
 
 RAGGED = [
@@ -217,14 +258,17 @@ def test_a_missing_arrival_or_wait_at_an_mbarrier(name, backward, monkeypatch, i
 @pytest.mark.parametrize(
     "function, barrier, D",
     [
-        ("_load_step", "empty", 64),
-        ("_load_step", "empty", 128),
-        ("await_number", "k_full", 64),
-        ("accumulate", "k_full", 128),
+        ("_await_stage", "empty", 64),
+        ("_await_stage", "empty", 128),
+        ("_announce", "keys_empty", 64),
+        ("_await_number", "k_full", 64),
+        ("_accumulate_tiles", "k_full", 64),
+        ("_accumulate_tile", "k_full", 128),
+        ("_accumulate_tiles", "v_full", 64),
         ("_accumulate_tile", "v_full", 128),
-        ("_accumulate_tile", "q_full", 64),
+        ("_accumulate_tiles", "q_full", 64),
         ("_accumulate_tile", "q_full", 128),
-        ("_accumulate_tile", "do_full", 64),
+        ("_accumulate_tiles", "do_full", 64),
         ("_accumulate_tile", "do_full", 128),
     ],
 )
@@ -232,13 +276,6 @@ def test_each_wait(function, barrier, D, backward, monkeypatch, impatient, late)
     forget_wait(monkeypatch, backward.mbarrier, function, barrier)
     with pytest.raises((ProtocolError, AssertionError)):
         check_often(check, backward, SMALL._replace(N=700, D=D))
-
-
-def test_numbers_of_tiles_that_are_written_over(backward, monkeypatch, impatient, late):
-    """Tiles whose keys nobody sees keep nobody waiting but the adder."""
-    forget_wait(monkeypatch, backward.mbarrier, "_announce", "keys_empty")
-    with pytest.raises((ProtocolError, AssertionError)):
-        check_often(check, backward, Case(1, 1, 1, 64, 1500, 64, (3, 3)))
 
 
 @pytest.mark.parametrize("role, name", [("consumer", "meet_at"), ("loader", "arrive_at")])

@@ -75,6 +75,9 @@ class _Shared:
     ds: gl.shared_memory_descriptor  # dS^T of [_STAGES * 2, KEYS, BLOCK_M]
     dq: gl.shared_memory_descriptor  # [2, *sums.UNIT], one for each consumer
     number: gl.shared_memory_descriptor  # of the tile whose keys are in each buffer
+    begins: gl.shared_memory_descriptor  # [_STAGES, 1], as count and ahead: where queries are
+    count: gl.shared_memory_descriptor
+    ahead: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor  # of each buffer of keys, as v_full and keys_empty
     v_full: gl.shared_memory_descriptor
     keys_empty: gl.shared_memory_descriptor
@@ -109,6 +112,7 @@ class _Problem:
     HAS_RIGHT: gl.constexpr
     PARTS: gl.constexpr  # programs that share the query heads of a key head
     DETERMINISTIC: gl.constexpr
+    IS_LOCKSTEP: gl.constexpr  # programs walk query blocks from the last, each for all heads
     IS_CLEARED: gl.constexpr  # the sum of dq is 0 at first
     IS_PERSISTENT: gl.constexpr  # programs compute tile after tile
 
@@ -127,8 +131,8 @@ def _attention_backward_kernel(
     scale, scale_log2, left, right,
     IS_RAGGED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    PARTS: gl.constexpr, DETERMINISTIC: gl.constexpr, IS_CLEARED: gl.constexpr,
-    IS_PERSISTENT: gl.constexpr,
+    PARTS: gl.constexpr, DETERMINISTIC: gl.constexpr, IS_LOCKSTEP: gl.constexpr,
+    IS_CLEARED: gl.constexpr, IS_PERSISTENT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):
     # fmt: on
@@ -148,6 +152,9 @@ def _attention_backward_kernel(
         gl.allocate_shared_memory(DTYPE, [_STAGES * 2, KEYS, BLOCK_M], SWIZZLED),
         gl.allocate_shared_memory(gl.float32, [2, 16, 256], FLAT),
         gl.allocate_shared_memory(gl.int32, [BUFFERS, 1], PLAIN),
+        gl.allocate_shared_memory(gl.int32, [_STAGES, 1], PLAIN),
+        gl.allocate_shared_memory(gl.int32, [_STAGES, 1], PLAIN),
+        gl.allocate_shared_memory(gl.int32, [_STAGES, 1], PLAIN),
         gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
@@ -170,7 +177,8 @@ def _attention_backward_kernel(
         starts_q_ptr, starts_k_ptr, parts_ptr, are_left_ptr,
         B, M, N, H, group, blocks_m, blocks_n, num_heads, heads_per_group,
         left, right, scale, scale_log2,
-        IS_RAGGED, HAS_LEFT, HAS_RIGHT, PARTS, DETERMINISTIC, IS_CLEARED, IS_PERSISTENT,
+        IS_RAGGED, HAS_LEFT, HAS_RIGHT, PARTS, DETERMINISTIC, IS_LOCKSTEP, IS_CLEARED,
+        IS_PERSISTENT,
     )  # fmt: skip
     ticket = gl.program_id(0)
     if IS_PERSISTENT or DETERMINISTIC or PARTS == 2:
@@ -178,8 +186,8 @@ def _attention_backward_kernel(
         ticket = gl.atomic_add(counters_ptr, 1)
     gl.warp_specialize(
         [
-            (accumulate, (tensors, shared, problem, ticket, 0)),
-            (accumulate, (tensors, shared, problem, ticket, 1)),
+            (accumulate, (shared, problem, ticket, 0)),
+            (accumulate, (shared, problem, ticket, 1)),
             (load, (tensors, shared, problem, ticket, counters_ptr)),
             (add_dq, (tensors, shared, problem, ticket, counters_ptr + 1)),
         ],
@@ -209,7 +217,8 @@ def _most_seen(longest_k: int, window: tuple[int, int]) -> int:
 def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
     """How many groups' queries fit the share of the L2 cache that programs work in.
 
-    Programs walk the query heads of a group one after another, not quite in step: two count.
+    Programs walk the query heads of a group one after another, not quite in step: two count, and
+    of programs in lockstep one.
     """
     head_bytes = longest * q.shape[3] * (2 * q.element_size() + 4)
     return max(1, _L2_SHARE // (min(group, 2) * head_bytes))
@@ -277,6 +286,8 @@ def attention_backward(
     longest = sequences.longest_k if is_ragged else M
     part_sums = _part_sums(q, tiles, block_d) if parts == 2 else (counters, counters)
     group = H // H_KV // parts
+    is_lockstep = deterministic and group > 1 and right >= 0
+    heads_per_group = _heads_per_group(q, longest, 1 if is_lockstep else group)
     programs = tiles * parts
     if is_persistent:
         programs = min(programs, host.num_sms(q.device))
@@ -289,12 +300,12 @@ def attention_backward(
             Flat(dq_sum, sums.UNIT),
             counters, *((starts_q, starts_k) if is_ragged else (counters, counters)),
             *part_sums, count, M, N, H, group, blocks_m, blocks_n, B * H_KV * parts,
-            _heads_per_group(q, longest, group), scale, scale * host.LOG2_E, left, right,
+            heads_per_group, scale, scale * host.LOG2_E, left, right,
         ),
         constants={
             "IS_RAGGED": is_ragged, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
-            "PARTS": parts, "DETERMINISTIC": deterministic, "IS_CLEARED": is_cleared,
-            "IS_PERSISTENT": is_persistent,
+            "PARTS": parts, "DETERMINISTIC": deterministic, "IS_LOCKSTEP": is_lockstep,
+            "IS_CLEARED": is_cleared, "IS_PERSISTENT": is_persistent,
             "BLOCK_M": block_m, "BLOCK_D": block_d,
         },
         maxnreg=_MAX_REGISTERS,

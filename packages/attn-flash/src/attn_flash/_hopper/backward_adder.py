@@ -10,9 +10,8 @@ from attn_flash._hopper.backward_consumer import (
     CONSUMER_AND_ADDER,
     DQ_EMPTY,
     DQ_FULL,
-    await_number,
 )
-from attn_flash._hopper.backward_tiles import BLOCK_N, tile_at
+from attn_flash._hopper.backward_tiles import BLOCK_N, first_step, next_step, tile_at
 from attn_flash._hopper.primitives import (
     PUBLISHED,
     claim,
@@ -24,13 +23,23 @@ from attn_flash._hopper.primitives import (
 
 @gluon.jit
 def _turn(problem, tile, m, BLOCK_M: gl.constexpr):
-    """How many programs add to dQ of query block m before this one: those with later keys."""
+    """How many programs add to dQ of query block m before this one.
+
+    Those with later keys do, or with earlier ones where programs go in lockstep.
+    """
     sequence = tile.sequence
-    last_n = gl.cdiv(sequence.N, BLOCK_N) - 1
-    if problem.HAS_RIGHT:
-        end_key = (m + 1) * BLOCK_M + sequence.N - sequence.M + problem.right
-        last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
-    return last_n - tile.n
+    shift = sequence.N - sequence.M
+    if problem.IS_LOCKSTEP:
+        first_n = gl.to_tensor(0)
+        if problem.HAS_LEFT:
+            first_n = gl.maximum(m * BLOCK_M + shift - problem.left, 0) // BLOCK_N
+        return tile.n - first_n
+    else:  # noqa: RET505 - decided while compiling
+        last_n = gl.cdiv(sequence.N, BLOCK_N) - 1
+        if problem.HAS_RIGHT:
+            end_key = (m + 1) * BLOCK_M + shift + problem.right
+            last_n = gl.minimum(last_n, (end_key - 1) // BLOCK_N)
+        return last_n - tile.n
 
 
 @gluon.jit
@@ -62,14 +71,19 @@ def _let_others_add(problem, is_first, state_ptr):
 
 
 @gluon.jit
+def _block(problem, tile, m, h):
+    """Return the number of query block m of head h among all blocks of queries."""
+    return (tile.b * problem.H + h) * problem.blocks_m + tile.sequence.block_q + m
+
+
+@gluon.jit
 def _add_tile(tensors, shared, problem, tile, states_ptr):
     """Add dQ of each step of a tile to its sum in memory, whose first summand is stored."""
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     UNITS: gl.constexpr = 2  # of 64 x 64: BLOCK_M * BLOCK_D is 8192
-    m = tile.first
+    m, h = first_step(problem, tile)
     steps = (tile.last - tile.first) * problem.group
-    row = tile.b * problem.H + tile.h
-    block = row * problem.blocks_m + tile.sequence.block_q + m  # of all blocks of queries
+    block = _block(problem, tile, m, h)
     state = 0
     is_first = False
     if steps > 0:
@@ -80,11 +94,8 @@ def _add_tile(tensors, shared, problem, tile, states_ptr):
         if not problem.IS_CLEARED:
             is_first = _wait_to_add(problem, tile, m, state, states_ptr + block, BLOCK_M)
         this_block = block
-        block += 1
-        m += 1
-        if m == tile.last:
-            m = tile.first
-            block += problem.blocks_m - (tile.last - tile.first)
+        m, h = next_step(problem, tile, m, h)
+        block = _block(problem, tile, m, h)
         is_last = step + 1 == steps
         if not problem.IS_CLEARED:
             # Looked up a step ahead, as its way from memory is long.
@@ -104,17 +115,25 @@ def _add_tile(tensors, shared, problem, tile, states_ptr):
 
 
 @gluon.jit
+def _await_number(shared, rank):
+    """Wait for the keys of the program's tile `rank`; return its number among all tiles."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(shared.k_full.index(rank & 1), (rank // 2) & 1)
+    return gl.max(shared.number.index(rank & 1).load(LAYOUT), axis=0)
+
+
+@gluon.jit
 def add_dq(tensors, shared, problem, number, states_ptr):
     """Add dQ to its sum in memory, tile after tile, the first of which is tile `number`."""
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     if problem.IS_PERSISTENT:
         rank = 0
-        number = await_number(shared, rank, 1)
+        number = _await_number(shared, rank)
         while number < problem.blocks_n * problem.num_heads:
             mbarrier.arrive(shared.keys_empty.index(rank & 1), count=1)
             _add_tile(tensors, shared, problem, tile_at(problem, number, BLOCK_M), states_ptr)
             rank += 1
-            number = await_number(shared, rank, 1)
+            number = _await_number(shared, rank)
     else:
         _add_tile(tensors, shared, problem, tile_at(problem, number, BLOCK_M), states_ptr)
     tma.store_wait(0)

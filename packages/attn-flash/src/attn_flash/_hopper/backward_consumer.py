@@ -12,7 +12,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import accumulator_layout, arrive_at, exp2, meet_at
 from attn_flash._hopper.backward_sums import to_unit
-from attn_flash._hopper.backward_tiles import BLOCK_N, KEYS, crosses_edge, mask, tile_at
+from attn_flash._hopper.backward_tiles import (
+    BLOCK_N,
+    KEYS,
+    crosses_edge,
+    first_step,
+    mask,
+    next_step,
+    tile_at,
+)
 from attn_flash._hopper.primitives import columns, keep_branch, load_row, wait_until_set
 
 # Named barriers and the threads that meet there; barriers below 8 are the compiler's.
@@ -114,129 +122,206 @@ def _stage_keys(shared, problem, dk, dv, step, W: gl.constexpr):
     if not problem.IS_PERSISTENT:
         meet_at(_KEYS_READ, _CONSUMERS)  # by the other consumer's last dQ
     staged_dk.store((dk * problem.scale).to(DTYPE))
+    fence_async_shared()
+    arrive_at(KEYS_DONE, CONSUMERS_AND_LOADER)
 
 
 @gluon.jit
-def _accumulate_tile(tensors, shared, problem, tile, rank, begun, W: gl.constexpr):
-    """Compute dK and dV of consumer W's keys of a tile, and its half of each step's dQ.
+def _exponentiate(shared, problem, s, dp, i, count, ahead):
+    """Wait for S and dP of the step in stage i and return P and dS, for products to come."""
+    BLOCK_M: gl.constexpr = shared.q.shape[1]
+    DTYPE: gl.constexpr = shared.q.dtype
+    ROW: gl.constexpr = gl.SliceLayout(0, accumulator_layout(BLOCK_M))
+    lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    if crosses_edge(problem, count, ahead, BLOCK_M):
+        keep_branch()
+        s = mask(s, problem, count, ahead)
+    p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
+    rounded_p = p.to(DTYPE)
+    if problem.IS_PERSISTENT:
+        p = rounded_p  # from here on: 64 registers more than there are would be needed
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    # Not before the wait, where scores and lse still fill the registers.
+    delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
+    ds = _widen(p) * (dp - gl.expand_dims(delta, 0))
+    return rounded_p, ds.to(DTYPE)
 
-    The program has begun `rank` tiles and `begun` steps before. A turn is the products of P and dS,
-    for narrow heads also the next scores. When the second consumer's comes, both have stored the dS
-    of the step; when the first one's comes, that of the step before, whose dQ it computes.
+
+@gluon.jit
+def _end_turns(shared, steps, keys, W: gl.constexpr):
+    """Pass the last turn; the first consumer computes the last dQ, after `steps` steps."""
+    BLOCK_D: gl.constexpr = shared.q.shape[2]
+    if BLOCK_D == 64:  # whose turns go on until the next scores
+        arrive_at(_TURN + 1 - W, _CONSUMERS)
+    if W == 0:
+        meet_at(_TURN, _CONSUMERS)
+        dq = _start_dq(shared, steps - 1, keys, W)
+        _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
+
+
+@gluon.jit
+def _accumulate_tile(shared, problem, tile, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys of the program's tile, and its half of each step's dQ.
+
+    A turn is the products of P and dS, for narrow heads also the next scores. When the second
+    consumer's comes, both have stored the dS of the step; when the first one's comes, that of the
+    step before, whose dQ it computes.
     """
     BLOCK_M: gl.constexpr = shared.q.shape[1]
     BLOCK_D: gl.constexpr = shared.q.shape[2]
-    DTYPE: gl.constexpr = tensors.q.dtype
     S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
     DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
-    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     STAGES: gl.constexpr = shared.q.shape[0]
     IS_BEHIND: gl.constexpr = W == 0  # with dQ
     KEEPS_TURN: gl.constexpr = BLOCK_D == 64  # for the next scores
-    key = tile.n * BLOCK_N + W * KEYS
-    count = tile.sequence.N - key
+    count = tile.sequence.N - tile.n * BLOCK_N - W * KEYS
     row = tile.sequence.M - count  # of the query at the first key's position
-    keys = rank & 1
-    k = shared.k.index(keys * 2 + W)
-    v = shared.v.index(keys * 2 + W)
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, S_LAYOUT)
     dk = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
     dv = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
-    m = tile.first
+    m, h = first_step(problem, tile)
     steps = (tile.last - tile.first) * problem.group
+    mbarrier.wait(shared.k_full.index(0), 0)
     if steps > 0:
-        mbarrier.wait(shared.v_full.index(keys), (rank // 2) & 1)
+        mbarrier.wait(shared.v_full.index(0), 0)
         if W == 1 and KEEPS_TURN:
             meet_at(_TURN + 1, _CONSUMERS)
         elif W == 1:
             arrive_at(_TURN, _CONSUMERS)  # the first turn is the first consumer's
-    for step in range(begun, begun + steps):
+    for step in range(steps):
         i = step % STAGES
         phase = (step // STAGES) & 1
         q = shared.q.index(i)
         do = shared.do.index(i)
         mbarrier.wait(shared.q_full.index(i), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(shared.k.index(W), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(shared.do_full.index(i), phase)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = warpgroup_mma(
+            shared.v.index(W), do.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
         if KEEPS_TURN:
             arrive_at(_TURN + 1 - W, _CONSUMERS)
-        lse_log2 = load_row(shared.lse.index(i), BLOCK_M, ROW)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        ahead = row - m * BLOCK_M
-        if crosses_edge(problem, count, ahead, BLOCK_M):
-            keep_branch()
-            s = mask(s, problem, count, ahead)
-        p = exp2(s * problem.scale_log2 - gl.expand_dims(lse_log2, 0))
-        if problem.IS_PERSISTENT:
-            p = p.to(DTYPE)  # from here on: 64 registers more than there are would be needed
-        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        # Not before the wait, where scores and lse still fill the registers.
-        delta = load_row(shared.delta.index(i), BLOCK_M, ROW)
-        ds = (_widen(p) * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+        p, ds = _exponentiate(shared, problem, s, dp, i, count, row - m * BLOCK_M)
+        p_operand = gl.convert_layout(p, OPERAND, assert_trivial=True)
         ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
-        if problem.IS_PERSISTENT:  # noqa: SIM102 - known to the compiler
-            if step == begun:
-                meet_at(KEYS_WRITTEN, CONSUMERS_AND_LOADER)
         shared.ds.index(i * 2 + W).store(ds)
         fence_async_shared()
         meet_at(_TURN + W, _CONSUMERS)
         dv = warpgroup_mma(p_operand, do, dv, is_async=True)
-        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, keys, W)
+        dq = _start_dq(shared, step + 1 if IS_BEHIND else step, 0, W)
         dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
         if not KEEPS_TURN:
             arrive_at(_TURN + 1 - W, _CONSUMERS)
-        if not IS_BEHIND or step > begun:
+        if not IS_BEHIND or step > 0:
             _hand_over(shared, dq, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(shared.empty.index(i), count=1)
-        m += 1
-        if m == tile.last:
-            m = tile.first
-    if KEEPS_TURN and steps > 0:
-        arrive_at(_TURN + 1 - W, _CONSUMERS)
-    if IS_BEHIND and steps > 0:
-        meet_at(_TURN, _CONSUMERS)
-        dq = _start_dq(shared, begun + steps - 1, keys, W)
-        _hand_over(shared, warpgroup_mma_wait(0, deps=(dq,)), W)
-    if problem.IS_PERSISTENT:
-        if steps == 0:
-            meet_at(KEYS_WRITTEN, CONSUMERS_AND_LOADER)
-        mbarrier.arrive(shared.keys_empty.index(keys), count=1)
+        m, h = next_step(problem, tile, m, h)
+    if steps > 0:
+        _end_turns(shared, steps, 0, W)
     if problem.PARTS == 2:
         dk, dv = _add_other_part(problem, tile, dk, dv, W)
     if tile.part == problem.PARTS - 1:
-        _stage_keys(shared, problem, dk, dv, begun + steps, W)
-        fence_async_shared()
-        arrive_at(KEYS_DONE, CONSUMERS_AND_LOADER)
-    return begun + steps
+        _stage_keys(shared, problem, dk, dv, steps, W)
 
 
 @gluon.jit
-def await_number(shared, rank, WARPS: gl.constexpr):
-    """Wait for the keys of the program's tile `rank`; return its number among all tiles."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    mbarrier.wait(shared.k_full.index(rank & 1), (rank // 2) & 1)
-    return gl.max(shared.number.index(rank & 1).load(LAYOUT), axis=0)
+def _read(buffer):
+    """Read a number that the loader wrote."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(buffer.load(LAYOUT), axis=0)
 
 
 @gluon.jit
-def accumulate(tensors, shared, problem, ticket, W: gl.constexpr):
-    """Compute dK and dV of consumer W's keys, and its half of dQ, tile after tile."""
+def _accumulate_tiles(shared, problem, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys of tile after tile, and its half of each step's dQ.
+
+    Steps of a tile follow those of the one before without a gap: the loader says beside the queries
+    where they are. A tile's dK and dV leave while the first scores of the next one are computed.
+    """
     BLOCK_M: gl.constexpr = shared.q.shape[1]
+    BLOCK_D: gl.constexpr = shared.q.shape[2]
+    S_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_M)
+    DK_LAYOUT: gl.constexpr = accumulator_layout(BLOCK_D)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, k_width=2)
+    STAGES: gl.constexpr = shared.q.shape[0]
+    IS_BEHIND: gl.constexpr = W == 0  # with dQ
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, S_LAYOUT)
+    dk = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    dv = gl.zeros([KEYS, BLOCK_D], gl.float32, DK_LAYOUT)
+    step = 0
+    rank = -1  # of the tile
+    mbarrier.wait(shared.q_full.index(0), 0)
+    begins = _read(shared.begins.index(0))
+    if W == 1:  # noqa: SIM102 - known to the compiler
+        if begins >= 0:
+            meet_at(_TURN + 1, _CONSUMERS)
+    while begins >= 0:
+        i = step % STAGES
+        q = shared.q.index(i)
+        do = shared.do.index(i)
+        keys_before = rank & 1
+        rank += begins
+        keys = rank & 1
+        if begins > 0:
+            mbarrier.wait(shared.k_full.index(keys), (rank // 2) & 1)
+        s = warpgroup_mma(
+            shared.k.index(keys * 2 + W), q.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        if begins > 0:
+            mbarrier.wait(shared.v_full.index(keys), (rank // 2) & 1)
+        mbarrier.wait(shared.do_full.index(i), (step // STAGES) & 1)
+        dp = warpgroup_mma(
+            shared.v.index(keys * 2 + W), do.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        arrive_at(_TURN + 1 - W, _CONSUMERS)
+        follows = (begins > 0) & (step > 0)  # another tile
+        if follows:
+            if not IS_BEHIND:
+                mbarrier.arrive(shared.keys_empty.index(keys_before), count=1)
+            # They are complete. The compiler, which does not know, would wait for the scores too.
+            done_dk, done_dv = warpgroup_mma_wait(2, deps=(dk, dv))
+            _stage_keys(shared, problem, done_dk, done_dv, step, W)
+        count = _read(shared.count.index(i)) - W * KEYS
+        ahead = _read(shared.ahead.index(i)) + W * KEYS
+        p, ds = _exponentiate(shared, problem, s, dp, i, count, ahead)
+        p_operand = gl.convert_layout(p, OPERAND, assert_trivial=True)
+        ds_operand = gl.convert_layout(ds, OPERAND, assert_trivial=True)
+        if follows:
+            meet_at(KEYS_WRITTEN, CONSUMERS_AND_LOADER)
+        shared.ds.index(i * 2 + W).store(ds)
+        fence_async_shared()
+        meet_at(_TURN + W, _CONSUMERS)
+        dv = warpgroup_mma(p_operand, do, dv, use_acc=begins == 0, is_async=True)
+        if IS_BEHIND:
+            dq = _start_dq(shared, step + 1, keys_before, W)
+        else:
+            dq = _start_dq(shared, step, keys, W)
+        dk = warpgroup_mma(ds_operand, q, dk, use_acc=begins == 0, is_async=True)
+        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+        if not IS_BEHIND or step > 0:
+            _hand_over(shared, dq, W)
+        if IS_BEHIND and follows:
+            mbarrier.arrive(shared.keys_empty.index(keys_before), count=1)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(shared.empty.index(i), count=1)
+        step += 1
+        i = step % STAGES
+        mbarrier.wait(shared.q_full.index(i), (step // STAGES) & 1)
+        begins = _read(shared.begins.index(i))
+    if step > 0:
+        _end_turns(shared, step, rank & 1, W)
+        mbarrier.arrive(shared.keys_empty.index(rank & 1), count=1)
+        _stage_keys(shared, problem, dk, dv, step, W)
+
+
+@gluon.jit
+def accumulate(shared, problem, ticket, W: gl.constexpr):
+    """Compute dK and dV of consumer W's keys, and its half of dQ."""
     if problem.IS_PERSISTENT:
-        rank = 0
-        begun = 0
-        number = await_number(shared, rank, 4)
-        while number < problem.blocks_n * problem.num_heads:
-            tile = tile_at(problem, number, BLOCK_M)
-            begun = _accumulate_tile(tensors, shared, problem, tile, rank, begun, W)
-            rank += 1
-            number = await_number(shared, rank, 4)
+        _accumulate_tiles(shared, problem, W)
     else:
-        tile = tile_at(problem, ticket, BLOCK_M)
-        mbarrier.wait(shared.k_full.index(0), 0)
-        _accumulate_tile(tensors, shared, problem, tile, 0, 0, W)
+        _accumulate_tile(shared, problem, tile_at(problem, ticket, shared.q.shape[1]), W)
