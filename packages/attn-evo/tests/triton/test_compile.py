@@ -128,6 +128,7 @@ def test_hopper_kernel_of_whole_sequences_fits(dtype, use_target, monkeypatch):
     compiled = recorder.compile("sm_90")
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     assert compiled.spills == 0
+    assert not compiled.serializes
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
         compiled = recorder.compile("sm_90")
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"
         assert compiled.spills == 0
+        assert dtype == torch.float32 or not compiled.serializes
 
 
 def test_hopper_gradient_kernels_of_float32_fit(use_target, monkeypatch):
