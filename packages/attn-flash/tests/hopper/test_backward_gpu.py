@@ -127,7 +127,7 @@ def test_broadcast_gradient(device):
 
 
 @pytest.mark.parametrize("window", [OPEN, CAUSAL, (200, 100)], ids=str)
-@pytest.mark.parametrize("D, H_KV", [(64, 8), (64, 16), (128, 8), (256, 8)])
+@pytest.mark.parametrize("D, H_KV", [(64, 8), (64, 16), (128, 4), (128, 8), (256, 8)])
 def test_same_bits_every_time(D, H_KV, window, device):
     case = Case(4, 16, H_KV, 1100, 1300, D, window)
     tensors, (dout, dlse) = case.tensors(device), case.gradients(device)

@@ -141,10 +141,11 @@ def tile_at(problem, number, BLOCK_M: gl.constexpr):
     """Return tile `number`.
 
     Heads alternate, within groups whose queries the L2 cache holds. Where tiles differ in length
-    the longest come first, and where the sum of dq has an order the last keys do.
+    the longest come first, and where the sum of dq has an order the last keys do, but for programs
+    in lockstep.
     """
     n, head = place(number, problem.blocks_n, problem.num_heads, problem.heads_per_group)
-    if problem.DETERMINISTIC:
+    if problem.DETERMINISTIC and not problem.IS_LOCKSTEP:
         n = problem.blocks_n - 1 - n
     sequence = _sequence(problem, n, BLOCK_M)
     n -= sequence.block_n
@@ -157,3 +158,31 @@ def tile_at(problem, number, BLOCK_M: gl.constexpr):
         sequence, n, head // groups, g // problem.PARTS, g * problem.group, g % problem.PARTS,
         first, last,
     )  # fmt: skip
+
+
+@gluon.jit
+def first_step(problem, tile):
+    """Return query block and head of a tile's first step."""
+    if problem.IS_LOCKSTEP:
+        return tile.last - 1, tile.h
+    else:  # noqa: RET505 - decided while compiling
+        return tile.first, tile.h
+
+
+@gluon.jit
+def next_step(problem, tile, m, h):
+    """Return query block and head of the step that follows the one of m and h.
+
+    Head follows head. In lockstep block follows block, from the last one on, each for all heads.
+    """
+    if problem.IS_LOCKSTEP:
+        h += 1
+        if h == tile.h + problem.group:
+            h = tile.h
+            m -= 1
+    else:
+        m += 1
+        if m == tile.last:
+            m = tile.first
+            h += 1
+    return m, h
