@@ -195,6 +195,27 @@ def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
         assert compiled.spills <= MAX_SPILLS
 
 
+def test_hopper_gradient_kernels_of_whole_sequences_fit(use_target, monkeypatch):
+    from attn_evo._hopper import backward_gate, backward_norm
+    from attn_evo._hopper import forward as hopper
+    from attn_evo._hopper.whole import backward_stat
+    from attn_evo._triton import backward_products
+
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    monkeypatch.setattr(hopper, "_LEAST_USE", 0.0)
+    measured = backward_norm._launch_norm, backward_gate._launch_gate, backward_stat._launch_stat
+    measured += (backward_products._launch_final_query,)
+    for launcher in LAUNCHERS.values():
+        record_launches(launcher, monkeypatch)
+    recorders = [record_launches(launcher, monkeypatch) for launcher in measured]
+    launch(Case(torch.bfloat16, 128), "backward")
+    for recorder in recorders:
+        compiled = recorder.compile("sm_90")
+        assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+        assert compiled.spills == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "dim, columns",

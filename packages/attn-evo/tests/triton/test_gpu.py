@@ -70,10 +70,27 @@ def test_wide_heads_of_many_tiles(causal, device, make_case, assert_results):
     check(make_case(2, 2, 4097, 128, causal=causal), BFLOAT, device, assert_results)
 
 
-@pytest.mark.parametrize("length", [1, 65, 1000])
+@pytest.mark.parametrize("length", [1, 32, 33, 65, 1000])
 def test_many_wide_sequences(length, device, make_case, assert_results):
     """As many as an H200 has SMs, nearly: a program owns a whole one."""
     check(make_case(8, 16, length, 128), BFLOAT, device, assert_results)
+
+
+def test_many_wide_sequences_repeat_their_bits(device, make_case):
+    case = make_case(8, 16, 500, 128)
+    inputs = case.inputs(BFLOAT, device)
+    expected = attend(case, inputs)
+    for _ in range(3):
+        assert_same_bits(attend(case, inputs), expected)
+
+
+def test_many_wide_sequences_packed_with_others(device, make_case, assert_results):
+    case = make_case(8, 16, 97, 128)
+    v, *rest = case.inputs(BFLOAT, device)
+    packed = v.new_full((8, 97, 16, 3, 128), torch.nan)
+    packed[:, :, :, 1] = v.transpose(1, 2)
+    inputs = (packed[:, :, :, 1].transpose(1, 2), *rest)
+    assert_results(case, attend(case, inputs), (v, *rest))
 
 
 def test_no_tokens(device, make_case):

@@ -38,6 +38,11 @@ def attention(v: torch.Tensor, weights: EvoWeights) -> tuple[torch.Tensor, torch
     return out, sums_after
 
 
+def owns_sequences(v: torch.Tensor) -> bool:
+    """Whether programs of the backward pass own a whole sequence each, as those of this pass."""
+    return _own_sequences(problem.call(v, None, None, None, configs.HOPPER_FORWARD))
+
+
 def _own_sequences(call: problem.Call) -> bool:
     """Whether programs own a whole sequence each: where they occupy the GPU, or do so anyway.
 

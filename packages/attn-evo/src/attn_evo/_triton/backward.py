@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import torch
 
+from attn_core.tiling import ceil_div
 from attn_core.tuning import TileConfig
 from attn_evo._backends import most_head_dim
 from attn_evo._hopper import support
@@ -31,12 +32,16 @@ from attn_evo._triton import configs, wide
 from attn_evo._triton.backward_context import backward_context
 from attn_evo._triton.backward_gate import backward_gate
 from attn_evo._triton.backward_norm import backward_norm
-from attn_evo._triton.backward_products import backward_final, backward_products
+from attn_evo._triton.backward_products import (
+    backward_final,
+    backward_final_and_query,
+    backward_products,
+)
 from attn_evo._triton.backward_ratio import backward_ratio
 from attn_evo._triton.backward_stat import backward_stat
 from attn_evo._triton.backward_total import backward_rows, backward_total
 from attn_evo._triton.backward_weights import backward_weights
-from attn_evo._triton.backward_work import work_of
+from attn_evo._triton.backward_work import work_of, work_of_whole_sequences
 from attn_evo.weights import EvoWeights
 
 
@@ -106,9 +111,12 @@ def _attention_backward_on_hopper(
     from attn_evo._hopper import backward_gate as gate
     from attn_evo._hopper import backward_norm as norm
     from attn_evo._hopper import backward_stat as stat
+    from attn_evo._hopper import forward
 
     D = v.shape[-1]
     is_wide = support.HELD_DIM < D
+    if causal and forward.owns_sequences(v):
+        return _attention_backward_of_whole_sequences(dout, v, weights)
     work = work_of(v, weights, None, None, None, causal, None, configs.HOPPER_BACKWARD[D])
     if not causal:
         backward_rows(work)
@@ -123,6 +131,25 @@ def _attention_backward_on_hopper(
         backward_context(work, drows=work.dsums)
     else:
         backward_context(work, backward_total(work))
+    return work.dv, work.dsums, backward_weights(work, weights)
+
+
+def _attention_backward_of_whole_sequences(
+    dout: torch.Tensor, v: torch.Tensor, weights: EvoWeights
+) -> tuple[torch.Tensor, torch.Tensor, EvoWeights]:
+    """As the above, where a program owns a sequence and carries all sums itself."""
+    from attn_evo._hopper import backward_gate as gate
+    from attn_evo._hopper import backward_norm as norm
+    from attn_evo._hopper.whole import backward_stat as stat
+
+    work = work_of_whole_sequences(v, weights, configs.HOPPER_BACKWARD[v.shape[-1]])
+    B, H, L, D = v.shape
+    contexts = v.new_empty((B * H, ceil_div(L, support.PIECE), D), dtype=torch.float32)
+    dq, dstat = torch.empty_like(work.half_ratio), torch.empty_like(work.df)
+    norm.backward_norm(work, dout, contexts)
+    gate.backward_gate(work, dq, dstat, owns_sequence=True)
+    backward_final_and_query(work, dq)
+    stat.backward_stat(work, contexts, dstat)
     return work.dv, work.dsums, backward_weights(work, weights)
 
 

@@ -1,7 +1,8 @@
-"""Shares of the gradients of W_q and W_l, and of W_f where no kernel before has them."""
+"""Shares of the gradients of W_q and W_l, and of W_f, where no kernel before has them."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -142,6 +143,77 @@ def backward_final(work: Work) -> None:
         constexprs={
             "HEAD_DIM": call.flags["HEAD_DIM"], "PRECISION": call.numerics["PRECISION"],
             "IS_NVIDIA": call.numerics["IS_NVIDIA"], **call.blocks, "BLOCK_M": config.block_m,
+        },
+        config=config,
+    )  # fmt: skip
+
+
+# fmt: off
+@triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
+def _attention_backward_final_query_kernel(
+    v_ptr, stride_vb, stride_vh, stride_vl, stride_vd,
+    half_ratio_ptr,  # [B * H, L, BLOCK_D], contiguous
+    df_ptr,  # [B * H, L, BLOCK_D], contiguous
+    dq_ptr,  # [B * H, L, BLOCK_D], contiguous
+    partial_matrices_ptr,  # [programs, 4, BLOCK_D, BLOCK_D]
+    partial_vectors_ptr,  # [programs, 6, BLOCK_D]
+    L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+):
+    # fmt: on
+    pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
+    v_ptr += b * stride_vb + h * stride_vh
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    dw_q = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    sums = no_column_sums(BLOCK_D)
+    # Triton pipelines loads that no product takes, those of n, only where a loop says so.
+    for tile in tl.range(first, last, num_stages=NUM_STAGES):
+        start = tile * BLOCK_M
+        v = load_tokens(
+            v_ptr, stride_vl, stride_vd, v_ptr, 0, start, L,
+            HEAD_DIM, False, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        mask = (offs_m < L - start)[:, None]
+        ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        df = tl.load(ptrs, mask=mask, other=0.0)
+        ptrs = scratch_ptrs(dq_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        dq = tl.load(ptrs, mask=mask, other=0.0)
+        sums = add_column_sums(sums, dq, W_Q, PRECISION)
+        dw_q = tl.dot(tl.trans(dq), v, dw_q, input_precision=PRECISION)
+        gate = half_ratio * v.to(tl.float32)
+        gate = rounded(twice_gated(gate, half_ratio, dtype == tl.bfloat16, IS_NVIDIA), dtype)
+        dw_f = tl.dot(tl.trans(df), gate, dw_f, input_precision=PRECISION)
+
+    vectors_row = partial_vectors_ptr + tl.program_id(0).to(tl.int64) * 6 * BLOCK_D + offs_d
+    tl.store(vectors_row + W_Q * BLOCK_D, column_sums(sums, W_Q))
+    store_partial(partial_matrices_ptr, dw_q, W_Q, BLOCK_D)
+    store_partial(partial_matrices_ptr, dw_f, W_F, BLOCK_D)
+
+
+_launch_final_query = Launcher(_attention_backward_final_query_kernel)
+
+
+def backward_final_and_query(work: Work, dq: torch.Tensor) -> None:
+    call = work.call
+    config = tiles_of("final_query", call)
+    _launch_final_query(
+        call.num_programs,
+        strides=call.strides,
+        args=(
+            *call.v, work.half_ratio, work.df, dq, *work.partials,
+            *call.sizes_in(config.block_m),
+        ),
+        constexprs={
+            "HEAD_DIM": call.flags["HEAD_DIM"], "PRECISION": call.numerics["PRECISION"],
+            "IS_NVIDIA": call.numerics["IS_NVIDIA"], **call.blocks, "BLOCK_M": config.block_m,
+            "NUM_STAGES": config.num_stages,
         },
         config=config,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from attn_core.tuning import TileConfig
 from attn_evo._hopper import support
 from attn_evo._triton import configs, problem
-from attn_evo._triton.forward import running_sums
+from attn_evo._triton.forward import running_sums, sums_of_values
 from attn_evo.weights import EvoWeights
 
 
@@ -74,6 +74,20 @@ def work_of(
         *_partials(call),
         causal,
     )
+
+
+def work_of_whole_sequences(v: torch.Tensor, weights: EvoWeights, config: TileConfig) -> Work:
+    """Pack the weights, where programs own a whole sequence each, and allocate as `work_of`."""
+    B, H, _, D = v.shape
+    call = problem.call(v, None, None, None, config).undivided
+    scratch = sums_of_values(call, weights, only_packs=True)
+    dv = v.new_empty(v.shape)
+    dsums = v.new_empty((2, B, H, D), dtype=torch.float32)
+    half_ratio, inverse, df, dcontext = (_tokens(call, v.dtype) for _ in range(4))
+    return Work(
+        call, scratch, half_ratio, inverse, inverse, df, dcontext, dv, dsums, None,
+        *_partials(call), True,
+    )  # fmt: skip
 
 
 def _running_sums(

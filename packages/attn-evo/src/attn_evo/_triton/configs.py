@@ -110,6 +110,7 @@ HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
     ("ratio", 128, 2): {"num_stages": 3},
     ("gate", 128, 2): {"num_stages": 3},
     ("products", 128, 2): {"block_m": 32},
+    ("final_query", 128, 2): {"block_m": 32, "num_stages": 3},
     ("stat", 128, 2): {"num_stages": 3},
     ("context", 64, 2): {"num_stages": 2},
     ("context", 128, 2): {"block_m": 64, "num_warps": 4, "num_stages": 3},

@@ -21,6 +21,7 @@ NOT_SPECIALIZED = [
     "num_columns",
     "num_heads",
     "num_tiles",
+    "num_pieces",
     "num_chunks",
     "tiles_per_chunk",
     "num_programs",
