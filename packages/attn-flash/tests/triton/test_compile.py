@@ -146,11 +146,12 @@ TERMS = [
 CASES = {target: [*PORTABLE, *(HOPPER if target == "sm_90" else ())] for target in TARGETS}
 
 
-def launches(case, monkeypatch, needs_dbias=True):
+def launches(case, monkeypatch, needs_dbias=True, takes_ptx=True):
     """What each launcher would start for a case."""
     monkeypatch.setattr(
         forward.problem, "_softcap_mode", lambda q, options: 2 * (options.softcap > 0)
     )
+    monkeypatch.setattr(forward.problem, "_takes_ptx", lambda q: takes_ptx)
     if case.tf32:
         monkeypatch.setattr(forward.tiling, "dot_precision", lambda tensor: "tf32")
     recorders = {name: record_launches(LAUNCHERS[name], monkeypatch) for name in LAUNCHERS}

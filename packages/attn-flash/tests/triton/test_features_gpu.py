@@ -129,6 +129,20 @@ def test_long_of_narrow_heads(name, dtype, window, device):
     check(*dense_problem(sizes, name, dtype, device, window))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_that_reach_their_cap(dtype, device):
+    sizes = 2, 4, 2, 70, 300, 64, 64
+    q, k, v, _ = dense_problem(sizes, "plain", dtype, device, (-1, -1))
+    q[:, 1] = 0.0
+    q[:, 2], k[:, :, 0] = -10.0, k[:, :, 0].abs()  # a query whose scores are all the lowest
+    options = Options(scale=5.0, softcap=50.0, window_right=0)
+    actual = by_triton(q, k, v, options)
+    same = reference.attention_with(q, k, v, options)
+    exact = reference.attention_with(q.double(), k.double(), v.double(), options)
+    for name, x, y, z in zip(NAMES, actual, same, exact, strict=False):
+        assert_within_budget(x, y.to(x.dtype), z, name=name)
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0)], ids=["full", "causal"])
 @pytest.mark.parametrize("tokens", [304, 1104])
 def test_a_bias_that_needs_no_gradient(tokens, window, device):

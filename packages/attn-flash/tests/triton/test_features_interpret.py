@@ -12,9 +12,11 @@ from attn_flash.options import Options
 
 from ..cases import assert_nan_where_expected, with_nan
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
-from attn_flash._triton import backward, configs, forward, problem
+from attn_flash._triton import backward, configs, forward, problem  # noqa: E402
+from attn_flash._triton.scores import exp2_bounded  # noqa: E402
 
 pytestmark = pytest.mark.interpret
 
@@ -151,6 +153,48 @@ def test_products_a_tile_ahead(name, monkeypatch):
 def test_scales_that_are_not_positive(name, scale):
     q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
     check(q, k, v, Options(scale=scale, window_right=0, **FEATURES[name]))
+
+
+@triton.jit
+def exp2_kernel(out_ptr, x_ptr, factor, COLUMNS: tl.constexpr):
+    cells = tl.arange(0, 2)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out_ptr + cells, exp2_bounded(tl.load(x_ptr + cells), factor))
+
+
+def test_powers_by_polynomial():
+    x = torch.linspace(-60, 60, 4096).reshape(2, 2048)
+    x[:, -2:] = torch.nan
+    out = torch.empty_like(x)
+    exp2_kernel[1,](out, x, 2.0, 2048)
+    expected = torch.exp2(2.0 * x.double())
+    assert out.isnan().equal(x.isnan())
+    assert ((out / expected - 1.0).abs().nan_to_num() < 1 / 13_000).all()
+
+
+@pytest.mark.parametrize("name", ["softcap", "softcap-dropout"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_bounded_scores(name, window, monkeypatch):
+    monkeypatch.setattr(problem, "is_bounded", lambda q, options: True)
+    left, right = WINDOWS[window]
+    features = {**FEATURES["softcap"], **(FEATURES["dropout"] if "dropout" in name else {})}
+    options = Options(scale=2.0, window_left=left, window_right=right, **features)
+    q, k, v = tensor("q", B, M, H, D), tensor("k", B, N, H_KV, D), tensor("v", B, N, H_KV, D_V)
+    out, lse = forward.attention(q, k, v, options)
+    expected, expected_lse = reference.attention_with(q, k, v, options)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-4)
+
+
+def test_which_scores_are_bounded():
+    q = torch.empty(B, M, H, D, dtype=torch.bfloat16)
+    bounded = Options(softcap=50.0, window_right=0)
+    assert problem.is_bounded(q, bounded)
+    assert problem.is_bounded(q, bounded._replace(dropout_p=0.5))
+    assert not problem.is_bounded(q, bounded._replace(softcap=51.0))
+    assert not problem.is_bounded(q, bounded._replace(softcap=0.0))
+    assert not problem.is_bounded(q, bounded._replace(sinks=torch.zeros(H)))
+    assert not problem.is_bounded(q, bounded._replace(alibi_slopes=torch.ones(H)))
+    assert not problem.is_bounded(q.half(), bounded)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter

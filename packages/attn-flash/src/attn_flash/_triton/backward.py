@@ -60,7 +60,7 @@ def attention_backward(
         dbias = dbias.sum_to_size(bias.shape)
     elif bias is not None:
         dbias = bias_gradient(dout, q, k, v, rows, size, terms, options).to(bias.dtype)
-    return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows)
+    return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows, terms)
 
 
 def _empty_gradients(dlse, lse, q, k, v, bias, sinks):
@@ -72,11 +72,12 @@ def _empty_gradients(dlse, lse, q, k, v, bias, sinks):
     return tuple(grads)
 
 
-def _dsinks(sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _dsinks(sinks: torch.Tensor, rows: torch.Tensor, terms: problem.ScoreTerms) -> torch.Tensor:
     """Gradient of sinks (H,), summed over the queries of `rows` (..., H, M, 2)."""
+    _, _, keep_scale = terms.scalars
     lse_log2, delta = rows.unbind(-1)
     share = torch.exp2(sinks.float()[:, None] * problem.LOG2_E - lse_log2)
-    grad = -(share * delta).sum(-1)
+    grad = -keep_scale * (share * delta).sum(-1)
     return (grad.sum(0) if grad.dim() == 2 else grad).to(sinks.dtype)
 
 

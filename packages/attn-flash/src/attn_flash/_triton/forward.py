@@ -15,6 +15,9 @@ from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.scores import (
     ADDED,
+    FAST_DROPOUT,
+    add_columns,
+    exp2_bounded,
     finish_softmax_added,
     first_maximum_added,
     is_shown,
@@ -44,11 +47,12 @@ def _attend(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    IS_BOUNDED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     # fmt: on
     """Attend to the key blocks in [lo, hi), with or without looking at the mask."""
+    IS_FAST: tl.constexpr = HAS_DROPOUT == FAST_DROPOUT
     offs_n = tl.arange(0, BLOCK_N)
     IS_ADDED: tl.constexpr = (HAS_BIAS == ADDED) | (HAS_KEY_MASK == ADDED)
     k_offs = head_offsets(offs_n, stride_kn, stride_kd, BLOCK_D)
@@ -112,16 +116,21 @@ def _attend(
                 HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
         visible = is_shown(visible, bias, key_mask, HAS_BIAS, HAS_KEY_MASK)
-        if IS_ADDED:
+        alpha = 1.0
+        if IS_BOUNDED:
+            p = tl.where(visible, exp2_bounded(scores, factor), 0.0)
+            l_i = add_columns(l_i, p, BLOCK_M, BLOCK_N)
+        elif IS_ADDED:
             m_i, l_i, alpha, p = online_softmax_added(m_i, l_i, scores, visible)
         elif MASKED or HAS_BIAS > 0 or HAS_KEY_MASK > 0:
             m_i, l_i, alpha, p = online_softmax_shown(m_i, l_i, scores, factor, visible)
         else:
             m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, factor)
         if HAS_DROPOUT:
-            words = draw_words(seed, offset, b, h, rows, start_n, BLOCK_M, BLOCK_N)
+            words = draw_words(seed, offset, b, h, rows, start_n, BLOCK_M, BLOCK_N, IS_FAST)
             p = drop(p, keep_tile(words, threshold, BLOCK_M, BLOCK_N), threshold)
-        acc = acc * alpha[:, None]
+        if not IS_BOUNDED:
+            acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if PAGE_SIZE == 0:
             if IS_AHEAD:
@@ -150,7 +159,7 @@ def _attend_rows(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    NEGATE_Q: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, IS_BOUNDED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -179,6 +188,9 @@ def _attend_rows(
     m_i, l_i = first_state(sink_ptr, mask_m, HAS_SINKS, BLOCK_M)
     if IS_ADDED:
         m_i = first_maximum_added(m_i)
+    if IS_BOUNDED:  # 0 instead of a maximum
+        m_i = tl.zeros([BLOCK_M], tl.float32)
+        l_i = tl.zeros([BLOCK_M, 4], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Keys to the left of those that all rows see, these, and keys to their right.
     for part in tl.static_range(0 if HAS_LEFT else 1, 3):
@@ -194,10 +206,12 @@ def _attend_rows(
             first, last, M, N, b, h,
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, part != 1,
-            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, AHEAD, PRECISION,
+            SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, IS_BOUNDED, AHEAD, PRECISION,
             BLOCK_M, TAIL_N if part == 2 else BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
+    if IS_BOUNDED:
+        l_i = tl.sum(l_i, 1)
     if HAS_DROPOUT:
         acc *= keep_scale
     if IS_ADDED:
@@ -232,7 +246,7 @@ def _attention_forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    NEGATE_Q: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, IS_BOUNDED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -282,7 +296,7 @@ def _attention_forward_kernel(
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
-            NEGATE_Q, AHEAD, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
+            NEGATE_Q, IS_BOUNDED, AHEAD, PRECISION, TAIL_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     else:
         _attend_rows(
@@ -293,7 +307,7 @@ def _attention_forward_kernel(
             scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, HAS_LEFT, HAS_RIGHT,
             SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, HAS_SINKS,
-            NEGATE_Q, AHEAD, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
+            NEGATE_Q, IS_BOUNDED, AHEAD, PRECISION, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
 
@@ -348,7 +362,8 @@ def attention(
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "HAS_SINKS": sinks is not None,
-            "NEGATE_Q": options.scale < 0, "AHEAD": _runs_ahead(size, options, config),
+            "NEGATE_Q": options.scale < 0, "IS_BOUNDED": problem.is_bounded(q, options),
+            "AHEAD": _runs_ahead(size, options, config),
             "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m,
             "TAIL_M": problem.tail_block(size.M, config.block_m, options),

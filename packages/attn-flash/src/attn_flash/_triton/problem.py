@@ -29,6 +29,9 @@ _RUN_BYTES = 16
 _LEAST_SCALE = 1e-30
 _L2_SHARE = 32 << 20  # bytes of keys and values that running programs may touch at once
 _TAIL_MATTERS = 1024  # tokens
+_UNBENDING = {"dropout_p", "cu_seqlens_q", "seqused_k", "block_table"}  # they leave scores alone
+# Exponentials of scores up to this, and sums of them, are far from what bfloat16 and float32 hold.
+_BOUNDED_SOFTCAP = 50.0
 _LARGEST_TILE = (128, 256)  # rows and columns
 _SHARING = 8  # scores to an element of a boolean bias
 
@@ -117,8 +120,7 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
         _, _, row_stride, column_stride = bias_strides
         require_narrow_tiles(((0, row_stride, 0, column_stride),))
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
-    has_dropout = options.dropout_p != 0.0
-    state = options.rng_state if has_dropout else None
+    state = options.rng_state if options.dropout_p != 0.0 else None
     return ScoreTerms(
         args=(
             slopes, *slopes_strides,
@@ -132,7 +134,7 @@ def score_terms(q: torch.Tensor, size: Size, options: Options) -> ScoreTerms:
         flags={
             "SOFTCAP": _softcap_mode(q, options), "HAS_ALIBI": slopes is not None,
             "HAS_BIAS": _kind(bias), "HAS_KEY_MASK": _kind(key_mask),
-            "HAS_DROPOUT": has_dropout,
+            "HAS_DROPOUT": _dropout_mode(q, options),
         },
         key=(
             slopes_strides, bias_strides, mask_strides,
@@ -152,8 +154,24 @@ def _softcap_mode(q: torch.Tensor, options: Options) -> int:
     """How kernels compute tanh, in the terms of `scores`."""
     if options.softcap == 0.0:
         return 0
-    is_fast = q.element_size() == 2 and q.device.type == "cuda" and torch.version.hip is None
-    return 2 if is_fast else 1
+    return 2 if q.element_size() == 2 and _takes_ptx(q) else 1
+
+
+def _dropout_mode(q: torch.Tensor, options: Options) -> int:
+    """How kernels draw random numbers, in the terms of `scores`."""
+    if options.dropout_p == 0.0:
+        return 0
+    return 2 if _takes_ptx(q) else 1
+
+
+def is_bounded(q: torch.Tensor, options: Options) -> bool:
+    """Whether exponentials need no maximum to be subtracted: softcapping has the last word."""
+    is_last = options.features() <= _UNBENDING | {"softcap"}
+    return is_last and 0.0 < options.softcap <= _BOUNDED_SOFTCAP and q.dtype == torch.bfloat16
+
+
+def _takes_ptx(q: torch.Tensor) -> bool:
+    return q.device.type == "cuda" and torch.version.hip is None
 
 
 def bias_run(bias: torch.Tensor | None) -> int:

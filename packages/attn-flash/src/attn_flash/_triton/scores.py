@@ -12,11 +12,15 @@ from attn_core.tiles.softmax import LN_2, LOG2_E, finish_softmax
 # How SOFTCAP computes tanh: 0 for no softcapping at all.
 EXACT_SOFTCAP = tl.constexpr(1)
 FAST_SOFTCAP = tl.constexpr(2)  # NVIDIA's instruction, good to 11 bits: for 16-bit tensors
+# How HAS_DROPOUT draws its random numbers: 0 for none, 1 as any device can.
+FAST_DROPOUT = tl.constexpr(2)  # with NVIDIA's instructions
 # What HAS_BIAS and HAS_KEY_MASK are: 0 for neither.
 ADDED = tl.constexpr(1)
 BOOLEAN = tl.constexpr(2)
 # Beyond what masks of the lowest finite numbers leave, and far from what units of log2 overflow at.
 _LOW = tl.constexpr(-1.0e38)
+# 1.5 * 2**23: what it is added to leaves its nearest integer in the lowest bits.
+_ROUNDING = tl.constexpr(12582912.0)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -27,7 +31,13 @@ def load_term(ptrs, mask, MASKED: tl.constexpr):
         values = tl.load(ptrs, mask=mask, other=0)
     else:
         values = tl.load(ptrs)
-    return as_term(values)
+    if values.dtype == tl.bfloat16:
+        # The upper half of float32, said so that LLVM makes one instruction of it and not two.
+        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        values = bits.to(tl.float32, bitcast=True)
+    else:
+        values = as_term(values)
+    return values
 
 
 @triton.jit
@@ -113,6 +123,32 @@ def online_softmax_shown(m_i, l_i, scores, factor, visible):
     p = tl.math.exp2(scores * factor - pivot[:, None])
     alpha = tl.math.exp2(m_i - pivot)
     return m_new, l_i * alpha + tl.sum(p, 1), alpha, p
+
+
+@triton.jit
+def exp2_bounded(x, factor):
+    """Return 2**(x factor), of a tile's numbers between 2**-126 and 2**127, to 1 part in 13,000.
+
+    With as many tanh, the units for special functions would take longer than the products of narrow
+    heads do. So every other number is split into the nearest integer and a rest, of which a
+    polynomial makes a power.
+    """
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
+    even, odd = tl.split(pairs)
+    shifted = odd * factor + _ROUNDING
+    rest = odd * factor - (shifted - _ROUNDING)
+    power = 0.05517166 * rest + 0.24261112
+    power = power * rest + 0.69326099
+    power = power * rest + 0.99992807
+    whole = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000  # the bits of 2**integer
+    odd = power * whole.to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(tl.math.exp2(even * factor), odd), x.shape)
+
+
+@triton.jit
+def add_columns(sums, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add a tile to sums of its rows, [BLOCK_M, 4], within the threads that hold both."""
+    return sums + tl.sum(tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // 8, 4, 2]), 3), 1)
 
 
 @triton.jit
