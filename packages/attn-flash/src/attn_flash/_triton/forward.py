@@ -93,7 +93,7 @@ def _attend(
         v = load_head(v_ptrs, mask_n, MASKED, HEAD_DIM_V)  # [BLOCK_N, BLOCK_DV]
         bias, key_mask = 0.0, 0.0
         if HAS_BIAS > 0:
-            bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED)
+            bias = load_term(bias_ptr + bias_offs, mask_n[None, :], MASKED, SHIFTS=True)
             bias_ptr += BLOCK_N * stride_bn
         if HAS_KEY_MASK > 0:
             key_mask = next_key_mask[None, :]

@@ -25,14 +25,17 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def load_term(ptrs, mask, MASKED: tl.constexpr):
-    """Load what is added to the scores, as float32, or whether a key is seen, as boolean."""
+def load_term(ptrs, mask, MASKED: tl.constexpr, SHIFTS: tl.constexpr = False):
+    """Load what is added to the scores, as float32, or whether a key is seen, as boolean.
+
+    SHIFTS makes float32 of bfloat16 by shifts: as LLVM does it, one in two takes an instruction
+    more. Where other instructions are not what a kernel waits for, that is no gain.
+    """
     if MASKED:
         values = tl.load(ptrs, mask=mask, other=0)
     else:
         values = tl.load(ptrs)
-    if values.dtype == tl.bfloat16:
-        # The upper half of float32, said so that LLVM makes one instruction of it and not two.
+    if SHIFTS and values.dtype == tl.bfloat16:
         bits = values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         values = bits.to(tl.float32, bitcast=True)
     else:
