@@ -1,7 +1,7 @@
 """Calls of the function in C that starts Triton's compiled kernels.
 
-Triton prepares every launch anew. Here that is done once a kernel, as each version of Triton on
-which it has been tried wants it.
+Triton prepares every launch anew. Here that is done once a kernel, as each known version of Triton
+wants it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from attn_core.device import triton_version
 
-_TRIED = ((3, 6), (3, 7), (3, 8), (3, 9))  # versions of Triton
+_KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))  # versions of Triton
 NOBODY = (None, None, None)
 
 DriverCall = Callable[..., None]
@@ -21,9 +21,9 @@ constants too, with addresses in place of tensors, and who watches: launch metad
 before and after, or `NOBODY`."""
 
 
-def is_tried() -> bool:
+def is_known() -> bool:
     """Whether kernels can be started past Triton, with the version that is installed."""
-    return triton_version() in _TRIED
+    return triton_version() in _KNOWN
 
 
 def direct_call(kernel: Any) -> DriverCall | None:
@@ -35,7 +35,7 @@ def direct_call(kernel: Any) -> DriverCall | None:
         In place of a tensor descriptor the call takes the tensor map, the shape and the strides.
     """
     launcher = kernel.run
-    launch = _c_function(launcher) if is_tried() else None
+    launch = _c_function(launcher) if is_known() else None
     if launch is None:
         return None
     function, metadata = kernel.function, kernel.packed_metadata

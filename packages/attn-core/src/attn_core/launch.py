@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attn_core import recording
-from attn_core.driver_call import DriverCall, call_through_triton, direct_call, is_tried
+from attn_core.driver_call import DriverCall, call_through_triton, direct_call, is_known
 from attn_core.tuning import TileConfig
 
 _MAX_REMEMBERED = 4096
@@ -98,7 +98,7 @@ class Launcher:
                 num_stages=config.num_stages,
                 **self._options,
             )
-        if are_aligned and kernel is not None and is_tried():
+        if are_aligned and kernel is not None and is_known():
             if len(self._compiled) == _MAX_REMEMBERED:
                 self._compiled.clear()
             self._compiled[key] = (kernel, direct_call(kernel) or call_through_triton(kernel))
