@@ -15,6 +15,7 @@ from attn_core.testing import poison_new_allocations
 from attn_core.testing.hopper import ProtocolError
 from attn_flash import reference
 
+from ..cases import assert_nan_where_expected, with_nan
 from .cases import CAUSAL, HALF, Case, Ragged, assert_outputs, forget
 
 pytest.importorskip("triton.experimental.gluon")
@@ -185,3 +186,16 @@ def test_buffers_that_are_filled_too_early(hopper, monkeypatch):
     forget(monkeypatch, hopper.forward_consumer, "arrive_at_stage")
     with pytest.raises((ProtocolError, AssertionError)):
         check(hopper, LONG._replace(N=1024))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, 2, 1, 150, 150, 64, CAUSAL), Case(2, 2, 1, 140, 260, 128), Case(2, 2, 2, 70, 70, 64)],
+    ids=str,
+)
+def test_nan_reaches_the_rows_that_see_it(case, hopper):
+    q, k, v = case.tensors()
+    q, k = with_nan(q, k)
+    options = case.options()
+    expected = reference.attention_with(*(x.float() for x in (q, k, v)), options)
+    assert_nan_where_expected(hopper.attention.attention(q, k, v, options), expected)

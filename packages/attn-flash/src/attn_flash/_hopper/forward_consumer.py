@@ -241,7 +241,7 @@ def _store(tensors, shared, problem, tile, lse_ptr, acc, pivot, sums, W: gl.cons
     sequence = tile.sequence
     head = gl.cast(tile.b * problem.H + tile.h, gl.int64) * problem.M + sequence.start_q
     store_lse(lse_ptr + head, pivot + gl.log2(l_i), l_i, row, sequence.M)
-    out = scale_rows(acc, gl.where(l_i > 0.0, 1.0 / l_i, 0.0)).to(tensors.q.dtype)
+    out = scale_rows(acc, gl.where(l_i == 0.0, 0.0, 1.0 / l_i)).to(tensors.q.dtype)
     if problem.STAGES_OUT:
         tma.store_wait(0)  # the last tile has left the buffer
         shared.out.index(W).store(out)

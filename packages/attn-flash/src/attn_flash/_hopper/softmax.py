@@ -141,6 +141,6 @@ def store_lse(lse_ptr, lse_log2, l_i, row, M):
     offs_m = row + gl.arange(0, ROWS, layout=l_i.type.layout)
     gl.store(
         lse_ptr + offs_m,
-        gl.where(l_i > 0.0, lse_log2 * _LN_2, float("-inf")),
+        gl.where(l_i == 0.0, float("-inf"), lse_log2 * _LN_2),
         mask=(offs_m >= 0) & (offs_m < M),
     )

@@ -310,8 +310,9 @@ def _store(tensors, problem, share, segment, acc, m_i, sums, W: gl.constexpr):
     offs_m = W * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     heads, tokens, mask_m = _rows(tensors, problem, share, segment, offs_m)
-    out = acc * gl.expand_dims(gl.where(l_i > 0.0, 1.0 / l_i, 0.0), 1)
-    lse_log2 = gl.where(l_i > 0.0, gl.fma(m_i, problem.scale_log2, gl.log2(l_i)), float("-inf"))
+    out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 1)
+    lse_log2 = gl.fma(m_i, problem.scale_log2, gl.log2(l_i))
+    lse_log2 = gl.where(l_i == 0.0, float("-inf"), lse_log2)
     mask = gl.expand_dims(mask_m, 1) & gl.expand_dims(offs_d < problem.HEAD_DIM_V, 0)
     if segment.is_whole:
         gl.store(tensors.lse_ptr + heads * problem.T + tokens, lse_log2 * _LN_2, mask=mask_m)
