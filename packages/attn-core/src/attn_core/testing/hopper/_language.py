@@ -137,7 +137,7 @@ def _language() -> types.ModuleType:
         num_programs=lambda axis: here.program.count,
         load=load, store=store, atomic_add=atomic_add,
         inline_asm_elementwise=_inline_asm,
-        **dict.fromkeys(("barrier", "thread_barrier"), lambda: None),
+        barrier=lambda: None,
         allocate_shared_memory=allocate,
         warp_specialize=warp_specialize,
         **dict.fromkeys((
@@ -216,8 +216,6 @@ def stand_ins() -> dict[str, types.ModuleType]:
         tensor_descriptor=Descriptor,
         async_load=Tma.async_load,
         async_store=Tma.async_store,
-        async_copy_global_to_shared=Tma.async_load,  # the names of Triton 3.6
-        async_copy_shared_to_global=Tma.async_store,
         store_wait=Tma.store_wait,
     )
     gluon = "triton.experimental.gluon"

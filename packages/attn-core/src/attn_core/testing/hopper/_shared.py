@@ -43,8 +43,6 @@ class Memory:
             raise ProtocolError("a tile that is not contiguous was reinterpreted")
         return Memory(array, dtype)
 
-    _reinterpret = reinterpret  # its name up to Triton 3.8
-
     def store(self, value: Tensor) -> None:
         if self.array.shape != value.array.shape:
             raise ProtocolError(f"stored {value.array.shape} into {self.array.shape}")
