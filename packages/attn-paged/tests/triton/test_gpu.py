@@ -401,6 +401,14 @@ def test_quantised_caches_of_half(dtype, sizes, device):
 
 
 @BOTH
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_caches_of_narrow_heads(dtype, D, sizes, device):
+    sizes = sizes._replace(D=D, D_v=D, block_size=64)
+    check(quantise(make(sizes, device, torch.float16), dtype))
+
+
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_quantised_values_that_do_not_lie_in_pairs(dtype, sizes, device):
     check(quantise(make(sizes._replace(D=80, D_v=63), device), dtype))

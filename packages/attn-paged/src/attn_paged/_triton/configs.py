@@ -73,6 +73,8 @@ ATTENTION = Table(
             *("sm_90", 128, 1),
             *(TileConfig(16, 64, 2, 3), TileConfig(16, 64, 2, 3), TileConfig(16, 64, 2, 3)),
         ),
+        # With 64 rows, seen on an H200 with Triton 3.6, odd columns of pairs of values are wrong.
+        **{("sm_90", width, 1, "many"): TileConfig(32, 64, 4, 2) for width in (32, 64)},
         **_decoding("sm_90", 256, 2, *[TileConfig(16, 32, 4, 4)] * 3),
         **_decoding("sm_90", 1024, 2, *[TileConfig(16, 32, 4, 3)] * 3),
         **_decoding("sm_90", LATENT, 2, *[TileConfig(16, 64, 4, 2)] * 3),
