@@ -13,7 +13,7 @@ from attn_flash.options import Options
 
 def is_one_key(k: torch.Tensor, options: Options) -> bool:
     """Whether the only key of each sequence has no sink, mask or dropout beside it."""
-    return k.shape[1] == 1 and not options.features()
+    return k.shape[1] == 1 and options.features() <= {"softcap"}
 
 
 def gradients(
@@ -24,12 +24,15 @@ def gradients(
     v: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q (B, M, H, D), k and v (B, 1, H_KV, D), given those of out and, maybe, lse."""
     sees = (lse != -torch.inf).transpose(1, 2)[..., None]  # [B, M, H, 1]
     dv = _sum_to_key(torch.where(sees, dout, 0.0), v)
     if dlse is None:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), dv
+    if softcap:  # lse is the capped score
+        dlse = dlse * (1.0 - (lse / softcap).square())
     dscores = torch.where(sees, dlse.transpose(1, 2)[..., None] * scale, 0.0)
     key = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     return (dscores * key).to(q.dtype), _sum_to_key(dscores * q, k), dv

@@ -174,7 +174,7 @@ def test_powers_by_polynomial():
 @pytest.mark.parametrize("name", ["softcap", "softcap-dropout"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_bounded_scores(name, window, monkeypatch):
-    monkeypatch.setattr(problem, "is_bounded", lambda q, options: True)
+    monkeypatch.setattr(problem, "is_bounded", lambda q, size, options: True)
     left, right = WINDOWS[window]
     features = {**FEATURES["softcap"], **(FEATURES["dropout"] if "dropout" in name else {})}
     options = Options(scale=2.0, window_left=left, window_right=right, **features)
@@ -186,15 +186,17 @@ def test_bounded_scores(name, window, monkeypatch):
 
 
 def test_which_scores_are_bounded():
-    q = torch.empty(B, M, H, D, dtype=torch.bfloat16)
+    q, k = (torch.empty(B, M, H, D, dtype=torch.bfloat16) for _ in range(2))
     bounded = Options(softcap=50.0, window_right=0)
-    assert problem.is_bounded(q, bounded)
-    assert problem.is_bounded(q, bounded._replace(dropout_p=0.5))
-    assert not problem.is_bounded(q, bounded._replace(softcap=51.0))
-    assert not problem.is_bounded(q, bounded._replace(softcap=0.0))
-    assert not problem.is_bounded(q, bounded._replace(sinks=torch.zeros(H)))
-    assert not problem.is_bounded(q, bounded._replace(alibi_slopes=torch.ones(H)))
-    assert not problem.is_bounded(q.half(), bounded)
+    size = problem.size(q, k, k, bounded)
+    assert problem.is_bounded(q, size, bounded)
+    assert problem.is_bounded(q, size, bounded._replace(dropout_p=0.5))
+    assert not problem.is_bounded(q, size, bounded._replace(softcap=51.0))
+    assert not problem.is_bounded(q, size, bounded._replace(softcap=0.0))
+    assert not problem.is_bounded(q, size, bounded._replace(sinks=torch.zeros(H)))
+    assert not problem.is_bounded(q, size, bounded._replace(alibi_slopes=torch.ones(H)))
+    assert not problem.is_bounded(q, size._replace(N=1), bounded)
+    assert not problem.is_bounded(q.half(), size, bounded)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter

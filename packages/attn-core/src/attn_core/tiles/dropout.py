@@ -82,48 +82,15 @@ def keep_tile(
     """
     limit = tl.cast(threshold, tl.uint32) << 16
     if TRANSPOSED:
-        keep = _transposed_halves(words, BLOCK_M, BLOCK_N) >= limit
+        # Words are repeated before they are compared: half as many travel to the threads that hold
+        # the weights, and as whole registers.
+        words = tl.broadcast_to(tl.trans(words)[:, None, :], [BLOCK_N // 2, 2, BLOCK_M])
+        low_half_up = (16 - 16 * (tl.arange(0, BLOCK_N) % 2)).to(tl.uint32)
+        keep = (tl.reshape(words, [BLOCK_N, BLOCK_M]) << low_half_up[:, None]) >= limit
     else:
         keep = tl.join((words << 16) >= limit, words >= limit)
         keep = tl.reshape(keep, [BLOCK_M, BLOCK_N])
     return keep
-
-
-@triton.jit
-def _transposed_halves(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return [BLOCK_N, BLOCK_M] words, whose high halves are those of the weights.
-
-    They are repeated first: half as many travel to the threads that hold the weights, and as whole
-    registers.
-    """
-    words = tl.broadcast_to(tl.trans(words)[:, None, :], [BLOCK_N // 2, 2, BLOCK_M])
-    low_half_up = (16 - 16 * (tl.arange(0, BLOCK_N) % 2)).to(tl.uint32)
-    return tl.reshape(words, [BLOCK_N, BLOCK_M]) << low_half_up[:, None]
-
-
-# fmt: off
-@triton.jit
-def drop_transposed(
-    weights, words, threshold,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_NVIDIA: tl.constexpr = False,
-):
-    # fmt: on
-    """Return the weights [BLOCK_N, BLOCK_M] that stay by `words`, and 0 for the others."""
-    if IS_NVIDIA:  # LLVM would pack the bits of a tile's comparisons, and unpack them again
-        weights = tl.inline_asm_elementwise(
-            "{ .reg .pred keep; setp.ge.u32 keep, $2, $3; selp.f32 $0, $1, 0f00000000, keep; }",
-            "=f,f,r,r",
-            [
-                weights,
-                _transposed_halves(words, BLOCK_M, BLOCK_N),
-                tl.cast(threshold, tl.uint32) << 16,
-            ],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        keep = keep_tile(words, threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True)
-        weights = drop(weights, keep, threshold)
-    return weights
 
 
 @triton.jit

@@ -47,7 +47,8 @@ def attention_backward(
     if size.B * size.M * size.H * size.N == 0:
         return _empty_gradients(dlse, lse, q, k, v, bias, sinks)
     if one_key.is_one_key(k, options):
-        return *one_key.gradients(dout, dlse, q, k, v, lse, options.scale), None, None
+        scale, softcap = options.scale, options.softcap
+        return *one_key.gradients(dout, dlse, q, k, v, lse, scale, softcap), None, None
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if options.is_varlen and sinks is not None:
         rows.zero_()  # of tokens that are in no sequence
@@ -60,7 +61,7 @@ def attention_backward(
         dbias = dbias.sum_to_size(bias.shape)
     elif bias is not None:
         dbias = bias_gradient(dout, q, k, v, rows, size, terms, options).to(bias.dtype)
-    return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows, terms)
+    return dq, dk, dv, dbias, None if sinks is None else _dsinks(sinks, rows)
 
 
 def _empty_gradients(dlse, lse, q, k, v, bias, sinks):
@@ -72,12 +73,11 @@ def _empty_gradients(dlse, lse, q, k, v, bias, sinks):
     return tuple(grads)
 
 
-def _dsinks(sinks: torch.Tensor, rows: torch.Tensor, terms: problem.ScoreTerms) -> torch.Tensor:
+def _dsinks(sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Gradient of sinks (H,), summed over the queries of `rows` (..., H, M, 2)."""
-    _, _, keep_scale = terms.scalars
     lse_log2, delta = rows.unbind(-1)
     share = torch.exp2(sinks.float()[:, None] * problem.LOG2_E - lse_log2)
-    grad = -keep_scale * (share * delta).sum(-1)
+    grad = -(share * delta).sum(-1)
     return (grad.sum(0) if grad.dim() == 2 else grad).to(sinks.dtype)
 
 

@@ -47,7 +47,7 @@ def _attention_backward_bias_kernel(
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
     do_ptr, stride_dob, stride_dom, stride_doh, stride_dod,
-    rows_ptr,  # [B, H, M, 2] or [H, M, 2], contiguous: lse in units of log2, delta over keep_scale
+    rows_ptr,  # [B, H, M, 2] or [H, M, 2], contiguous: lse in units of log2, and delta
     starts_q_ptr, starts_k_ptr, used_ptr,  # [B + 1], [B + 1] and [B], with IS_VARLEN
     slopes_ptr, stride_sb, stride_sh,
     bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
@@ -129,7 +129,7 @@ def _attention_backward_bias_kernel(
         v = load_head(v_ptrs, mask_n, True, HEAD_DIM_V)  # [BLOCK_N, BLOCK_DV]
         row_ptrs = rows_ptr + 2 * (head_row + rows)
         lse_log2 = tl.load(row_ptrs, mask=mask_m, other=float("inf"))
-        delta = keep_scale * tl.load(row_ptrs + 1, mask=mask_m, other=0.0)
+        delta = tl.load(row_ptrs + 1, mask=mask_m, other=0.0)
         slope_log2 = load_slope(slopes_ptr, stride_sb, stride_sh, b, h, HAS_ALIBI)
         key_mask = 0.0
         if HAS_KEY_MASK > 0:

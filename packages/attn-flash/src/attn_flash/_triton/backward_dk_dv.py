@@ -8,14 +8,13 @@ import triton.language as tl
 
 from attn_core import tiling
 from attn_core.launch import Launcher
-from attn_core.tiles.dropout import draw_words, drop_transposed
+from attn_core.tiles.dropout import draw_words, drop, keep_tile
 from attn_core.tiles.masks import is_visible, query_blocks
 from attn_core.tiles.offsets import head_offsets, load_head, load_tile, store_head
 from attn_core.tiles.swizzle import tile_of_head
 from attn_flash._triton import configs, problem, ragged
 from attn_flash._triton.scores import (
     BOOLEAN,
-    FAST_DROPOUT,
     as_term,
     first_products,
     is_shown,
@@ -88,7 +87,7 @@ def _accumulate_dk_dv(
     row_ptr,
     bias_ptr, stride_bm,
     lo, full_lo, full_hi, hi, M, N, b, h,
-    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
+    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_TAIL: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -101,7 +100,6 @@ def _accumulate_dk_dv(
 
     Blocks outside [full_lo, full_hi) look at the mask, in a branch.
     """
-    IS_FAST: tl.constexpr = HAS_DROPOUT == FAST_DROPOUT
     offs_m = tl.arange(0, BLOCK_M)
     offs_key = start_n + tl.arange(0, BLOCK_N)
     # A bias in registers of its own would make the program spill.
@@ -165,12 +163,11 @@ def _accumulate_dk_dv(
         if HAS_DROPOUT:
             rows = start_m + offs_m
             words = draw_words(seed, offset, b, h, rows, start_n, BLOCK_M, BLOCK_N)
-            kept_t = drop_transposed(p_t, words, threshold, BLOCK_M, BLOCK_N, IS_FAST)
+            keep_t = keep_tile(words, threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True)
+            kept_t = drop(p_t, keep_t, threshold)
+            dp_t = keep_scale * drop(dp_t, keep_t, threshold)
         dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=PRECISION)
-        if HAS_DROPOUT:  # in units of keep_scale, as delta is
-            ds_t = kept_t * dp_t - p_t * delta[None, :]
-        else:
-            ds_t = p_t * (dp_t - delta[None, :])
+        ds_t = p_t * (dp_t - delta[None, :])
         if SOFTCAP > 0:
             ds_t *= damping
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -186,7 +183,7 @@ def _attention_backward_dk_dv_kernel(
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,
     do_ptr, stride_dob, stride_dom, stride_doh, stride_dod,
-    rows_ptr,  # [B, H, M, 2] or [H, M, 2], contiguous: lse in units of log2, delta over keep_scale
+    rows_ptr,  # [B, H, M, 2] or [H, M, 2], contiguous: lse in units of log2, and delta
     starts_q_ptr, starts_k_ptr, used_ptr,  # [B + 1], [B + 1] and [B], with IS_VARLEN
     slopes_ptr, stride_sb, stride_sh,
     bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn,
@@ -275,14 +272,14 @@ def _attention_backward_dk_dv_kernel(
                     q_head, stride_qm, stride_qd, do_head, stride_dom, stride_dod, row_ptr,
                     bias_head, stride_bm,
                     first, full_lo, full_hi, last, M, N, b, h,
-                    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, left, right,
+                    scale_log2, softcap_log2, slope_log2, seed, offset, threshold, keep_scale,
+                    left, right,
                     HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, is_tail,
                     SOFTCAP, HAS_ALIBI, HAS_BIAS, HAS_KEY_MASK, HAS_DROPOUT, PRECISION, BIAS_RUN,
                     TAIL_M if is_tail else BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
     if HAS_DROPOUT:
-        dk *= keep_scale
         dv *= keep_scale
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + first_key * stride_dkn
     dk_ptrs = dk_ptr + head_offsets(offs_n, stride_dkn, stride_dkd, BLOCK_D)

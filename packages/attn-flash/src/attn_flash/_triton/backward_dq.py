@@ -129,7 +129,7 @@ def _attention_backward_dq_kernel(
     key_mask_ptr, stride_mb, stride_mn,
     rng_ptr,  # [2]
     dq_ptr, stride_dqb, stride_dqm, stride_dqh, stride_dqd,
-    rows_ptr,  # lse's shape and 2, contiguous: lse in units of log2, delta over keep_scale
+    rows_ptr,  # lse's shape and 2, contiguous: lse in units of log2, and delta
     dbias_ptr, stride_dbb, stride_dbh, stride_dbm,  # [B, H, M, N], with STORES_DBIAS
     M, N, H, num_tiles, num_heads, heads_per_group,
     scale, scale_log2, softcap_log2, threshold, keep_scale, left, right,
@@ -185,7 +185,7 @@ def _attention_backward_dq_kernel(
     # A row without keys has lse -inf; +inf makes its probabilities 0 instead of NaN.
     lse_log2 = tl.where(lse_log2 == -float("inf"), float("inf"), lse_log2)
     tl.store(rows_ptr + 2 * row, lse_log2, mask=mask_m)
-    tl.store(rows_ptr + 2 * row + 1, delta / keep_scale, mask=mask_m)
+    tl.store(rows_ptr + 2 * row + 1, delta, mask=mask_m)
 
     if HAS_BIAS > 0:
         bias_ptr += b * stride_bb + h * stride_bh

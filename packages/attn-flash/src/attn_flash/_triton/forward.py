@@ -362,7 +362,7 @@ def attention(
             "IS_VARLEN": options.is_varlen, "HAS_USED": options.seqused_k is not None,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, **terms.flags,
             "HAS_SINKS": sinks is not None,
-            "NEGATE_Q": options.scale < 0, "IS_BOUNDED": problem.is_bounded(q, options),
+            "NEGATE_Q": options.scale < 0, "IS_BOUNDED": problem.is_bounded(q, size, options),
             "AHEAD": _runs_ahead(size, options, config),
             "PRECISION": tiling.dot_precision(q),
             "BLOCK_M": config.block_m,

@@ -164,10 +164,14 @@ def _dropout_mode(q: torch.Tensor, options: Options) -> int:
     return 2 if _takes_ptx(q) else 1
 
 
-def is_bounded(q: torch.Tensor, options: Options) -> bool:
-    """Whether exponentials need no maximum to be subtracted: softcapping has the last word."""
+def is_bounded(q: torch.Tensor, size: Size, options: Options) -> bool:
+    """Whether exponentials need no maximum to be subtracted: softcapping has the last word.
+
+    The weight of a single key is exactly 1 only if its own score is subtracted.
+    """
     is_last = options.features() <= _UNBENDING | {"softcap"}
-    return is_last and 0.0 < options.softcap <= _BOUNDED_SOFTCAP and q.dtype == torch.bfloat16
+    is_small = 0.0 < options.softcap <= _BOUNDED_SOFTCAP
+    return is_last and is_small and size.N > 1 and q.dtype == torch.bfloat16
 
 
 def _takes_ptx(q: torch.Tensor) -> bool:
