@@ -98,12 +98,13 @@ def list_devices() -> list[torch.device]:
     return devices
 
 
-GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
-"""Versions of Triton whose Gluon the kernels for Hopper compile with: it is experimental."""
+GLUON_VERSIONS = ((3, 6), (3, 9))
+"""Versions of Triton whose kernels for Hopper ran on a GPU: Gluon is experimental. With 3.7 and 3.8
+they are compiled alone."""
 
 
 def gluon_refusal(version: tuple[int, int]) -> str | None:
-    """Say why no kernel for Hopper compiles with a version of Triton; None where they do."""
+    """Say why kernels for Hopper do not run with a version of Triton; None where they do."""
     if version in GLUON_VERSIONS:
         return None
     known = ", ".join(f"{major}.{minor}" for major, minor in GLUON_VERSIONS)
