@@ -172,16 +172,29 @@ def nans_like(*shape):
     return torch.full(shape, torch.nan)
 
 
-@pytest.mark.parametrize("case", EMULATED, ids=str)
-def test_prefixes_are_attended_to(case, prefix, monkeypatch):
+def attend(case, inputs, prefix, monkeypatch):
     info = DeviceInfo("cuda", "sm_90", num_sms=case.programs * case.H_KV * -(-case.H // 128))
     monkeypatch.setattr(prefix, "device_info", lambda device: info)
-    inputs = make(case)
     out, lse = nans_like(case.tokens, case.H, case.D_v), nans_like(case.H, case.tokens)
-    left = prefix.start(*inputs, case.scale, out, lse)
-    expected = reference(case, inputs)
-    for got, value in zip(merged(case, left), expected, strict=True):
+    return merged(case, prefix.start(*inputs, case.scale, out, lse))
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_prefixes_are_attended_to(case, prefix, monkeypatch):
+    inputs = make(case)
+    actual = attend(case, inputs, prefix, monkeypatch)
+    for got, value in zip(actual, reference(case, inputs), strict=True):
         torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=2e-5)
+
+
+def test_nan_reaches_the_rows_that_see_it(prefix, monkeypatch):
+    case = EMULATED[0]
+    inputs = make(case)
+    inputs.q[1, 3, 0] = torch.nan
+    actual = attend(case, inputs, prefix, monkeypatch)
+    for got, value in zip(actual, reference(case, inputs), strict=True):
+        assert value.isnan().any()
+        torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["fence_async_shared", "_release"])
