@@ -220,7 +220,7 @@ def _heads_per_group(q: torch.Tensor, longest: int, group: int) -> int:
     Programs walk the query heads of a group one after another, not quite in step: two count, and
     of programs in lockstep one.
     """
-    head_bytes = longest * q.shape[3] * (2 * q.element_size() + 4)
+    head_bytes = max(longest, 1) * q.shape[3] * (2 * q.element_size() + 4)
     return max(1, _L2_SHARE // (min(group, 2) * head_bytes))
 
 
