@@ -285,6 +285,26 @@ def test_a_step_compiles_as_one_graph_of_any_size():
         torch.testing.assert_close(caches, copies)
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_unchecked_lengths_of_compiled_steps_are_cut(page_size):
+    """Nobody reads values while a graph is traced: what is below 0 counts as 0."""
+
+    def step(q, k_cache, v_cache, seqlens, leftpad, table):
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=seqlens, cache_leftpad=leftpad, block_table=table
+        )
+
+    torch._dynamo.reset()
+    shape = (2, 8, 2, 16) if page_size is None else (4, page_size, 2, 16)
+    caches, table = torch.randn(2, *shape), None if page_size is None else int32(0, 1, 2, 3)
+    table = None if table is None else table.view(2, 2)
+    q = torch.randn(2, 1, 4, 16)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    actual = compiled(q, *caches, int32(-1, 11), int32(0, -3), table)
+    expected = step(q, *caches, int32(0, 8), int32(0, 0), table)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_step_exports():
     class Step(torch.nn.Module):
         def forward(self, q, k_cache, v_cache, seqlens):

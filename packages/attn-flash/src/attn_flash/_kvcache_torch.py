@@ -93,8 +93,9 @@ def _attend_to_keys(
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with q (M, H, D) to the keys of sequence b alone: out (M, H, D_v) and lse (H, M)."""
-    stop = min(capacity(k_cache, cache.block_table), int(total))
-    start = 0 if cache.leftpad is None else min(int(cache.leftpad[b]), stop)
+    # Compiled calls come with values that nobody has checked.
+    stop = min(max(int(total), 0), capacity(k_cache, cache.block_table))
+    start = 0 if cache.leftpad is None else min(max(int(cache.leftpad[b]), 0), stop)
     row = b if cache.batch_idx is None else int(cache.batch_idx[b])
     if cache.block_table is None:
         keys, values = k_cache[row, start:stop], v_cache[row, start:stop]

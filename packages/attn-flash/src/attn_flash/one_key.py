@@ -12,7 +12,7 @@ from attn_flash.options import Options
 
 
 def is_one_key(k: torch.Tensor, options: Options) -> bool:
-    """Whether the only key of each sequence has no sink, mask or dropout beside it."""
+    """Whether the only key of each sequence has no sink, mask, bias or dropout beside it."""
     return k.shape[1] == 1 and options.features() <= {"softcap"}
 
 
