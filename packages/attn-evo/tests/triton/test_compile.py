@@ -23,7 +23,8 @@ pytestmark = pytest.mark.compile
 FORWARD = ("sums", "stat", "output")
 CAUSAL = ("stat", "backward_stat")
 FULL = ("backward_total",)
-MAX_SPILLS = 64  # bytes of a gradient kernel for Hopper with Triton 3.9; with 3.6 none
+# Bytes of a gradient kernel for Hopper.
+MAX_SPILLS = 0 if triton_version() == (3, 6) else 64
 LAUNCHERS = {
     **{name: getattr(forward, f"_launch_{name}") for name in FORWARD},
     **{
