@@ -24,10 +24,10 @@ WINDOWS = {"full": OPEN, "causal": CAUSAL, "window": (100, 0)}
 MAX_SPILLS = {64: 272, 128: 160}
 
 
-def run(D, window, *, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
-    q = torch.zeros(1, 256, 2, D, dtype=dtype)
-    k = torch.zeros(1, 1024, 1, D, dtype=dtype)
-    lse = torch.zeros(1, 2, 256)
+def run(D, window, *, group=1, deterministic=True, dtype=torch.bfloat16, with_dlse=False):
+    q = torch.zeros(1, 256, 4, D, dtype=dtype)
+    k = torch.zeros(1, 1024, 4 // group, D, dtype=dtype)
+    lse = torch.zeros(1, 4, 256)
     dlse = lse if with_dlse else None
     backward.attention_backward(q, dlse, q, k, k, q, lse, 0.1, window, deterministic)
 
@@ -74,11 +74,15 @@ def test_many_keys(D, deterministic, monkeypatch):
     assert compiled.spills <= MAX_SPILLS[D]
 
 
-@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize(
+    "group, deterministic",
+    [(2, False), (2, True), (4, True)],
+    ids=["fast", "deterministic", "lockstep"],
+)
 @pytest.mark.parametrize("D", [64, 128])
-def test_two_programs_for_a_key_head(D, deterministic, monkeypatch):
+def test_two_programs_for_a_key_head(D, group, deterministic, monkeypatch):
     monkeypatch.setattr(problem, "num_sms", lambda device: 132)
-    compiled = compile_kernel(monkeypatch, D, CAUSAL, deterministic=deterministic)
+    compiled = compile_kernel(monkeypatch, D, CAUSAL, group=group, deterministic=deterministic)
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]
 
@@ -86,7 +90,7 @@ def test_two_programs_for_a_key_head(D, deterministic, monkeypatch):
 @pytest.mark.parametrize("window", ["causal", "window"])
 @pytest.mark.parametrize("D", [64, 128])
 def test_programs_in_lockstep(D, window, monkeypatch):
-    compiled = compile_kernel(monkeypatch, D, WINDOWS[window])
+    compiled = compile_kernel(monkeypatch, D, WINDOWS[window], group=2)
     assert not compiled.serializes
     assert compiled.spills <= MAX_SPILLS[D]
 
