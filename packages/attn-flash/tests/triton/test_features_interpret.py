@@ -200,6 +200,7 @@ def test_which_scores_are_bounded():
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("window", ["full", "causal"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_nan_reaches_the_rows_that_see_it(name, window):
