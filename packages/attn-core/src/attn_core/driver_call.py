@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from attn_core.device import triton_version
+from attn_core.device import GLUON_VERSIONS, triton_version
 
-_KNOWN = ((3, 6), (3, 9))  # versions of Triton, those that ran on a GPU
+_KNOWN = GLUON_VERSIONS  # those that ran on a GPU, portable kernels too
 NOBODY = (None, None, None)
 
 DriverCall = Callable[..., None]

@@ -25,6 +25,21 @@ from attn_evo._triton.tiles import (
 )
 
 
+@triton.jit
+def _load(ptr, mask, pid_bh, start, L, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load a tile of scratch memory, with zeros past the last token."""
+    ptrs = scratch_ptrs(ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate(half_ratio, v, IS_NVIDIA: tl.constexpr):
+    """silu(2 half_ratio) v, rounded as the forward pass rounds it."""
+    gate = half_ratio * v.to(tl.float32)
+    gate = twice_gated(gate, half_ratio, v.dtype == tl.bfloat16, IS_NVIDIA)
+    return rounded(gate, v.dtype)
+
+
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_products_kernel(
@@ -55,10 +70,8 @@ def _attention_backward_products_kernel(
             HEAD_DIM, HAS_MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         mask = (offs_m < L - start)[:, None]
-        ptrs = scratch_ptrs(dq_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        dq = tl.load(ptrs, mask=mask, other=0.0)
-        ptrs = scratch_ptrs(dlocal_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        dlocal = tl.load(ptrs, mask=mask, other=0.0)
+        dq = _load(dq_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        dlocal = _load(dlocal_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D)
         sums = add_column_sums(sums, dq, W_Q, PRECISION)
         sums = add_column_sums(sums, dlocal, W_L, PRECISION)
         dw_q = tl.dot(tl.trans(dq), v, dw_q, input_precision=PRECISION)
@@ -106,7 +119,6 @@ def _attention_backward_final_kernel(
     # fmt: on
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
-    dtype: tl.constexpr = v_ptr.dtype.element_ty
 
     offs_m = tl.arange(0, BLOCK_M)
     dw_f = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
@@ -117,12 +129,9 @@ def _attention_backward_final_kernel(
             HEAD_DIM, False, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         mask = (offs_m < L - start)[:, None]
-        ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        df = tl.load(ptrs, mask=mask, other=0.0)
-        gate = half_ratio * v.to(tl.float32)
-        gate = rounded(twice_gated(gate, half_ratio, dtype == tl.bfloat16, IS_NVIDIA), dtype)
+        half_ratio = _load(half_ratio_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D).to(tl.float32)
+        df = _load(df_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        gate = _gate(half_ratio, v, IS_NVIDIA)
         dw_f = tl.dot(tl.trans(df), gate, dw_f, input_precision=PRECISION)
     store_partial(partial_matrices_ptr, dw_f, W_F, BLOCK_D)
 
@@ -164,7 +173,6 @@ def _attention_backward_final_query_kernel(
     # fmt: on
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     v_ptr += b * stride_vb + h * stride_vh
-    dtype: tl.constexpr = v_ptr.dtype.element_ty
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -179,16 +187,12 @@ def _attention_backward_final_query_kernel(
             HEAD_DIM, False, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         mask = (offs_m < L - start)[:, None]
-        ptrs = scratch_ptrs(half_ratio_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        half_ratio = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        ptrs = scratch_ptrs(df_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        df = tl.load(ptrs, mask=mask, other=0.0)
-        ptrs = scratch_ptrs(dq_ptr, pid_bh, start, L, BLOCK_M, BLOCK_D)
-        dq = tl.load(ptrs, mask=mask, other=0.0)
+        half_ratio = _load(half_ratio_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D).to(tl.float32)
+        df = _load(df_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D)
+        dq = _load(dq_ptr, mask, pid_bh, start, L, BLOCK_M, BLOCK_D)
         sums = add_column_sums(sums, dq, W_Q, PRECISION)
         dw_q = tl.dot(tl.trans(dq), v, dw_q, input_precision=PRECISION)
-        gate = half_ratio * v.to(tl.float32)
-        gate = rounded(twice_gated(gate, half_ratio, dtype == tl.bfloat16, IS_NVIDIA), dtype)
+        gate = _gate(half_ratio, v, IS_NVIDIA)
         dw_f = tl.dot(tl.trans(df), gate, dw_f, input_precision=PRECISION)
 
     vectors_row = partial_vectors_ptr + tl.program_id(0).to(tl.int64) * 6 * BLOCK_D + offs_d
