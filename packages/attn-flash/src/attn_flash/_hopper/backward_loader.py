@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from attn_core.tiles.gluon_names import tma_load
+from attn_core.tiles.gluon_names import reinterpret, tma_load
 from attn_core.tiles.hopper import arrive_at, meet_at
 from attn_flash._hopper.backward_consumer import (
     CONSUMERS_AND_LOADER,
@@ -144,7 +144,11 @@ def _clear_keys(tensors, shared, problem, tile, i):
     """Write zeros to dK and dV of a tile that no query sees, from stage i, which is free."""
     BLOCK_D: gl.constexpr = shared.q.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    zeros = shared.q.index(i).slice(0, KEYS)
+    PIECES: gl.constexpr = shared.q.shape[1] // KEYS  # of a stage
+    pieces = reinterpret(
+        shared.q, shared.q.dtype, [shared.q.shape[0] * PIECES, KEYS, BLOCK_D], shared.q.layout
+    )
+    zeros = pieces.index(i * PIECES)
     zeros.store(gl.zeros([KEYS, BLOCK_D], shared.q.dtype, LAYOUT))
     fence_async_shared()
     for w in gl.static_range(2):
