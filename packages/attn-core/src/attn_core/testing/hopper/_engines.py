@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch
 from attn_core.testing.hopper._registers import Dtype, Tensor, array_of
 from attn_core.testing.hopper._shared import Memory, one, require_fenced
 from attn_core.testing.hopper._threads import ProtocolError, changed, dawdle, here, lateness
+
+if TYPE_CHECKING:
+    from attn_core.testing.hopper._pointers import Pointer
 
 _COPY_LATENESS = 20  # in those of a thread: until then, whoever does not wait reads NaN
 DTYPES = {
@@ -101,6 +104,35 @@ class Tma:
     def store_wait(pendings: int) -> None:
         while len(here.reads) > pendings:
             here.writes.append(here.reads.pop(0)())
+
+
+class AsyncCopy:
+    """Copies by the threads themselves: they land in groups, when their thread waits for them."""
+
+    @staticmethod
+    def async_load(tile: Memory, pointer: Pointer, mask: Any = True) -> None:
+        target = np.broadcast_to(array_of(mask), tile.array.shape)
+        source = np.broadcast_to(pointer.offset, tile.array.shape)[target]
+        if source.size and not 0 <= source.min() <= source.max() < len(pointer.flat):
+            raise ProtocolError("a copy leaves the memory of its tensor")
+
+        def land() -> None:
+            tile.array[...] = 0
+            tile.array[target] = pointer.flat[torch.from_numpy(source)].float().numpy()
+
+        tile.array[...] = np.nan
+        here.copies[-1].append(land)
+
+    @staticmethod
+    def commit_group() -> None:
+        here.copies.append([])
+
+    @staticmethod
+    def wait_group(pendings: int) -> None:
+        dawdle()
+        while len(here.copies) - 1 > pendings:
+            for land in here.copies.pop(0):
+                land()
 
 
 def reduce_add(desc: Descriptor, coord: Any, tile: Memory) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from attn_core.testing.hopper._engines import (
+    AsyncCopy,
     Descriptor,
     Tma,
     await_products,
@@ -25,7 +26,9 @@ from attn_core.testing.hopper._registers import (
     array_of,
     extreme,
     log2,
+    reduce,
     reduction,
+    rsqrt,
     total,
     where,
 )
@@ -86,10 +89,26 @@ class _Constant(int):
 
 
 class _Integer(int):
-    """A number that kernels widen before they multiply it."""
+    """A number that kernels widen before they multiply it, or what they have made of it."""
 
-    def to(self, _dtype: str) -> int:
-        return int(self)
+    def to(self, _dtype: str) -> _Integer:
+        return self
+
+
+def _closed(name: str) -> Any:
+    function = getattr(int, name)
+
+    def compute(self: _Integer, *others: Any) -> Any:
+        result = function(self, *others)
+        return result if result is NotImplemented else _Integer(result)
+
+    return compute
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(_Integer, f"__{_name}__", _closed(f"__{_name}__"))
+    setattr(_Integer, f"__r{_name}__", _closed(f"__r{_name}__"))
+_Integer.__neg__ = _closed("__neg__")  # type: ignore[method-assign]
 
 
 class _Layout:
@@ -130,10 +149,12 @@ def _language() -> types.ModuleType:
         min=reduction(np.min),
         max=reduction(np.max),
         log2=log2,
+        rsqrt=rsqrt,
+        reduce=reduce,
         fma=lambda a, b, c: a * b + c,
         cast=lambda x, dtype: x,
         to_tensor=_Integer,
-        program_id=lambda axis: here.program.number,
+        program_id=lambda axis: _Integer(0 if axis else here.program.number),
         num_programs=lambda axis: here.program.count,
         load=load, store=store, atomic_add=atomic_add,
         inline_asm_elementwise=_inline_asm,
@@ -202,6 +223,8 @@ def _argument(x: Any) -> Any:
     """Return an argument of the host as a kernel gets it."""
     if isinstance(x, torch.Tensor):
         return Pointer.to(x)
+    if type(x) is int:
+        return _Integer(x)
     return x.describe() if hasattr(x, "describe") else x
 
 
@@ -225,7 +248,7 @@ def stand_ins() -> dict[str, types.ModuleType]:
         f"{gluon}.language.nvidia.hopper": module(
             "hopper",
             tma=tma,
-            async_copy=types.SimpleNamespace(async_load=None),  # no emulated kernel calls it
+            async_copy=AsyncCopy,
             mbarrier=Mbarrier,
             fence_async_shared=fence,
             warpgroup_mma=product,

@@ -29,6 +29,9 @@ class Pointer:
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.flat, self.offset + array_of(offset))
 
+    def __sub__(self, offset: Any) -> Pointer:
+        return Pointer(self.flat, self.offset - array_of(offset))
+
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Any:
     dawdle()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,20 @@ class Tensor:
     def shape(self) -> list[int]:
         return list(self.array.shape)
 
-    def to(self, dtype: str) -> Tensor:
+    def to(self, dtype: str, bitcast: bool = False) -> Tensor:
+        if bitcast:
+            bits = np.float32 if dtype == "fp32" else np.int32
+            array = self.array.astype(np.float32 if bits is np.int32 else np.int32)
+            return Tensor(array.view(bits), dtype)
         if dtype.startswith("i"):
             return Tensor(self.array.astype(f"int{dtype[1:]}"), dtype)
         return Tensor(round_to(self.array, dtype), dtype)
+
+    def broadcast_to(self, shape: Sequence[int]) -> Tensor:
+        return Tensor(np.broadcast_to(self.array, shape), self.dtype)
+
+    def __getitem__(self, places: Any) -> Tensor:
+        return Tensor(self.array[places], self.dtype)
 
     def __neg__(self) -> Tensor:
         return Tensor(-self.array)
@@ -102,9 +113,18 @@ def reduction(function: Any) -> Any:
     return compute
 
 
+def reduce(x: Tensor, axis: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    rows = (Tensor(row, x.dtype) for row in np.moveaxis(x.array, axis, 0))
+    return functools.reduce(combine, rows)
+
+
 def total(array: Any, axis: int) -> Any:
     is_integer = np.issubdtype(array.dtype, np.integer)
     return array.sum(axis, dtype=None if is_integer else np.float32)
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    return Tensor(1 / np.sqrt(x.array))
 
 
 def log2(x: Tensor) -> Tensor:

@@ -35,12 +35,14 @@ class _Partition(threading.local):
     program: Program
     threads: int
     products: list[Callable[[], None]]
+    copies: list[list[Callable[[], None]]]  # in groups, of which the last one is not committed yet
     reads: list[Callable[[], Callable[[], None]]]  # of stores, each of which returns its write
     writes: list[Callable[[], None]]
 
     def enter(self, program: Program, name: str, warps: int) -> None:
         self.program, self.name, self.threads = program, name, warps * _WARP
         self.products, self.reads, self.writes = [], [], []
+        self.copies = [[]]
 
 
 here = _Partition()

@@ -1,0 +1,181 @@
+"""The Hopper kernels on a CPU: Gluon's on the emulator, the others in Triton's interpreter.
+
+The emulator delays whatever the hardware may delay, so that a missing wait shows as a wrong number
+and a missing arrival as an error.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from attn_core.device import GLUON_VERSIONS, DeviceInfo, triton_version
+from attn_core.launch import Launcher
+from attn_core.testing import poison_new_allocations
+from attn_core.testing.hopper import emulation, round_to
+from attn_evo import EvoWeights
+
+pytest.importorskip("triton")
+
+from triton.language import constexpr
+
+from attn_evo._hopper import support
+from attn_evo._triton import backward, forward, problem
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(
+        triton_version() not in GLUON_VERSIONS,
+        reason="the backend refuses this version of Triton",
+    ),
+]
+
+BFLOAT, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
+# In the order in which they import one another.
+MODULES = (
+    "tiles", "whole.tiles", "float32.tiles",
+    "stat", "stat_wide", "output", "float32.stat", "float32.output", "forward",
+    "backward_norm", "backward_gate", "backward_stat", "whole.backward_stat",
+    "float32.backward_norm", "float32.backward_gate", "float32.backward_stat",
+)  # fmt: skip
+PORTABLE = {"IS_NVIDIA": False, "PRECISION": "ieee"}
+SMS = 2
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Both passes on an emulated GPU of `SMS` multiprocessors."""
+    info = DeviceInfo("cuda", "emulated", "sm_90", SMS)
+    for module in (problem, support):
+        monkeypatch.setattr(module, "device_info", lambda device: info)
+    monkeypatch.setattr(Launcher, "__call__", start)
+    monkeypatch.setattr("attn_core.testing.hopper._threads.LATENESS", 5e-4)
+    with emulation(*(f"attn_evo._hopper.{name}" for name in MODULES)) as modules:
+        stand_ins = make_stand_ins(modules[0].gl)
+        for module in modules:
+            for name, value in vars(module).items():
+                if name in stand_ins:
+                    setattr(module, name, stand_ins[name])
+                elif isinstance(value, constexpr):
+                    setattr(module, name, value.value)
+        yield SimpleNamespace(**dict(zip(MODULES, modules, strict=True)))
+
+
+def start(launcher, num_programs, strides, args, constexprs, config):
+    """What does without the driver what a `Launcher` does."""
+    kernel = launcher._kernel
+    if not hasattr(kernel, "run"):
+        kernel[(num_programs,)](*args, num_warps=config.num_warps, **constexprs)
+        return
+    # Triton's interpreter computes wrongly in bfloat16, and knows no instructions of a GPU.
+    is_wide = {id(x): in_float32(x) for x in args if torch.is_tensor(x) and x.dtype == BFLOAT}
+    portable = {name: PORTABLE.get(name, value) for name, value in constexprs.items()}
+    kernel[(num_programs,)](*(is_wide.get(id(x), x) for x in args), **portable)
+    for x in args:
+        if id(x) in is_wide:
+            x.copy_(is_wide[id(x)])
+
+
+def in_float32(x):
+    """A copy with the strides of x."""
+    numbers = x.untyped_storage().nbytes() // x.element_size()
+    memory = x.as_strided((numbers,), (1,), 0).float()
+    return memory.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def make_stand_ins(gl):
+    """Device functions that are Triton's own, or one instruction of the GPU's."""
+
+    def tensor(array):
+        return gl.tensor(np.asarray(array, np.float32))
+
+    def chunk_of_program(num_heads, num_tiles, num_chunks, tiles_per_chunk):
+        sequence, chunk = gl.program_id(0) // num_chunks, gl.program_id(0) % num_chunks
+        first = chunk * tiles_per_chunk
+        last = min(first + tiles_per_chunk, num_tiles)
+        return sequence, chunk, sequence // num_heads, sequence % num_heads, first, last
+
+    def sigmoid_of_double(x, *_):
+        with np.errstate(over="ignore"):
+            return tensor(1 / (1 + np.exp(-2 * x.array)))
+
+    def silu_times(half_x, v, _dim):
+        silu = (2.0 * half_x * sigmoid_of_double(half_x)).to(v.dtype)
+        return (silu * v).to(v.dtype)
+
+    return {
+        "chunk_of_program": chunk_of_program,
+        "sigmoid_of_double": sigmoid_of_double,
+        "twice_gated": lambda y, x, *_: 2.0 * sigmoid_of_double(x) * y,
+        "rounded": lambda x, dtype: tensor(round_to(x.array, dtype)).to(dtype),
+        "has_values": lambda v: gl.tensor((v.array != 0).any(1)),
+        "settled": lambda x: x,
+        "of_each_thread": lambda x: x,
+        "magnitude": lambda x: tensor(np.abs(x.array)),
+        "add_magnitudes": lambda x, y: tensor(np.abs(x.array) + np.abs(y.array)),
+        "with_sign": lambda x, y: tensor(np.where(np.signbit(y.array), -x.array, x.array)),
+        "_silu_times": silu_times,
+    }
+
+
+def attend(case, inputs):
+    """Outputs and gradients of the kernels, which find nothing but NaN in fresh memory."""
+    v, weights, *_, dout, _ = inputs
+    call = (v, weights, None, None, None, case.causal, FLOAT, ())
+    with poison_new_allocations():
+        outputs = forward.attention(*call)
+        dv, dsums, dweights = backward.attention_backward(dout, None, *call)
+    names = ("out", "sums_after", "dv", "dsums", *(f"d{name}" for name in EvoWeights._fields))
+    return dict(zip(names, (*outputs, dv, dsums, *dweights), strict=True))
+
+
+def check(case, dtype, assert_results):
+    inputs = case.inputs(dtype)
+    assert_results(case, attend(case, inputs), inputs)
+
+
+@pytest.mark.parametrize("length", [1, 33, 64, 65, 130])
+def test_whole_sequences(length, hopper, make_case, assert_results):
+    case = make_case(1, SMS, length, 128)
+    assert hopper.forward.owns_sequences(case.inputs(BFLOAT)[0])
+    check(case, BFLOAT, assert_results)
+
+
+def test_whole_sequences_packed_with_others(hopper, make_case, assert_results):
+    case = make_case(2, SMS // 2, 97, 128)
+    v, *rest, dout, dsums = inputs = case.inputs(BFLOAT)
+    assert_results(case, attend(case, (packed(v), *rest, packed(dout), dsums)), inputs)
+
+
+def packed(x):
+    """The same numbers between others, as one projection for all heads leaves them."""
+    B, H, L, D = x.shape
+    whole = x.new_full((B, L, H, 3, D), torch.nan)
+    whole[:, :, :, 1] = x.transpose(1, 2)
+    return whole[:, :, :, 1].transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("length, dim", [(33, 64), (300, 64), (140, 128), (400, 128)])
+def test_chunks(length, dim, causal, hopper, make_case, assert_results):
+    case = make_case(1, 1, length, dim, causal)
+    assert not hopper.forward.owns_sequences(case.inputs(BFLOAT)[0])
+    check(case, BFLOAT, assert_results)
+
+
+@pytest.mark.parametrize("heads, dim", [(1, 64), (1, 128), (SMS, 128)])
+def test_outputs_in_float16(heads, dim, hopper, make_case, assert_results):
+    case = make_case(1, heads, 200, dim)
+    inputs = case.inputs(HALF)
+    v, weights, *_ = inputs
+    with poison_new_allocations():
+        out, sums_after = forward.attention(v, weights, None, None, None, True, FLOAT, ())
+    assert_results(case, {"out": out, "sums_after": sums_after}, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 65, 300])
+def test_float32(length, hopper, make_case, assert_results):
+    check(make_case(1, 1, length, 64), FLOAT, assert_results)
