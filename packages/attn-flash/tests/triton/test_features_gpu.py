@@ -91,7 +91,9 @@ def check(q, k, v, options, **needs):
     same = differentiate(reference.attention_with, q, k, v, options, **needs)
     exact = differentiate(reference.attention_with, q, k, v, options, torch.float64, **needs)
     # In float32 both errors are a few roundings, added up in another order: the largest is luck.
-    usual = 4.0 if q.dtype == torch.float32 else 2.0
+    # A kernel adds up one product after the other, PyTorch short chains of them: the roundings of
+    # 256 in float32, one by one, are up to five times its error.
+    usual = 2.0 if q.dtype != torch.float32 else 4.0 * max(1.0, v.shape[-1] / 128)
     for name, x, y, z in zip(NAMES, actual, same, exact, strict=True):
         if x is not None:
             # Sums of a few numbers that nearly cancel: one rounding more or less is luck.
