@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attn_core import driver_call, launch
+from attn_core.device import GLUON_VERSIONS
 from attn_core.launch import Launcher
 from attn_core.tuning import TileConfig
 
@@ -137,7 +138,7 @@ def test_each_dtype_of_any_tensor_has_its_own_kernel(kernel):
     assert [len(compiled.starts) for compiled in kernel.compiled] == [1, 0]
 
 
-@pytest.mark.parametrize("version", [(3, 6), (3, 9)])
+@pytest.mark.parametrize("version", GLUON_VERSIONS)
 def test_later_starts_go_to_the_compiled_kernel(kernel, monkeypatch, version):
     monkeypatch.setattr(driver_call, "triton_version", lambda: version)
     launcher = Launcher(kernel)

@@ -98,9 +98,8 @@ def list_devices() -> list[torch.device]:
     return devices
 
 
-GLUON_VERSIONS = ((3, 6), (3, 9))
-"""Versions of Triton whose kernels for Hopper ran on a GPU: Gluon is experimental. With 3.7 and 3.8
-they are compiled alone."""
+GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+"""Versions of Triton with which the kernels for Hopper ran on a GPU: Gluon is experimental."""
 
 
 def gluon_refusal(version: tuple[int, int]) -> str | None:

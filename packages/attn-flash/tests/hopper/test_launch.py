@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
 from attn_core import driver_call, gluon_launch, replay
+from attn_core.device import GLUON_VERSIONS
 from attn_core.gluon_launch import GluonLauncher
 from attn_flash._hopper.descriptors import Flat, Rows
 
@@ -56,7 +57,7 @@ class Kernel:
         return grid, stream
 
 
-@pytest.fixture(params=[(3, 6), (3, 9)], ids=str)
+@pytest.fixture(params=GLUON_VERSIONS, ids=str)
 def version(request, monkeypatch):
     """Versions of Triton, at the first of which the driver's functions have other names."""
     monkeypatch.setattr(driver_call, "triton_version", lambda: request.param)

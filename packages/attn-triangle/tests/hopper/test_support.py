@@ -28,7 +28,7 @@ def test_it_takes_a_typical_problem(monkeypatch):
     "version, message",
     [
         (None, "triton is not installed; the extra [triton] of the package brings it"),
-        ((3, 5), "its kernels are written for Gluon of triton 3.6, 3.9, got 3.5"),
+        ((3, 5), "its kernels are written for Gluon of triton 3.6, 3.7, 3.8, 3.9, got 3.5"),
     ],
     ids=["none", "3.5"],
 )
