@@ -19,6 +19,7 @@ import triton.language as tl
 
 from attn_core.launch import Launcher
 from attn_core.tiles.offsets import load_tile, tile_offsets
+from attn_core.tiling import ceil_div
 from attn_core.tuning import TileConfig
 from attn_evo._backends import most_head_dim
 from attn_evo._hopper import support
@@ -62,30 +63,33 @@ from attn_evo._triton.tiles import (
 )
 from attn_evo.weights import EvoWeights
 
+PACKED_ROWS = tl.constexpr(16)  # of a matrix, which one program packs
+
 
 # fmt: off
 @triton.jit
 def _pack_linear(
-    w_ptr, stride_wo, stride_wi, b_ptr, stride_b, matrices_ptr, biases_ptr, vectors_ptr,
+    w_ptr, stride_wo, stride_wi, b_ptr, stride_b, matrices_ptr, biases_ptr, vectors_ptr, piece,
     WHICH: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
-    BLOCK_ROWS: tl.constexpr = min(BLOCK_D, 64)
+    """Pack some rows of a matrix and, with the first of them, its bias."""
+    offs_row = piece * PACKED_ROWS + tl.arange(0, PACKED_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    for start in range(0, BLOCK_D, BLOCK_ROWS):
-        offs_row = start + tl.arange(0, BLOCK_ROWS)
-        w_ptrs = w_ptr + tile_offsets(offs_row, stride_wo, offs_d, stride_wi)
-        w = load_tile(w_ptrs, offs_row < HEAD_DIM, mask_d, True, True).to(tl.float32) * SCALE
-        out_ptrs = matrices_ptr + WHICH * BLOCK_D * BLOCK_D
-        out_ptrs += tile_offsets(offs_row, BLOCK_D, offs_d, 1)
-        tl.store(out_ptrs, rounded(w, matrices_ptr.dtype.element_ty))
-    _pack_vector(b_ptr, stride_b, vectors_ptr, WHICH, SCALE, HEAD_DIM, BLOCK_D)
-    rest = tl.load(b_ptr + offs_d * stride_b, mask=mask_d, other=0.0).to(tl.float32) * SCALE
-    for row in range(BIAS_ROWS):  # the first three hold the bits of a float32
-        part = rounded(rest, biases_ptr.dtype.element_ty)
-        tl.store(biases_ptr + (WHICH * BIAS_ROWS + row) * BLOCK_D + offs_d, part)
-        rest -= part.to(tl.float32)
+    w_ptrs = w_ptr + tile_offsets(offs_row, stride_wo, offs_d, stride_wi)
+    w = load_tile(w_ptrs, offs_row < HEAD_DIM, mask_d, True, True).to(tl.float32) * SCALE
+    out_ptrs = matrices_ptr + WHICH * BLOCK_D * BLOCK_D
+    out_ptrs += tile_offsets(offs_row, BLOCK_D, offs_d, 1)
+    inside = (offs_row < BLOCK_D)[:, None]
+    tl.store(out_ptrs, rounded(w, matrices_ptr.dtype.element_ty), mask=inside)
+    if piece == 0:
+        _pack_vector(b_ptr, stride_b, vectors_ptr, WHICH, SCALE, HEAD_DIM, BLOCK_D)
+        rest = tl.load(b_ptr + offs_d * stride_b, mask=mask_d, other=0.0).to(tl.float32) * SCALE
+        for row in range(BIAS_ROWS):  # the first three hold the bits of a float32
+            part = rounded(rest, biases_ptr.dtype.element_ty)
+            tl.store(biases_ptr + (WHICH * BIAS_ROWS + row) * BLOCK_D + offs_d, part)
+            rest -= part.to(tl.float32)
 
 
 # fmt: off
@@ -149,29 +153,33 @@ def _attention_sums_kernel(
     # fmt: on
     pid_bh = tl.program_id(0) // num_chunks
     pid_c = tl.program_id(0) % num_chunks
-    which = tl.program_id(0) - num_heads * num_chunks  # the last four programs pack the weights
+    num_pieces = tl.cdiv(BLOCK_D, PACKED_ROWS)
+    place = tl.program_id(0) - num_heads * num_chunks  # the last programs pack the weights
+    which = tl.where(place < 0, -1, place // num_pieces)
+    piece = place % num_pieces
     if which == W_Q:
         _pack_linear(
             w_q_ptr, stride_qo, stride_qi, b_q_ptr, stride_bq, matrices_ptr,
-            biases_ptr, vectors_ptr, W_Q, 0.5, HEAD_DIM, BLOCK_D,
+            biases_ptr, vectors_ptr, piece, W_Q, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        _pack_vector(norm_weight_ptr, stride_nw, vectors_ptr, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D)
-        _pack_vector(norm_bias_ptr, stride_nb, vectors_ptr, NORM_BIAS, 1.0, HEAD_DIM, BLOCK_D)
     elif which == W_L:
         _pack_linear(
             w_l_ptr, stride_lo, stride_li, b_l_ptr, stride_bl, matrices_ptr,
-            biases_ptr, vectors_ptr, W_L, 1.0, HEAD_DIM, BLOCK_D,
+            biases_ptr, vectors_ptr, piece, W_L, 1.0, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     elif which == W_F:
         _pack_linear(
             w_f_ptr, stride_fo, stride_fi, b_f_ptr, stride_bf, matrices_ptr,
-            biases_ptr, vectors_ptr, W_F, 0.5, HEAD_DIM, BLOCK_D,
+            biases_ptr, vectors_ptr, piece, W_F, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     elif which == W_G:
         _pack_linear(
             w_g_ptr, stride_go, stride_gi, b_g_ptr, stride_bg, matrices_ptr,
-            biases_ptr, vectors_ptr, W_G, 0.5, HEAD_DIM, BLOCK_D,
+            biases_ptr, vectors_ptr, piece, W_G, 0.5, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
+    elif which == NORM_WEIGHT:
+        _pack_vector(norm_weight_ptr, stride_nw, vectors_ptr, NORM_WEIGHT, 1.0, HEAD_DIM, BLOCK_D)
+        _pack_vector(norm_bias_ptr, stride_nb, vectors_ptr, NORM_BIAS, 1.0, HEAD_DIM, BLOCK_D)
     else:
         b = (pid_bh // H).to(tl.int64)
         h = (pid_bh % H).to(tl.int64)
@@ -447,7 +455,7 @@ def sums_of_values(
     for weight, strides in zip(weights, weight_strides, strict=True):
         args += [weight, *strides]
     _launch_sums(
-        num_programs + 4,  # one for each matrix
+        num_programs + _num_packing_programs(call.blocks["BLOCK_D"]),
         strides=(call.strides, weight_strides, weights.w_q.dtype),
         args=(*args, *scratch[:-1], L, H, num_heads, *cut),
         constexprs={
@@ -457,3 +465,8 @@ def sums_of_values(
         config=configs.SUMS,
     )  # fmt: skip
     return scratch
+
+
+def _num_packing_programs(block_d: int) -> int:
+    """Number of programs that pack the weights: for pieces of four matrices, and for the norm."""
+    return 4 * ceil_div(block_d, PACKED_ROWS.value) + 1
