@@ -227,15 +227,18 @@ def test_hopper_gradient_kernels_of_whole_sequences_fit(use_target, monkeypatch)
     [(1, 16384), (1, 1000), (1, 16), (2, 16384)],
     ids=["d1-c16384", "d1-c1000", "d1-c16", "d2-c16384"],
 )
+@pytest.mark.parametrize("exclusive", [False, True], ids=["inclusive", "exclusive"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_prefix_sum_compiles_and_fits(target, dim, columns, dtype, use_target, monkeypatch):
+def test_prefix_sum_compiles_and_fits(
+    target, exclusive, dim, columns, dtype, use_target, monkeypatch
+):
     use_target(target)
     is_one_pass = dim == 1 and columns % 64 == 0 and not target.startswith("gfx")
     names = ("columns",) if is_one_pass else ("chunks", "scan")
     launchers = [getattr(prefix_sum, f"_launch_{name}") for name in names]
     recorders = [record_launches(launcher, monkeypatch) for launcher in launchers]
     prefix_sum.prefix_sum(
-        torch.empty(32, 16384, columns, dtype=dtype, device="meta"), dim, False, True
+        torch.empty(32, 16384, columns, dtype=dtype, device="meta"), dim, exclusive, True
     )
     for recorder in recorders:
         compiled = recorder.compile(target)

@@ -76,6 +76,12 @@ def test_many_wide_sequences(length, device, make_case, assert_results):
     check(make_case(8, 16, length, 128), BFLOAT, device, assert_results)
 
 
+@pytest.mark.parametrize("length", [4095, 4096, 4097])
+def test_the_longest_wide_sequences_of_a_program(length, device, make_case, assert_results):
+    """Those of more than 4096 tokens are cut into chunks."""
+    check(make_case(7, 16, length, 128), BFLOAT, device, assert_results)
+
+
 def test_many_wide_sequences_repeat_their_bits(device, make_case):
     case = make_case(8, 16, 500, 128)
     inputs = case.inputs(BFLOAT, device)
@@ -84,13 +90,21 @@ def test_many_wide_sequences_repeat_their_bits(device, make_case):
         assert_same_bits(attend(case, inputs), expected)
 
 
-def test_many_wide_sequences_packed_with_others(device, make_case, assert_results):
-    case = make_case(8, 16, 97, 128)
-    v, *rest = case.inputs(BFLOAT, device)
-    packed = v.new_full((8, 97, 16, 3, 128), torch.nan)
-    packed[:, :, :, 1] = v.transpose(1, 2)
-    inputs = (packed[:, :, :, 1].transpose(1, 2), *rest)
-    assert_results(case, attend(case, inputs), (v, *rest))
+@pytest.mark.parametrize("sizes", [(8, 16, 97), (2, 3, 1001)], ids=str)
+def test_wide_sequences_packed_with_others(sizes, device, make_case, assert_results):
+    """Their gradients too."""
+    case = make_case(*sizes, 128)
+    v, *rest, dout, dsums = inputs = case.inputs(BFLOAT, device)
+    actual = attend(case, (packed(v), *rest, packed(dout), dsums))
+    assert_results(case, actual, inputs)
+
+
+def packed(x):
+    """The same numbers between others, as one projection for all heads leaves them."""
+    B, H, L, D = x.shape
+    whole = x.new_full((B, L, H, 3, D), torch.nan)
+    whole[:, :, :, 1] = x.transpose(1, 2)
+    return whole[:, :, :, 1].transpose(1, 2)
 
 
 def test_no_tokens(device, make_case):
@@ -325,6 +339,23 @@ def test_prefix_sum_of_columns_between_others(dtype, device):
         part = packed[:, :, first : first + 64]
         part.copy_(x)
         torch.testing.assert_close(prefix_sum(part, 1, backend=BACKEND), expected)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("exclusive", [False, True], ids=["inclusive", "exclusive"])
+@pytest.mark.parametrize("shape, dim", [((2, 1200, 64), 1), ((3, 1200), -1)], ids=str)
+def test_no_prefix_sum_before_a_large_element_knows_it(
+    shape, dim, exclusive, reverse, dtype, device
+):
+    x, place = torch.full(shape, 2**-5, dtype=dtype, device=device), 700
+    for large in (6e4, torch.inf, torch.nan):
+        x.select(dim, place).fill_(large)
+        out = prefix_sum(x, dim, exclusive, reverse, backend=BACKEND).movedim(dim, 0)
+        out = out.flip(0) if reverse else out
+        steps = (shape[1] - 1 - place if reverse else place) + exclusive
+        expected = (torch.arange(steps, device=device) + float(not exclusive)) * 2**-5
+        assert (out[:steps] == expected.to(dtype).view(-1, *[1] * (out.dim() - 1))).all()
 
 
 def test_prefix_sums_of_repeated_runs_have_the_same_bits(device):

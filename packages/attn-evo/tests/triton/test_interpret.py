@@ -231,6 +231,20 @@ def test_prefix_sum_of_float64_is_exact_to_its_bits():
     )
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("exclusive", [False, True], ids=["inclusive", "exclusive"])
+@pytest.mark.parametrize("large", [1e9, torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("shape, dim", [((70, 16), 0), ((2, 70), 1)], ids=str)
+def test_no_prefix_sum_before_a_large_element_knows_it(shape, dim, large, exclusive, reverse):
+    x, place = torch.ones(shape), 37
+    x.select(dim, place).fill_(large)
+    out = prefix_sum.prefix_sum(x, dim, exclusive, reverse).movedim(dim, 0)
+    out = out.flip(0) if reverse else out
+    steps = (shape[dim] - 1 - place if reverse else place) + exclusive
+    expected = torch.arange(steps) + float(not exclusive)
+    assert torch.equal(out[:steps, 0], expected)
+
+
 @pytest.mark.parametrize("order", [(3, 1, 0, 2), (2, 0, 3, 1), (1, 0, 3, 2)], ids=str)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
 def test_prefix_sum_of_any_strides(dim, order):

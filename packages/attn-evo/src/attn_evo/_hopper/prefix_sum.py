@@ -16,6 +16,7 @@ from attn_evo._triton import problem
 from attn_evo._triton.prefix_sum import (
     GROUP,
     PUBLISHED,
+    joined_sums,
     outer_offset,
     published,
     tile_of_program,
@@ -28,11 +29,6 @@ _RUNS = gl.constexpr(16)  # of a tile: each thread walks one for eight columns
 def _nth(i, count, reverse):
     """Which element of a run comes at a step."""
     return count - 1 - i if reverse else i
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -108,7 +104,8 @@ def _prefix_sum_columns_kernel(
 
     thread_barrier()  # or the tile is kept in registers from the first walk on
     runs = gl.convert_layout(runs, UPRIGHT)
-    before = gl.associative_scan(runs, 0, _add, reverse=REVERSE) - runs
+    nothing = gl.zeros([_RUNS, BLOCK_C], gl.float32, UPRIGHT)
+    before, _ = gl.associative_scan((nothing, runs), 0, joined_sums, reverse=REVERSE)
     sums = gl.convert_layout(before, STEP) + gl.expand_dims(carry, 0)
     first = gl.arange(0, _RUNS, gl.SliceLayout(1, STEP))[:, None] * RUN
     offs_d = offs_d[None, :]

@@ -22,6 +22,9 @@ from attn_evo._triton.problem import SMALL_SHARED_MEMORY
 
 Launch = Callable[[TileConfig], object]
 
+# Later versions need more registers for some kernels; those of Hopper tell in a compilation.
+_IS_LATER = (triton_version() or (3, 6)) > (3, 6)
+
 
 def _rows(
     block_d: int, size: int, whole: TileConfig, padded: TileConfig, scope: str = "*"
@@ -40,6 +43,12 @@ def _small(config: TileConfig) -> dict[tuple[int | str, ...], TileConfig]:
     }
 
 
+def _if_later(
+    rows: dict[tuple[int | str, ...], TileConfig],
+) -> dict[tuple[int | str, ...], TileConfig]:
+    return rows if _IS_LATER else {}
+
+
 _CANDIDATES = [
     TileConfig(block_m, 2048, num_warps, num_stages)
     for block_m, num_warps in ((64, 4), (32, 4), (32, 8), (16, 4), (16, 8))
@@ -50,6 +59,7 @@ FORWARD = Table(
     rows={
         **_rows(64, 2, TileConfig(64, 2048, 4, 2), TileConfig(16, 2048, 4, 2)),
         **_rows(64, 2, TileConfig(16, 2048, 4, 2), TileConfig(16, 2048, 4, 2), "sm_80"),
+        **_if_later(_rows(64, 2, TileConfig(64, 2048, 4, 1), TileConfig(16, 2048, 4, 2), "sm_90")),
         **_rows(128, 2, TileConfig(32, 2048, 8, 2), TileConfig(32, 2048, 8, 2)),
         **_rows(128, 2, TileConfig(32, 2048, 8, 3), TileConfig(32, 2048, 8, 2), "sm_90"),
         **_rows(128, 2, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
@@ -81,6 +91,7 @@ BACKWARD = Table(
         **_rows(16, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1)),
         **_rows(32, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1)),
         **_rows(64, 4, TileConfig(16, 2048, 4, 2), TileConfig(16, 2048, 8, 2)),
+        **_if_later(_rows(64, 4, TileConfig(16, 2048, 4, 2), TileConfig(16, 2048, 8, 3), "sm_90")),
         **_rows(64, 4, TileConfig(16, 2048, 4, 1), TileConfig(16, 2048, 4, 1), "gfx"),
     },
     default=TileConfig(64, 2048, 4, 3),
@@ -117,8 +128,14 @@ HOPPER: dict[tuple[str, int, int], dict[str, int]] = {
     ("products", 64, 4): {"block_m": 32, "num_stages": 2},
     ("context", 64, 4): {"block_m": 32, "num_stages": 2},
 }
+if _IS_LATER:
+    HOPPER |= {
+        ("norm", 64, 2): {"num_stages": 1},
+        ("norm_full", 64, 2): {"num_stages": 1},
+        ("ratio", 64, 4): {"num_stages": 1},
+    }
 PREFIX_SUM = TileConfig(32, 64, 4, 2)
-PREFIX_SUM_COLUMNS = TileConfig(256, 64, 4, 1)
+PREFIX_SUM_COLUMNS = TileConfig(256, 64, 8 if _IS_LATER else 4, 1)
 HOPPER_PREFIX_SUM_COLUMNS = TileConfig(512, 64, 4, 1)
 
 

@@ -82,6 +82,21 @@ def _chunk_of_program(C, num_chunks, BLOCK_C: tl.constexpr):
     return pid_chunk, pid_c, outer
 
 
+@triton.jit
+def joined_sums(before_a, sum_a, before_b, sum_b):
+    """Of two neighbours' sums without and with their last element, those of both together."""
+    return sum_a + before_b, sum_a + sum_b
+
+
+@triton.jit
+def _sums(x, axis: tl.constexpr, EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr = False):
+    """Prefix sums; where an element is left out it is never added, so that none has to cancel."""
+    if EXCLUSIVE:
+        before, _ = tl.associative_scan((tl.zeros_like(x), x), axis, joined_sums, REVERSE)
+        return before
+    return tl.cumsum(x, axis, REVERSE)
+
+
 # fmt: off
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _prefix_sum_chunks_kernel(
@@ -143,9 +158,7 @@ def _prefix_sum_scan_kernel(
         mask_n = offs_n < N - start
         x = load_tile(x_ptr + start * stride_xn + x_offs, mask_n, mask_c, True, True)
         x = x.to(sums_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_C]
-        out = tl.cumsum(x, 0, reverse=REVERSE) + carry[None, :]
-        if EXCLUSIVE:
-            out -= x
+        out = _sums(x, 0, EXCLUSIVE, REVERSE) + carry[None, :]
         mask = mask_n[:, None] & mask_c[None, :]
         out_ptrs = out_ptr + start * stride_on + out_offs
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -234,10 +247,8 @@ def _prefix_sum_columns_kernel(
         row = words_ptr + (num_tiles + place // GROUP) * BLOCK_C
         tl.store(row + offs_c, published(carry + total))
 
-    carries = tl.cumsum(runs, 0) - runs + carry[None, :]
-    out = tl.cumsum(x, 1) + carries[:, None, :]
-    if EXCLUSIVE:
-        out -= x
+    carries = _sums(runs, 0, True) + carry[None, :]
+    out = _sums(x, 1, EXCLUSIVE) + carries[:, None, :]
     out_offs = offs_step * stride_on + offs_run * (_BLOCK_RUN * stride_on)
     out_ptrs = out_ptr + out_offs + offs_c[None, None, :] * stride_oc
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
