@@ -30,6 +30,11 @@ BAD_ARGUMENTS = {
     "accum": ({"accum_dtype": torch.bfloat16}, "accum_dtype must be None, float32 or float64, got"),
     "block": ({"block_m": 0}, "block_m must be a positive integer or None, got 0"),
     "warps": ({"num_warps": "4"}, "num_warps must be a positive integer or None, got '4'"),
+    "stages": ({"num_stages": True}, "num_stages must be a positive integer or None, got True"),
+    "mask-dtype": (
+        {"attention_mask": torch.ones(2, 5, dtype=torch.complex64)},
+        "attention_mask must be of bool or real numbers, got torch.complex64",
+    ),
     "mask-type": ({"attention_mask": [1]}, "attention_mask must be a tensor, got list"),
     "mask-shape": (
         {"attention_mask": torch.ones(2, 3, 5)},

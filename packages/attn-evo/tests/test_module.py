@@ -109,6 +109,11 @@ def test_dtype(dtype):
     assert layer(random_tensor((2, 9, 16), seed="x", dtype=dtype)).dtype == dtype
 
 
+def test_a_bias_without_projection_keeps_the_dtype():
+    layer, x = EvoAttention(16, 2, bias=True, out_proj=False), random_tensor((1, 9, 16), seed="x")
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_accum_dtype_and_mask_reach_the_function():
     layer, x = EvoAttention(16, 2, out_proj=False), random_tensor((1, 9, 16), seed="x")
     keep = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1]])

@@ -137,6 +137,8 @@ def masked_values(
             "attention_mask must have shape (B, L), (B, 1, L) or (B, 1, L, 1) with B = "
             f"{batch} and L = {length}, got {tuple(mask.shape)}"
         )
+    if mask.is_complex():
+        raise ValueError(f"attention_mask must be of bool or real numbers, got {mask.dtype}")
     mask = mask.reshape(batch, length)
     if mask.is_floating_point():
         return v * mask[:, None, :, None].to(v.dtype), None
@@ -180,6 +182,7 @@ def tiles(block_m: int | None, num_warps: int | None, num_stages: int | None) ->
     if all(hint is None for hint in hints.values()):
         return ()
     for name, hint in hints.items():
-        if hint is not None and not (isinstance(hint, int) and hint > 0):
+        is_integer = isinstance(hint, int) and not isinstance(hint, bool)
+        if hint is not None and not (is_integer and hint > 0):
             raise ValueError(f"{name} must be a positive integer or None, got {hint!r}")
     return tuple(hint or 0 for hint in hints.values())

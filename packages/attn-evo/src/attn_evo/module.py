@@ -195,7 +195,7 @@ class _Bias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.bias
+        return x + self.bias.to(x.dtype)
 
 
 def _accept_peer_names(
