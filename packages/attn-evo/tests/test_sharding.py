@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -92,9 +94,23 @@ def test_two_gpus(make_weights, tmp_path, device):
     check("cuda", "nccl", torch.float32, make_weights, tmp_path, "triton", **tolerances)
 
 
-def test_the_mesh_must_be_where_the_tensors_are():
-    class Mesh:
-        device_type = "cuda"
-
-    with pytest.raises(ValueError, match="device type of v, cpu, got cuda"):
-        evo_attention_sharded(torch.zeros(1, 1, 4, 8), mesh=Mesh())
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mesh": None}, "mesh must be a DeviceMesh, got NoneType"),
+        ({"mesh": {"device_type": "cuda"}}, "device type of v, cpu, got cuda"),
+        (
+            {"mesh_dim": "heads"},
+            "mesh_dim must be .* dimensions named .*, got 'heads'",
+        ),
+        ({"mesh_dim": 1}, "mesh_dim must be .*, got 1"),
+        ({"causal": "no"}, "causal must be True or False, got 'no'"),
+    ],
+    ids=["no-mesh", "device", "name", "number", "causal"],
+)
+def test_a_mesh_that_does_not_fit(arguments, message):
+    facts = {"device_type": "cpu", "ndim": 1, "mesh_dim_names": ("tokens",)}
+    if arguments.get("mesh", facts):
+        arguments = {**arguments, "mesh": SimpleNamespace(**facts | arguments.get("mesh", {}))}
+    with pytest.raises(ValueError, match=message):
+        evo_attention_sharded(torch.zeros(1, 1, 4, 8), **arguments)

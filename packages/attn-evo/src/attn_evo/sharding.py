@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_core import backends
+from attn_core.checks import flag
 from attn_evo import checks
 from attn_evo.api import attend
 from attn_evo.state import EvoState
@@ -66,7 +67,7 @@ def evo_attention_sharded(
     Raises
     ------
     ValueError
-        The mesh is of another device type, or as in `evo_attention`.
+        The mesh is of another device type or has no such dimension, or as in `evo_attention`.
     UnsupportedProblemError, BackendUnavailableError
         As in `evo_attention`.
 
@@ -79,10 +80,8 @@ def evo_attention_sharded(
         out = evo_attention_sharded(own, mesh=mesh)
     """
     checks.require_values(v)
-    if mesh.device_type != v.device.type:
-        raise ValueError(
-            f"mesh must be of the device type of v, {v.device.type}, got {mesh.device_type}"
-        )
+    causal = flag("causal", causal)
+    _require_mesh(mesh, mesh_dim, v)
     group = mesh.get_group(mesh_dim)
     weights = checks.weights_for(v, weights)
     checks.require_weights(weights, v)
@@ -95,6 +94,21 @@ def evo_attention_sharded(
     state = others(v, mask, context, weights, backend, group)
     out, _ = attend(v, causal, mask, state, accum_dtype, (), weights, backend)
     return out
+
+
+def _require_mesh(mesh: DeviceMesh, mesh_dim: int | str, v: torch.Tensor) -> None:
+    if not hasattr(mesh, "device_type"):
+        raise ValueError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+    if mesh.device_type != v.device.type:
+        raise ValueError(
+            f"mesh must be of the device type of v, {v.device.type}, got {mesh.device_type}"
+        )
+    names = mesh.mesh_dim_names or ()
+    if mesh_dim not in (*range(-mesh.ndim, mesh.ndim), *names):
+        raise ValueError(
+            f"mesh_dim must be a dimension of mesh, of {mesh.ndim} dimensions named {names}, "
+            f"got {mesh_dim!r}"
+        )
 
 
 def _causal_state(
