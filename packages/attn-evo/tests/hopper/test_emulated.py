@@ -6,6 +6,7 @@ and a missing arrival as an error.
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,16 +15,16 @@ import torch
 
 from attn_core.device import GLUON_VERSIONS, DeviceInfo, triton_version
 from attn_core.launch import Launcher
-from attn_core.testing import poison_new_allocations
+from attn_core.testing import assert_within_budget, poison_new_allocations, random_tensor
 from attn_core.testing.hopper import emulation, round_to
-from attn_evo import EvoWeights
+from attn_evo import EvoWeights, reference
 
 pytest.importorskip("triton")
 
 from triton.language import constexpr
 
 from attn_evo._hopper import support
-from attn_evo._triton import backward, forward, problem
+from attn_evo._triton import backward, forward, prefix_sum, problem
 
 pytestmark = [
     pytest.mark.interpret,
@@ -40,6 +41,7 @@ MODULES = (
     "stat", "stat_wide", "output", "float32.stat", "float32.output", "forward",
     "backward_norm", "backward_gate", "backward_stat", "whole.backward_stat",
     "float32.backward_norm", "float32.backward_gate", "float32.backward_stat",
+    "prefix_sum",
 )  # fmt: skip
 PORTABLE = {"IS_NVIDIA": False, "PRECISION": "ieee"}
 SMS = 2
@@ -106,7 +108,23 @@ def make_stand_ins(gl):
         silu = (2.0 * half_x * sigmoid_of_double(half_x)).to(v.dtype)
         return (silu * v).to(v.dtype)
 
+    def tile_of_program(columns, num_columns, num_tiles, reverse, block_n, block_c):
+        column, place = gl.program_id(0) % num_columns, gl.program_id(0) // num_columns
+        tile = num_tiles - 1 - place if reverse else place
+        outer = column // (columns // block_c)
+        return column, place, column % (columns // block_c), outer, tile * block_n
+
+    def outer_offset(index, size_1, size_2, stride_0, stride_1, stride_2):
+        i_0, i_1, i_2 = np.unravel_index(int(index), (index + 1, size_1, size_2))
+        return int(i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2)
+
+    def published(x):
+        return gl.tensor(x.array.astype(np.float32).view(np.uint32) | np.int64(1 << 32))
+
     return {
+        "tile_of_program": tile_of_program,
+        "outer_offset": outer_offset,
+        "published": published,
         "chunk_of_program": chunk_of_program,
         "sigmoid_of_double": sigmoid_of_double,
         "twice_gated": lambda y, x, *_: 2.0 * sigmoid_of_double(x) * y,
@@ -179,3 +197,18 @@ def test_outputs_in_float16(heads, dim, hopper, make_case, assert_results):
 @pytest.mark.parametrize("length", [1, 65, 300])
 def test_float32(length, hopper, make_case, assert_results):
     check(make_case(1, 1, length, 64), FLOAT, assert_results)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("exclusive", [False, True], ids=["inclusive", "exclusive"])
+@pytest.mark.parametrize("length", [1, 700, 9000])
+def test_prefix_sum(length, exclusive, reverse, dtype, hopper, monkeypatch):
+    """Up to 18 tiles, more than a group of 16; programs start in order, as they rely on it."""
+    in_order = SimpleNamespace(sample=lambda x, _: [*x][::-1], shuffle=random.shuffle)
+    monkeypatch.setattr("attn_core.testing.hopper._language.random", in_order)
+    x = random_tensor((2, length, 3, 64), seed="x", dtype=dtype).transpose(1, 2)
+    with poison_new_allocations():
+        out = prefix_sum.prefix_sum(x, 2, exclusive, reverse)
+    plain, exact = (reference.prefix_sum(y, 2, exclusive, reverse) for y in (x, x.double()))
+    assert_within_budget(out, plain, exact)

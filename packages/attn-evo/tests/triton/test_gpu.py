@@ -302,6 +302,31 @@ def test_cuda_graph(device):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 300, 64), (8, 16, 300, 128)], ids=str)
+def test_cuda_graph_of_both_passes(sizes, device, make_case):
+    """With values that come later, too."""
+
+    def step(v, *weights, dout):
+        leaves = [x.detach().requires_grad_() for x in (v, *weights)]
+        out = evo_attention(leaves[0], weights=EvoWeights(*leaves[1:]), backend=BACKEND)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    v, weights, *_, dout, _ = make_case(*sizes).inputs(BFLOAT, device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(v, *weights, dout=dout)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(v, *weights, dout=dout)
+    for _ in range(2):
+        graph.replay()
+        for actual, expected in zip(results, step(v, *weights, dout=dout), strict=True):
+            assert torch.equal(actual, expected)
+        v.mul_(-0.5)
+
+
 def test_compile(device, make_case):
     v, weights, *_ = make_case(1, 2, 130, 64).inputs(BFLOAT, device)
     compiled = torch.compile(evo_attention, backend="aot_eager", fullgraph=True, dynamic=True)

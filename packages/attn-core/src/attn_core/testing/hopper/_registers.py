@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import re
 import types
@@ -116,6 +117,19 @@ def reduction(function: Any) -> Any:
 def reduce(x: Tensor, axis: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     rows = (Tensor(row, x.dtype) for row in np.moveaxis(x.array, axis, 0))
     return functools.reduce(combine, rows)
+
+
+def associative_scan(
+    xs: Sequence[Tensor], axis: int, combine: Callable[..., Any], reverse: bool = False
+) -> tuple[Tensor, ...]:
+    rows = [np.moveaxis(x.array, axis, 0) for x in xs]
+    steps: Any = zip(*(list(part)[:: -1 if reverse else 1] for part in rows), strict=True)
+    sums = itertools.accumulate(
+        (tuple(Tensor(row) for row in step) for step in steps), lambda a, b: combine(*a, *b)
+    )
+    scans = [np.stack([x.array for x in part]) for part in zip(*sums, strict=True)]
+    scans = [scan[::-1] if reverse else scan for scan in scans]
+    return tuple(Tensor(np.moveaxis(scan, 0, axis)) for scan in scans)
 
 
 def total(array: Any, axis: int) -> Any:

@@ -27,8 +27,9 @@ class Memory:
     def index(self, i: Any) -> Memory:
         return Memory(self.array[int(array_of(i))], self.dtype)
 
-    def slice(self, start: int, length: int) -> Memory:
-        return Memory(self.array[start : start + length], self.dtype)
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
+        places = (*[slice(None)] * dim, slice(start, start + length))
+        return Memory(self.array[places], self.dtype)
 
     def permute(self, order: Sequence[int]) -> Memory:
         return Memory(self.array.transpose(order), self.dtype)
