@@ -45,10 +45,13 @@ class GluonLauncher:
         specialised. The only tuples among the arguments are tensors that the copy engine moves in
         tiles: first such a `tensor`, then what is hashable and says how, with a method `describe`
         that returns a TensorDescriptor.
+    num_warps : int
+        Those that start; a kernel may add others.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, num_warps: int = _WARPS) -> None:
         self._kernel = kernel
+        self._num_warps = num_warps
         self._compiled: dict[Hashable, _Compiled] = {}
         self._encoders: dict[Hashable, _Encoder] = {}
 
@@ -92,7 +95,7 @@ class GluonLauncher:
         kernel = self._kernel[(num_programs,)](
             *(_descriptor_of(arg) if isinstance(arg, tuple) else arg for arg in args),
             **constants,
-            num_warps=_WARPS,
+            num_warps=self._num_warps,
             maxnreg=maxnreg,
         )
         call = direct_call(kernel)
