@@ -135,6 +135,10 @@ def make_stand_ins(gl):
         "magnitude": lambda x: tensor(np.abs(x.array)),
         "add_magnitudes": lambda x, y: tensor(np.abs(x.array) + np.abs(y.array)),
         "with_sign": lambda x, y: tensor(np.where(np.signbit(y.array), -x.array, x.array)),
+        "tanh": lambda x: tensor(np.tanh(x.array)),
+        "minus_sign": lambda x: tensor(-np.sign(x.array)),
+        "pair_product": lambda x, y: tensor(x.array * y.array).to(x.dtype),
+        "against_sign": lambda x, y: tensor(np.where(np.signbit(y.array), x.array, -x.array)),
         "_silu_times": silu_times,
     }
 

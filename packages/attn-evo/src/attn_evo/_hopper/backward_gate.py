@@ -1,7 +1,6 @@
 """The gate backward on Hopper, in place of one Triton kernel of the backward pass, or two.
 
-Where D = 64 the gradients of W_q and W_l fit into the registers beside the rest, where D = 128 that
-of W_l. It is held there by programs that own a whole sequence.
+Where D = 64 the gradients of W_q and W_l fit into the registers beside the rest.
 """
 
 from __future__ import annotations
@@ -26,17 +25,20 @@ from attn_evo._hopper.tiles import (
     STAGES,
     accumulators,
     add_column_sums,
+    against_sign,
     begin_with,
     column_accumulators,
     column_sums,
     magnitude,
+    minus_sign,
     opaque_zero,
+    pair_product,
     start_copy,
     store_columns_of_ones,
     store_partial,
     store_rows,
-    times_sign,
-    with_sign,
+    tanh,
+    widened,
 )
 from attn_evo._triton import configs, problem
 from attn_evo._triton.tiles import (
@@ -45,8 +47,6 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     chunk_of_program,
-    rounded,
-    sigmoid_of_double,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ def _attention_backward_gate_kernel(
     D: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
-    IS_BFLOAT16: gl.constexpr = dtype == gl.bfloat16
     HOLDS_DW_Q: gl.constexpr = D <= _HELD_DIM
     HOLDS_DW_L: gl.constexpr = HOLDS_DW_Q or OWNS_SEQUENCE
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
@@ -128,20 +127,21 @@ def _attention_backward_gate_kernel(
         w_f = weights.index(W_F + zero)
         dgate = warpgroup_mma(df_tile, w_f, dgate, use_acc=False, is_async=True)
         dgate = warpgroup_mma_wait(0, deps=(dgate,))
-        half_ratio = half_ratio_tile.load(accumulators(D)).to(gl.float32)
-        s = sigmoid_of_double(half_ratio, IS_BFLOAT16)
-        silu = 2.0 * half_ratio * s
-        slope = s + silu * (1.0 - s)
-        inverse = inverse_tile.load(accumulators(D)).to(gl.float32)
+        half_ratio = widened(half_ratio_tile.load(accumulators(D)))
+        t = tanh(half_ratio)  # of which sigmoid(2 half_ratio) is (1 + t) / 2
+        silu = half_ratio * t + half_ratio
+        twice_slope = silu * (1.0 - t) + (1.0 + t)
+        inverse = inverse_tile.load(accumulators(D))
         dv = dgate * silu
-        dq = 2.0 * dgate * v.load(accumulators(D)).to(gl.float32) * slope * magnitude(inverse)
-        ddenominator = -dq * half_ratio
+        v_times_inverse = widened(v.load(accumulators(D))) * magnitude(widened(inverse))
+        dq = dgate * twice_slope * v_times_inverse
+        minus_ddenominator = (dq * half_ratio).to(dtype)
         dq_tile = work.index(zero)
         dlocal_tile = work.index(1 + zero)
         dstat_tile = work.index(2 + zero)
-        dq_tile.store(rounded(dq, dtype))
-        dlocal_tile.store(rounded(ddenominator, dtype))  # as yet without its sign
-        dstat_tile.store(rounded(with_sign(ddenominator, inverse), dtype))
+        dq_tile.store(dq.to(dtype))
+        dlocal_tile.store(minus_ddenominator)  # as yet without its sign
+        dstat_tile.store(against_sign(minus_ddenominator, inverse))
         fence_async_shared()
         next_ptr = half_ratio_ptr + BLOCK_M * D
         start_copy(half_ratio_tile, next_ptr, D, num_rows, BLOCK_M, D)
@@ -160,8 +160,8 @@ def _attention_backward_gate_kernel(
         if IS_CAUSAL:
             store_rows(dstat_ptr, dstat_tile, rows, BLOCK_M, D)
         local, dv, sums = warpgroup_mma_wait(0, deps=(local, dv, sums))
-        ddenominator = dlocal_tile.load(accumulators(D)).to(gl.float32)
-        dlocal_tile.store(times_sign(ddenominator, local).to(dtype))
+        minus_ddenominator = dlocal_tile.load(accumulators(D))
+        dlocal_tile.store(pair_product(minus_ddenominator, minus_sign(local.to(dtype))))
         fence_async_shared()
         dv = warpgroup_mma(dlocal_tile, w_l, dv, is_async=True)
         if HOLDS_DW_Q:
@@ -181,7 +181,7 @@ def _attention_backward_gate_kernel(
             thread_barrier()  # the other warpgroup's products have read what is overwritten now
         else:
             dv = warpgroup_mma_wait(0, deps=(dv,))
-        dq_tile.store(rounded(dv, dtype))
+        dq_tile.store(dv.to(dtype))
         store_rows(dv_ptr, dq_tile, rows, BLOCK_M, D)
         half_ratio_ptr += BLOCK_M * D
         inverse_ptr += BLOCK_M * D

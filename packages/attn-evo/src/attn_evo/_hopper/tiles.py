@@ -191,6 +191,41 @@ def times_sign(x, y):
 
 
 @gluon.jit
+def tanh(x):
+    """To 2.5e-4, which is nothing next to bfloat16."""
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def minus_sign(x):
+    """The sign of -x in bfloat16, or 0, looking at two numbers at once."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 one, zero; mov.b32 zero, 0; set.neu.bf16x2.bf16x2 one, $1, zero;"
+        " lop3.b32 $0, one, $1, 0x80008000, 0xf2; }",
+        "=r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pair_product(x, y):
+    """The product of bfloat16, two at once."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def against_sign(x, y):
+    """-x, negated where the sign of y is set, of two bfloat16 at once."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, 0x80008000, 0xd2;", "=r,r,r", [x, y],
+        dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
 def begin_linear(x, weights, biases, which, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """Start x W^T + b, where the biases are vectors [4, D]: shorter than the rows they come as."""
     y = begin_with(biases.index(which), BLOCK_M, D)
