@@ -6,6 +6,7 @@ and a missing arrival as an error.
 
 from __future__ import annotations
 
+import pkgutil
 import random
 from types import SimpleNamespace
 
@@ -23,6 +24,8 @@ pytest.importorskip("triton")
 
 from triton.language import constexpr
 
+from attn_core.gluon_launch import GluonLauncher
+from attn_evo import _hopper
 from attn_evo._hopper import support
 from attn_evo._triton import backward, forward, prefix_sum, problem
 
@@ -35,14 +38,11 @@ pytestmark = [
 ]
 
 BFLOAT, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
-# In the order in which they import one another.
-MODULES = (
-    "tiles", "whole.tiles", "float32.tiles",
-    "stat", "stat_wide", "output", "float32.stat", "float32.output", "forward",
-    "backward_norm", "backward_gate", "backward_stat", "whole.backward_stat",
-    "float32.backward_norm", "float32.backward_gate", "float32.backward_stat",
-    "prefix_sum",
-)  # fmt: skip
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(_hopper.__path__, f"{_hopper.__name__}.")
+    if not module.ispkg and module.name != support.__name__
+]
 PORTABLE = {"IS_NVIDIA": False, "PRECISION": "ieee"}
 SMS = 2
 
@@ -54,16 +54,19 @@ def hopper(monkeypatch):
     for module in (problem, support):
         monkeypatch.setattr(module, "device_info", lambda device: info)
     monkeypatch.setattr(Launcher, "__call__", start)
+    monkeypatch.setattr(GluonLauncher, "__call__", start_with_copies)
     monkeypatch.setattr("attn_core.testing.hopper._threads.LATENESS", 5e-4)
-    with emulation(*(f"attn_evo._hopper.{name}" for name in MODULES)) as modules:
-        stand_ins = make_stand_ins(modules[0].gl)
+    with emulation(*MODULES) as modules:
+        names = [name.removeprefix(f"{_hopper.__name__}.") for name in MODULES]
+        hopper = SimpleNamespace(**dict(zip(names, modules, strict=True)))
+        stand_ins = make_stand_ins(hopper.tiles.gl)
         for module in modules:
             for name, value in vars(module).items():
                 if name in stand_ins:
                     setattr(module, name, stand_ins[name])
                 elif isinstance(value, constexpr):
                     setattr(module, name, value.value)
-        yield SimpleNamespace(**dict(zip(MODULES, modules, strict=True)))
+        yield hopper
 
 
 def start(launcher, num_programs, strides, args, constexprs, config):
@@ -79,6 +82,11 @@ def start(launcher, num_programs, strides, args, constexprs, config):
     for x in args:
         if id(x) in is_wide:
             x.copy_(is_wide[id(x)])
+
+
+def start_with_copies(launcher, num_programs, args, constants, maxnreg):
+    """What does without the driver what a `GluonLauncher` does."""
+    launcher._kernel[(num_programs,)](*args, num_warps=launcher._num_warps, **constants)
 
 
 def in_float32(x):
@@ -104,7 +112,7 @@ def make_stand_ins(gl):
         with np.errstate(over="ignore"):
             return tensor(1 / (1 + np.exp(-2 * x.array)))
 
-    def silu_times(half_x, v, _dim):
+    def silu_times(half_x, v, _in_pairs):
         silu = (2.0 * half_x * sigmoid_of_double(half_x)).to(v.dtype)
         return (silu * v).to(v.dtype)
 
@@ -137,9 +145,10 @@ def make_stand_ins(gl):
         "with_sign": lambda x, y: tensor(np.where(np.signbit(y.array), -x.array, x.array)),
         "tanh": lambda x: tensor(np.tanh(x.array)),
         "minus_sign": lambda x: tensor(-np.sign(x.array)),
+        "_bits": lambda v: gl.tensor((v.array != 0).astype(np.int32)),
         "pair_product": lambda x, y: tensor(x.array * y.array).to(x.dtype),
         "against_sign": lambda x, y: tensor(np.where(np.signbit(y.array), x.array, -x.array)),
-        "_silu_times": silu_times,
+        "silu_times": silu_times,
     }
 
 
@@ -188,13 +197,15 @@ def test_chunks(length, dim, causal, hopper, make_case, assert_results):
     check(case, BFLOAT, assert_results)
 
 
-@pytest.mark.parametrize("heads, dim", [(1, 64), (1, 128), (SMS, 128)])
-def test_outputs_in_float16(heads, dim, hopper, make_case, assert_results):
-    case = make_case(1, heads, 200, dim)
+@pytest.mark.parametrize(
+    "heads, dim, causal", [(1, 64, True), (1, 64, False), (1, 128, True), (SMS, 128, True)]
+)
+def test_outputs_in_float16(heads, dim, causal, hopper, make_case, assert_results):
+    case = make_case(1, heads, 200, dim, causal)
     inputs = case.inputs(HALF)
     v, weights, *_ = inputs
     with poison_new_allocations():
-        out, sums_after = forward.attention(v, weights, None, None, None, True, FLOAT, ())
+        out, sums_after = forward.attention(v, weights, None, None, None, causal, FLOAT, ())
     assert_results(case, {"out": out, "sums_after": sums_after}, inputs)
 
 

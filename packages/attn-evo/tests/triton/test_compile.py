@@ -134,6 +134,21 @@ def test_hopper_kernel_of_whole_sequences_fits(dtype, use_target, monkeypatch):
         assert not compiled.serializes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_hopper_kernel_without_causal_fits(dtype, use_target, monkeypatch):
+    from attn_evo._hopper import output_full
+
+    use_target("sm_90")
+    monkeypatch.setattr(support, "device_info", problem.device_info)
+    record_launches(LAUNCHERS["sums"], monkeypatch)
+    recorder = record_launches(output_full._launch_output, monkeypatch)
+    launch(Case(dtype, 64, causal=False), "output")
+    compiled = recorder.compile("sm_90")
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    assert compiled.spills == 0
+    assert not compiled.serializes
+
+
 @pytest.mark.parametrize(
     "dtype, dim",
     [(dtype, dim) for dtype, dims in support.HEAD_DIMS.items() for dim in dims],
@@ -199,15 +214,23 @@ def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
         assert compiled.spills <= MAX_SPILLS
 
 
+def start_with_descriptors(launcher, num_programs, args, constants, maxnreg):
+    """What a `GluonLauncher` does at a problem's first launch, on a GPU."""
+    args = [arg.describe() if isinstance(arg, tuple) else arg for arg in args]
+    options = {"num_warps": launcher._num_warps, "maxnreg": maxnreg}
+    launcher._kernel[(num_programs,)](*args, **constants, **options)
+
+
 def test_hopper_gradient_kernels_of_whole_sequences_fit(use_target, monkeypatch):
-    from attn_evo._hopper import backward_gate, backward_norm
+    from attn_core.gluon_launch import GluonLauncher
     from attn_evo._hopper import forward as hopper
-    from attn_evo._hopper.whole import backward_stat
+    from attn_evo._hopper.whole import backward_gate, backward_norm, backward_stat
     from attn_evo._triton import backward_products
 
     use_target("sm_90")
     monkeypatch.setattr(support, "device_info", problem.device_info)
     monkeypatch.setattr(hopper, "_LEAST_USE", 0.0)
+    monkeypatch.setattr(GluonLauncher, "__call__", start_with_descriptors)
     measured = backward_norm._launch_norm, backward_gate._launch_gate, backward_stat._launch_stat
     measured += (backward_products._launch_final_query,)
     for launcher in LAUNCHERS.values():

@@ -93,9 +93,9 @@ def _wait_for_context(context, sums, context_i, HAS_SUMS: gl.constexpr, D: gl.co
 
 
 @gluon.jit
-def _silu_times(half_x, v, D: gl.constexpr):
-    """silu(x) v in the dtype of v; of wide heads in bfloat16 with one product for two numbers."""
-    if v.dtype == gl.bfloat16 and D > 64:
+def silu_times(half_x, v, IN_PAIRS: gl.constexpr):
+    """silu(x) v in the dtype of v; in bfloat16 in pairs, if there are registers for that."""
+    if v.dtype == gl.bfloat16 and IN_PAIRS:
         return gl.inline_asm_elementwise(
             """{
             .reg .f32 x, y;
@@ -115,7 +115,7 @@ def _silu_times(half_x, v, D: gl.constexpr):
 
 
 @gluon.jit
-def _normalised(x, alive, vectors_ptr, D: gl.constexpr):
+def normalised(x, alive, vectors_ptr, D: gl.constexpr):
     """LayerNorm of each row of x; the norm's bias where a row is not alive."""
     x -= gl.expand_dims(gl.sum(x, 1) * (1.0 / D), 1)
     scale = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / D) + NORM_EPSILON)
@@ -127,7 +127,7 @@ def _normalised(x, alive, vectors_ptr, D: gl.constexpr):
 
 
 @gluon.jit
-def _store_tile(ptr, x, tile, num_rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
+def store_tile(ptr, x, tile, num_rows, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """Store the first `num_rows` rows, contiguous in memory, by way of shared memory."""
     LAYOUT: gl.constexpr = copied(D)
     tile.store(x)
@@ -244,7 +244,7 @@ def _attention_output_kernel(
         values = v.load(accumulators(D))
         if AHEAD:
             alive = has_values(values)
-        gate = left_operand(_silu_times(half_ratio, values, D), low, D)
+        gate = left_operand(silu_times(half_ratio, values, D > 64), low, D)
         final = start_linear(gate, weights.index(W_F), biases.index(W_F), BLOCK_M, D)
         final = warpgroup_mma_wait(0, deps=(final,))
         x = twice_gated(context, final, dtype == gl.bfloat16)
@@ -257,8 +257,8 @@ def _attention_output_kernel(
             context, sums = _start_context(v_next, context_row, half, ones, BLOCK_M, D)
         else:
             alive = has_values(v.load(accumulators(D)))
-        out = _normalised(x, alive, vectors_ptr, D)
-        _store_tile(out_ptr, out.to(dtype), high, L - start, BLOCK_M, D)
+        out = normalised(x, alive, vectors_ptr, D)
+        store_tile(out_ptr, out.to(dtype), high, L - start, BLOCK_M, D)
         out_ptr += BLOCK_M * D
         if AHEAD:
             context, context_i = _wait_for_context(context, sums, context_i, OWNS_SEQUENCE, D)

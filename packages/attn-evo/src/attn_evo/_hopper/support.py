@@ -28,6 +28,12 @@ def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
     )
 
 
+def takes_full(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
+    """Whether the kernels take values that are not causal: of heads that a warpgroup holds."""
+    is_held = v.element_size() == 2 and v.shape[-1] <= HELD_DIM
+    return is_held and takes(v, has_mask, has_state)
+
+
 def takes_backward(
     v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_state: bool, causal: bool
 ) -> bool:

@@ -102,7 +102,8 @@ BACKWARD = Table(
     ),
 )
 # Of the launches before those that Hopper has kernels of its own for.
-HOPPER_FORWARD = TileConfig(64, 2752, 4, 2)
+HOPPER_FORWARD = {64: TileConfig(64, 1344, 4, 2), 128: TileConfig(64, 2752, 4, 2)}
+HOPPER_FORWARD_FULL = TileConfig(64, 2048, 4, 2)
 HOPPER_FORWARD_FLOAT32 = TileConfig(64, 2048, 4, 1)
 # Of float32 values that are multiplied in parts.
 FORWARD_IN_PARTS = TileConfig(32, 2048, 4, 1)

@@ -395,6 +395,10 @@ def attention(
         from attn_evo._hopper import forward
 
         return forward.attention(v, weights)
+    if not causal and not tiles and support.takes_full(v, mask is not None, sums is not None):
+        from attn_evo._hopper import forward
+
+        return forward.full_attention(v, weights)
     launch = functools.partial(_attention, v, weights, mask, sums, length, causal)
     return launch(configs.forward_tiles(v, causal, tiles, launch))
 

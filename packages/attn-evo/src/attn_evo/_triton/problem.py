@@ -145,11 +145,14 @@ def call(
     sums: torch.Tensor | None,
     length: torch.Tensor | None,
     config: TileConfig,
+    programs_per_sm: int = 2,
 ) -> Call:
     """Describe a call to the kernels; v stands in for tensors that are not there."""
     B, H, L, D = v.shape
     multiple = ceil_div(_CHUNK_MULTIPLE, config.block_m)
-    cut = chunks(v.device, L, B * H, config.block_m, config.block_n, multiple=multiple)
+    cut = chunks(
+        v.device, L, B * H, config.block_m, config.block_n, programs_per_sm, multiple=multiple
+    )
     return Call(
         v=(v, *v.stride()),
         mask=(v, 0, 0) if mask is None else (mask.view(torch.uint8), *mask.stride()),
