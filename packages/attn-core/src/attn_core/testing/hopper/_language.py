@@ -38,6 +38,7 @@ from attn_core.testing.hopper._threads import (
     Program,
     at_named_barrier,
     changed,
+    end_of_work,
     failed,
     here,
     late_writes,
@@ -212,6 +213,7 @@ def _launch(
             if number is not None:
                 here.enter(Program(number, count), "main", num_warps)
                 function(*values, **constants)
+                end_of_work()
 
     failed.clear()
     late_writes.clear()

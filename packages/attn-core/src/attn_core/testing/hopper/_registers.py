@@ -114,9 +114,14 @@ def reduction(function: Any) -> Any:
     return compute
 
 
-def reduce(x: Tensor, axis: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    rows = (Tensor(row, x.dtype) for row in np.moveaxis(x.array, axis, 0))
-    return functools.reduce(combine, rows)
+def reduce(x: Any, axis: int, combine: Callable[..., Any]) -> Any:
+    """Combine a tensor's rows, or those of a tuple of tensors at once."""
+    xs = x if isinstance(x, tuple) else (x,)
+    parts = ([Tensor(row, part.dtype) for row in np.moveaxis(part.array, axis, 0)] for part in xs)
+    rows: Any = zip(*parts, strict=True)
+    if isinstance(x, tuple):
+        return functools.reduce(lambda a, b: combine(*a, *b), rows)
+    return functools.reduce(lambda a, b: (combine(*a, *b),), rows)[0]
 
 
 def associative_scan(

@@ -92,6 +92,13 @@ def at_named_barrier(stay: bool, barrier: int, threads: int) -> None:
         wait(lambda: state[1] != opened, f"named barrier {barrier}")
 
 
+def end_of_work() -> None:
+    """Leave to global memory what is on its way there; nothing else may be in flight."""
+    if here.products or here.reads:
+        raise ProtocolError(f"{here.name} ends with work in flight")
+    late_writes.extend(here.writes)
+
+
 def warp_specialize(
     partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]],
     warps: Sequence[int],
@@ -102,9 +109,7 @@ def warp_specialize(
     def work(number: int, function: Any, args: tuple[Any, ...], count: int) -> None:
         here.enter(program, f"{function.__name__} of partition {number}", count)
         function(*args)
-        if here.products or here.reads:
-            raise ProtocolError(f"{here.name} ends with work in flight")
-        late_writes.extend(here.writes)
+        end_of_work()
 
     run_at_once(
         [
