@@ -189,6 +189,9 @@ def record_launches(launcher: Any, monkeypatch: Any) -> LaunchRecorder:
 def _type_of(value: Any, is_hinted: bool) -> str:
     if isinstance(value, torch.Tensor):
         return f"{_POINTERS[value.dtype]}:16"
+    if hasattr(value, "block_shape"):  # a tensor descriptor of Gluon's
+        dtype = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{dtype}{value.block_shape},{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     hint = ":1" if value == 1 else ":16" if value % 16 == 0 else ""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_core.launch import Launcher
-from attn_core.tiles.gluon_names import thread_barrier
 from attn_evo._hopper.support import BLOCK_M, HELD_DIM
 from attn_evo._hopper.tiles import (
     FLAT,
@@ -62,18 +60,16 @@ def _attention_backward_gate_kernel(
     half_ratio_ptr,  # [B * H, L, D], contiguous
     inverse_ptr,  # [B * H, L, D], contiguous; where no dW is held, dlocal takes its place
     df_ptr,  # [B * H, L, D], contiguous
-    dq_ptr,  # [B * H, L, D], contiguous: written where D > 64, half_ratio for example
-    dstat_ptr,  # [B * H, L, D], contiguous: written where IS_CAUSAL, df for example
+    dq_ptr,  # [B * H, L, D], contiguous: written where D > 64, half_ratio itself
+    dstat_ptr,  # [B * H, L, D], contiguous: written where IS_CAUSAL, df itself
     dv_ptr,  # [B, H, L, D], contiguous
     partial_matrices_ptr,  # [programs, 4, D, D]
     partial_vectors_ptr,  # [programs, 6, D]
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    IS_CAUSAL: gl.constexpr, OWNS_SEQUENCE: gl.constexpr,
-    D: gl.constexpr, BLOCK_M: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
-    HOLDS_DW_Q: gl.constexpr = D <= _HELD_DIM
-    HOLDS_DW_L: gl.constexpr = HOLDS_DW_Q or OWNS_SEQUENCE
+    HOLDS_DW: gl.constexpr = D <= _HELD_DIM
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, 16], dtype)
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
@@ -104,9 +100,8 @@ def _attention_backward_gate_kernel(
     async_copy.commit_group()
     bias_row.store(gl.load(vectors_ptr + W_L * D + gl.arange(0, D, ROW)))
     store_columns_of_ones(ones, 3, D)
-    if HOLDS_DW_Q:
+    if HOLDS_DW:
         dw_q = gl.zeros([D, D], gl.float32, accumulators(D))
-    if HOLDS_DW_L:
         dw_l = gl.zeros([D, D], gl.float32, accumulators(D))
     sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
     for tile in range(first, last):
@@ -155,8 +150,7 @@ def _attention_backward_gate_kernel(
         local = begin_with(bias_row, BLOCK_M, D)
         local = warpgroup_mma(v, w_l.permute((1, 0)), local, is_async=True)
         dv = warpgroup_mma(dq_tile, weights.index(W_Q + zero), dv, is_async=True)
-        if not OWNS_SEQUENCE:  # else nobody else needs the sum of a chunk
-            sums = add_column_sums(sums, dstat_tile, ones, zero, BLOCK_M)
+        sums = add_column_sums(sums, dstat_tile, ones, zero, BLOCK_M)
         if IS_CAUSAL:
             store_rows(dstat_ptr, dstat_tile, rows, BLOCK_M, D)
         local, dv, sums = warpgroup_mma_wait(0, deps=(local, dv, sums))
@@ -164,22 +158,15 @@ def _attention_backward_gate_kernel(
         dlocal_tile.store(pair_product(minus_ddenominator, minus_sign(local.to(dtype))))
         fence_async_shared()
         dv = warpgroup_mma(dlocal_tile, w_l, dv, is_async=True)
-        if HOLDS_DW_Q:
+        if HOLDS_DW:
             dw_q = warpgroup_mma(dq_tile.permute((1, 0)), v, dw_q, is_async=True)
             sums = add_column_sums(sums, dq_tile, ones, 1 + zero, BLOCK_M)
-        else:
-            store_rows(dq_ptr, dq_tile, rows, BLOCK_M, D)
-        if HOLDS_DW_L:
             dw_l = warpgroup_mma(dlocal_tile.permute((1, 0)), v, dw_l, is_async=True)
             sums = add_column_sums(sums, dlocal_tile, ones, 2 + zero, BLOCK_M)
-        else:
-            store_rows(inverse_ptr, dlocal_tile, rows, BLOCK_M, D)
-        if HOLDS_DW_Q:
             dv, dw_q, dw_l, sums = warpgroup_mma_wait(0, deps=(dv, dw_q, dw_l, sums))
-        elif HOLDS_DW_L:
-            dv, dw_l, sums = warpgroup_mma_wait(0, deps=(dv, dw_l, sums))
-            thread_barrier()  # the other warpgroup's products have read what is overwritten now
         else:
+            store_rows(dq_ptr, dq_tile, rows, BLOCK_M, D)
+            store_rows(inverse_ptr, dlocal_tile, rows, BLOCK_M, D)
             dv = warpgroup_mma_wait(0, deps=(dv,))
         dq_tile.store(dv.to(dtype))
         store_rows(dv_ptr, dq_tile, rows, BLOCK_M, D)
@@ -191,47 +178,32 @@ def _attention_backward_gate_kernel(
         dv_ptr += BLOCK_M * D
 
     offs_d = gl.arange(0, D, COLUMNS)
-    if not OWNS_SEQUENCE:
-        head = DSTAT * num_heads.to(gl.int64) + pid_bh
-        row = chunk_sums_ptr + (head * num_chunks + pid_c) * D + offs_d
-        gl.store(row, column_sums(sums, 0, D))
-    row = partial_vectors_ptr + gl.program_id(0).to(gl.int64) * 6 * D + offs_d
-    if HOLDS_DW_Q:
+    head = DSTAT * num_heads.to(gl.int64) + pid_bh
+    row = chunk_sums_ptr + (head * num_chunks + pid_c) * D + offs_d
+    gl.store(row, column_sums(sums, 0, D))
+    if HOLDS_DW:
+        row = partial_vectors_ptr + gl.program_id(0).to(gl.int64) * 6 * D + offs_d
         gl.store(row + W_Q * D, column_sums(sums, 1, D))
-        store_partial(partial_matrices_ptr, dw_q, W_Q, D)
-    if HOLDS_DW_L:
         gl.store(row + W_L * D, column_sums(sums, 2, D))
+        store_partial(partial_matrices_ptr, dw_q, W_Q, D)
         store_partial(partial_matrices_ptr, dw_l, W_L, D)
 
 
 _launch_gate = Launcher(_attention_backward_gate_kernel)
 
 
-def backward_gate(
-    work: Work,
-    dq: torch.Tensor | None = None,
-    dstat: torch.Tensor | None = None,
-    owns_sequence: bool = False,
-) -> None:
-    """As `_triton.backward`'s gate and, where D = 64, its products.
-
-    Without `dq` and `dstat` they take the place of n and df.
-    """
+def backward_gate(work: Work) -> None:
+    """As `_triton.backward`'s gate and, where D = 64, its products."""
     call, scratch = work.call, work.scratch
     v = call.v[0]
-    dq = work.half_ratio if dq is None else dq
-    dstat = work.df if dstat is None else dstat
     _launch_gate(
         call.num_programs,
         strides=v.stride(),
         args=(
             v, *v.stride()[:3], scratch.matrices, scratch.vectors, scratch.chunk_sums,
-            work.half_ratio, work.inverse, work.df, dq, dstat, work.dv, *work.partials,
-            *call.sizes,
+            work.half_ratio, work.inverse, work.df, work.half_ratio, work.df, work.dv,
+            *work.partials, *call.sizes,
         ),
-        constexprs={
-            "IS_CAUSAL": work.causal, "OWNS_SEQUENCE": owns_sequence,
-            "D": v.shape[-1], "BLOCK_M": BLOCK_M,
-        },
+        constexprs={"IS_CAUSAL": work.causal, "D": v.shape[-1], "BLOCK_M": BLOCK_M},
         config=configs.hopper_kernel(v, call.config),
     )  # fmt: skip

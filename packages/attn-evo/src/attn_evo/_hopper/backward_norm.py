@@ -44,7 +44,6 @@ from attn_evo._hopper.tiles import (
     sum_rows,
     with_sign,
 )
-from attn_evo._hopper.whole.tiles import PIECE, of_each_thread
 from attn_evo._triton import configs, problem
 from attn_evo._triton.tiles import (
     DCONTEXT,
@@ -86,8 +85,7 @@ def _attention_backward_norm_kernel(
     v_ptr, stride_vb, stride_vh, stride_vl,
     dout_ptr, stride_dob, stride_doh, stride_dol,
     matrices_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
-    contexts_ptr,  # [B * H, tiles, D]: the context before each tile, or where OWNS_SEQUENCE:
-    # [B * H, pieces, D], written: half the context before each piece of PIECE tokens
+    contexts_ptr,  # [B * H, tiles, D]: the context before each tile
     half_ratio_ptr,  # [B * H, L, D], contiguous
     inverse_ptr,  # [B * H, L, D], contiguous: 1 / denominator, with the sign of stat
     df_ptr,  # [B * H, L, D], contiguous
@@ -95,8 +93,7 @@ def _attention_backward_norm_kernel(
     partial_matrices_ptr,  # [programs, 4, D, D]
     partial_vectors_ptr,  # [programs, 6, D]
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
-    IS_CAUSAL: gl.constexpr, OWNS_SEQUENCE: gl.constexpr,
-    D: gl.constexpr, BLOCK_M: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     IS_BFLOAT16: gl.constexpr = dtype == gl.bfloat16
@@ -105,10 +102,7 @@ def _attention_backward_norm_kernel(
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, 16], dtype)
     HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_M], dtype)
     COLUMNS: gl.constexpr = gl.SliceLayout(1, column_accumulators(D))
-    if OWNS_SEQUENCE:
-        ROW: gl.constexpr = COLUMNS
-    else:
-        ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [D // 16], [0])
     pid_bh, pid_c, b, h, first, last = chunk_of_program(H, num_tiles, num_chunks, tiles_per_chunk)
     stat_head = (num_heads + pid_bh).to(gl.int64)  # of tables [4, B * H, rows, D]
     v_ptr += b * stride_vb + h * stride_vh + (first * BLOCK_M).to(gl.int64) * stride_vl
@@ -118,11 +112,7 @@ def _attention_backward_norm_kernel(
     inverse_ptr += token
     df_ptr += token
     dcontext_ptr += token
-    num_pieces = gl.cdiv(L, PIECE)
-    if OWNS_SEQUENCE:
-        contexts_ptr += pid_bh.to(gl.int64) * num_pieces * D
-    else:
-        contexts_ptr += pid_bh.to(gl.int64) * num_tiles * D
+    contexts_ptr += pid_bh.to(gl.int64) * num_tiles * D
     if IS_CAUSAL:
         contexts_ptr += first * D
     tile_sums_ptr += (stat_head * num_tiles + first) * D
@@ -146,15 +136,10 @@ def _attention_backward_norm_kernel(
     async_copy.commit_group()
     store_columns_of_ones(ones, 4, D)
 
-    if OWNS_SEQUENCE:
-        context_i = gl.zeros([D], gl.float32, ROW)
-        stat_i = gl.zeros([D], gl.float32, ROW)
-    else:
-        context_i = gl.load(contexts_ptr + offs_d)
+    context_i = gl.load(contexts_ptr + offs_d)
     if IS_CAUSAL:
         store_triangle(half_tiles.index(0), False, BLOCK_M, D)
-        if not OWNS_SEQUENCE:
-            stat_i = sum_rows(stat_sums_ptr, pid_c, D, ROW)
+        stat_i = sum_rows(stat_sums_ptr, pid_c, D, ROW)
     else:
         context_row.store(context_i * 0.5)
         stat_row.store(gl.load(stat_sums_ptr + offs_d))
@@ -162,15 +147,6 @@ def _attention_backward_norm_kernel(
     if HOLDS_DW:
         dw_f = gl.zeros([D, D], gl.float32, accumulators(D))
     sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
-    if OWNS_SEQUENCE:
-        apart = 64 * of_each_thread(opaque_zero(num_tiles))
-        v_ptr += apart
-        dout_ptr += apart
-        contexts_ptr += apart
-        half_ratio_ptr += apart
-        inverse_ptr += apart
-        df_ptr += apart
-        dcontext_ptr += apart
     for tile in range(first, last):
         start = tile * BLOCK_M
         rows = L - start
@@ -187,7 +163,7 @@ def _attention_backward_norm_kernel(
         v_ptr += BLOCK_M * stride_vl
         start_copy(v_tiles.index(1 - stage), v_ptr, stride_vl, num_rows, BLOCK_M, D)
         async_copy.commit_group()
-        if IS_CAUSAL and not OWNS_SEQUENCE:
+        if IS_CAUSAL:
             stat_i += gl.load(tile_sums_ptr + offs_d)
             tile_sums_ptr += D
             contexts_ptr += gl.where(tile + 1 < last, D, 0)
@@ -198,48 +174,20 @@ def _attention_backward_norm_kernel(
         stat = begin_with(stat_row, BLOCK_M, D)
         if IS_CAUSAL:
             context = warpgroup_mma(half_tile, v, context, is_async=True)
-            if OWNS_SEQUENCE:
-                piece_sums = gl.zeros([D, 16], gl.float32, column_accumulators(D))
-                for piece in gl.static_range(BLOCK_M // PIECE):
-                    part = v.slice(piece * PIECE, PIECE)
-                    piece_sums = add_column_sums(piece_sums, part, ones, piece + zero, PIECE)
-                context, piece_sums = warpgroup_mma_wait(0, deps=(context, piece_sums))
-                for piece in gl.static_range(BLOCK_M // PIECE):
-                    number = tile * (BLOCK_M // PIECE) + piece
-                    ptrs = contexts_ptr + number * D + offs_d
-                    gl.store(ptrs, 0.5 * context_i, mask=(offs_d < D) & (number < num_pieces))
-                    context_i += column_sums(piece_sums, piece, D)
-            else:
-                context = warpgroup_mma_wait(0, deps=(context,))
+            context = warpgroup_mma_wait(0, deps=(context,))
             inverse_count = gl.expand_dims(2.0 / (start + 1 + offs_m).to(gl.float32), 1)
             mean = left_operand((context * inverse_count).to(dtype), low, D)
             logit = begin_linear(mean, weights, biases, W_G + zero, BLOCK_M, D)
-        if OWNS_SEQUENCE:  # it has registers for two products more, in the time of other work
-            local = begin_linear(v, weights, biases, W_L + zero, BLOCK_M, D)
-            logit = warpgroup_mma_wait(1, deps=(logit,))
+            logit = warpgroup_mma_wait(0, deps=(logit,))
             store_gated_values(v, logit, high, low, dtype, D)
-            query = begin_linear(v, weights, biases, W_Q + zero, BLOCK_M, D)
             stat = warpgroup_mma(half_tile, high, stat, is_async=True)
             stat = warpgroup_mma(half_tile, low, stat, is_async=True)
-            gated_sum = gl.zeros([D, 16], gl.float32, column_accumulators(D))
-            gated_sum = add_column_sums(gated_sum, high, ones, zero, BLOCK_M)
-            gated_sum = add_column_sums(gated_sum, low, ones, zero, BLOCK_M)
-            deps = (stat, gated_sum, local, query)
-            stat, gated_sum, local, query = warpgroup_mma_wait(0, deps=deps)
-            stat_i += 0.5 * column_sums(gated_sum, 0, D)  # the gated values were doubled
-            inverse = reciprocal(add_magnitudes(stat, local) + EPSILON)
-        else:
-            if IS_CAUSAL:
-                logit = warpgroup_mma_wait(0, deps=(logit,))
-                store_gated_values(v, logit, high, low, dtype, D)
-                stat = warpgroup_mma(half_tile, high, stat, is_async=True)
-                stat = warpgroup_mma(half_tile, low, stat, is_async=True)
-                stat = warpgroup_mma_wait(0, deps=(stat,))
-            local = begin_linear(v, weights, biases, W_L + zero, BLOCK_M, D)
-            local = warpgroup_mma_wait(0, deps=(local,))
-            inverse = reciprocal(add_magnitudes(stat, local) + EPSILON)
-            query = begin_linear(v, weights, biases, W_Q + zero, BLOCK_M, D)
-            query = warpgroup_mma_wait(0, deps=(query,))
+            stat = warpgroup_mma_wait(0, deps=(stat,))
+        local = begin_linear(v, weights, biases, W_L + zero, BLOCK_M, D)
+        local = warpgroup_mma_wait(0, deps=(local,))
+        inverse = reciprocal(add_magnitudes(stat, local) + EPSILON)
+        query = begin_linear(v, weights, biases, W_Q + zero, BLOCK_M, D)
+        query = warpgroup_mma_wait(0, deps=(query,))
         half_ratio = query * inverse
         high.store(with_sign(inverse, stat).to(dtype))
         store_rows(inverse_ptr, high, rows, BLOCK_M, D)
@@ -318,29 +266,19 @@ def _attention_backward_norm_kernel(
 _launch_norm = Launcher(_attention_backward_norm_kernel)
 
 
-def backward_norm(work: Work, dout: torch.Tensor, contexts: torch.Tensor | None = None) -> None:
-    """As `_triton.backward`'s ratio and norm, but for the gradient of W_f where D > 64.
-
-    With `contexts`, which it fills, programs own a whole sequence each.
-    """
+def backward_norm(work: Work, dout: torch.Tensor) -> None:
+    """As `_triton.backward`'s ratio and norm, but for the gradient of W_f where D > 64."""
     call, scratch = work.call, work.scratch
     v = call.v[0]
-    owns_sequence = contexts is not None
-    contexts = scratch.contexts if contexts is None else contexts
     args: tuple[Any, ...] = (
         v, *v.stride()[:3], dout, *dout.stride()[:3], scratch.matrices, scratch.vectors,
-        scratch.tile_sums, scratch.chunk_sums, contexts, work.half_ratio, work.inverse,
+        scratch.tile_sums, scratch.chunk_sums, scratch.contexts, work.half_ratio, work.inverse,
         work.df, work.dcontext, *work.partials, *call.sizes,
     )  # fmt: skip
     _launch_norm(
         call.num_programs,
         strides=(v.stride(), dout.stride()),
         args=args,
-        constexprs={
-            "IS_CAUSAL": work.causal,
-            "OWNS_SEQUENCE": owns_sequence,
-            "D": v.shape[-1],
-            "BLOCK_M": BLOCK_M,
-        },
+        constexprs={"IS_CAUSAL": work.causal, "D": v.shape[-1], "BLOCK_M": BLOCK_M},
         config=configs.hopper_kernel(v, call.config),
     )

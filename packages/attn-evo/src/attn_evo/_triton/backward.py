@@ -115,7 +115,8 @@ def _attention_backward_on_hopper(
 
     D = v.shape[-1]
     is_wide = support.HELD_DIM < D
-    if causal and forward.owns_sequences(v):
+    has_strides = all((*v.stride(), *dout.stride()))  # as the copy engine wants it
+    if causal and has_strides and forward.owns_sequences(v):
         return _attention_backward_of_whole_sequences(dout, v, weights)
     work = work_of(v, weights, None, None, None, causal, None, configs.HOPPER_BACKWARD[D])
     if not causal:
@@ -138,8 +139,8 @@ def _attention_backward_of_whole_sequences(
     dout: torch.Tensor, v: torch.Tensor, weights: EvoWeights
 ) -> tuple[torch.Tensor, torch.Tensor, EvoWeights]:
     """As the above, where a program owns a sequence and carries all sums itself."""
-    from attn_evo._hopper import backward_gate as gate
-    from attn_evo._hopper import backward_norm as norm
+    from attn_evo._hopper.whole import backward_gate as gate
+    from attn_evo._hopper.whole import backward_norm as norm
     from attn_evo._hopper.whole import backward_stat as stat
 
     work = work_of_whole_sequences(v, weights, configs.HOPPER_BACKWARD[v.shape[-1]])
@@ -147,7 +148,7 @@ def _attention_backward_of_whole_sequences(
     contexts = v.new_empty((B * H, ceil_div(L, support.PIECE), D), dtype=torch.float32)
     dq, dstat = torch.empty_like(work.half_ratio), torch.empty_like(work.df)
     norm.backward_norm(work, dout, contexts)
-    gate.backward_gate(work, dq, dstat, owns_sequence=True)
+    gate.backward_gate(work, dq, dstat)
     backward_final_and_query(work, dq)
     stat.backward_stat(work, contexts, dstat)
     return work.dv, work.dsums, backward_weights(work, weights)

@@ -15,14 +15,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from attn_core.launch import Launcher
-from attn_core.tiles.gluon_names import async_load, thread_barrier
+from attn_core.gluon_launch import GluonLauncher
+from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import arrive_at, arrive_at_stage, meet_at, meet_at_stage
-from attn_evo._hopper.tiles import FLAT, opaque_zero
+from attn_evo._hopper import support
+from attn_evo._hopper.tiles import FLAT, opaque_zero, tanh
+from attn_evo._hopper.whole.copies import Tiles, load_rows, load_values, send_rows
 from attn_evo._hopper.whole.tiles import (
     GROUPS,
     PIECE,
@@ -33,7 +37,6 @@ from attn_evo._hopper.whole.tiles import (
     first_token,
     load_column,
     load_transposed,
-    of_each_thread,
     results,
     sixteen,
     square,
@@ -42,12 +45,11 @@ from attn_evo._hopper.whole.tiles import (
     start_linear,
     start_scan,
     store_ones,
-    store_rows,
     store_transposed,
     store_triangle,
 )
-from attn_evo._triton import configs, problem
-from attn_evo._triton.tiles import W_G, rounded, sigmoid_of_double
+from attn_evo._triton import problem
+from attn_evo._triton.tiles import W_G
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
@@ -57,128 +59,110 @@ _DLOGIT_FULL = gl.constexpr(4)  # its piece of dlogit, and of the mean, is there
 _DLOGIT_EMPTY = gl.constexpr(6)  # and has been multiplied
 _DSTAT_FROM = gl.constexpr(8)  # the sum that it leaves the other one
 _DCONTEXT_FROM = gl.constexpr(10)
-# Tiles of a group, in each stage.
-_V = gl.constexpr(0)
-_DSTAT = gl.constexpr(2)
-_DV = gl.constexpr(4)
-_DCONTEXT = gl.constexpr(6)
-_TILES = gl.constexpr(8)
 
 
 @gluon.jit
 def _walk(
-    v_ptr, stride_vl, contexts_ptr, dstat_ptr, dcontext_ptr, dv_ptr, dsums_ptr, num_heads,
-    weight, bias, tiles, work, triangles, contexts, dstat_rows, dcontext_rows,
-    L, last_rows, num_pieces,
+    v_desc, dstat_desc, dcontext_desc, dv_desc, contexts_ptr, dsums_ptr, head, b, h, num_heads,
+    weight, bias, v_tiles, dstat_tiles, dv_tiles, dcontext_tiles, means, dlogits, triangles,
+    dstat_rows, dcontext_rows, full, num_pieces,
     D: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Every other piece, from the last one on or from that before it."""
-    dtype: gl.constexpr = tiles.dtype
-    FIRST: gl.constexpr = _TILES * GROUP
-    offs_d = gl.arange(0, D, gl.BlockedLayout([1], [32], [4], [0]))
+    FIRST: gl.constexpr = STAGES * GROUP
+    BYTES: gl.constexpr = dstat_desc.block_type.nbytes
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     offs_row = gl.arange(0, D, gl.SliceLayout(1, results()))
     offs_t = gl.arange(0, PIECE, gl.SliceLayout(0, results()))
-    rows = last_rows + GROUP * PIECE
-    start = L - rows
-    num_rows = gl.where(start >= 0, rows, 0)
-    context_ptr = contexts_ptr + gl.maximum(num_pieces - 1 - GROUP, 0) * D
-    async_load(contexts.index(STAGES * GROUP), context_ptr + offs_d)
-    v_start = start.to(gl.int64) * stride_vl
-    start_copy(tiles.index(FIRST + _V), v_ptr + v_start, stride_vl, num_rows, 0, PIECE, D)
-    start_copy(tiles.index(FIRST + _DSTAT), dstat_ptr + start * D, D, num_rows, 0, PIECE, D)
-    start_copy(tiles.index(FIRST + _DV), dv_ptr + start * D, D, num_rows, 0, PIECE, D)
-    start_copy(tiles.index(FIRST + _DCONTEXT), dcontext_ptr + start * D, D, num_rows, 0, PIECE, D)
-    async_copy.commit_group()
+    start = (num_pieces - 1 - GROUP) * PIECE
+    now = full.index(FIRST)
+    mbarrier.expect(now, 4 * BYTES)
+    load_values(v_desc, b, h, start, now, v_tiles.index(FIRST))
+    load_rows(dstat_desc, head, start, now, dstat_tiles.index(FIRST))
+    load_rows(dcontext_desc, head, start, now, dcontext_tiles.index(FIRST))
+    load_rows(dv_desc, head, start, now, dv_tiles.index(FIRST))
+    before = gl.load(contexts_ptr + gl.maximum(num_pieces - 1 - GROUP, 0) * D + offs_row)
     if GROUP == 1:  # after the last piece there is nothing
         arrive_at(_DSTAT_FROM + 1, THREADS)
         arrive_at(_DCONTEXT_FROM + 1, THREADS)
-    apart = 64 * of_each_thread(opaque_zero(num_pieces))
-    v_ptr += apart
-    contexts_ptr += apart
-    dstat_ptr += apart
-    dcontext_ptr += apart
-    dv_ptr += apart
     for step in range(GROUP, num_pieces, GROUPS):
         piece = num_pieces - 1 - step
-        rows = last_rows + step * PIECE
-        start = L - rows
-        zero = opaque_zero(rows)
-        stage = (step // GROUPS) % STAGES
-        v = tiles.index(FIRST + _V + stage)
-        dstat = tiles.index(FIRST + _DSTAT + stage)
-        dv_tile = tiles.index(FIRST + _DV + stage)
-        dcontext_tile = tiles.index(FIRST + _DCONTEXT + stage)
-        mean_tile = work.index(2 * GROUP + zero)
-        dlogit_tile = work.index(2 * GROUP + 1 + zero)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        thread_barrier()
-        # The next one, if there is one.
-        num_rows = gl.where(start >= GROUPS * PIECE, PIECE, 0)
-        back = gl.where(start >= GROUPS * PIECE, GROUPS * PIECE, 0)
-        other = FIRST + 1 - stage
-        next_start = start - back + zero
-        context_ptr = contexts_ptr + gl.maximum(piece - GROUPS, 0) * D
-        async_load(contexts.index(STAGES * GROUP + 1 - stage), context_ptr + offs_d)
-        v_start = next_start.to(gl.int64) * stride_vl
-        start_copy(tiles.index(other + _V), v_ptr + v_start, stride_vl, num_rows, zero, PIECE, D)
-        next_ptr = dstat_ptr + next_start * D
-        start_copy(tiles.index(other + _DSTAT), next_ptr, D, num_rows, zero, PIECE, D)
-        next_ptr = dcontext_ptr + next_start * D
-        start_copy(tiles.index(other + _DCONTEXT), next_ptr, D, num_rows, zero, PIECE, D)
-        next_ptr = dv_ptr + next_start * D
-        start_copy(tiles.index(other + _DV), next_ptr, D, num_rows, zero, PIECE, D)
-        async_copy.commit_group()
-
+        start = piece * PIECE
+        zero = opaque_zero(piece + 1)
+        use = step // GROUPS
+        stage = FIRST + use % STAGES + zero
+        other = 2 * FIRST + 1 - stage
+        v = v_tiles.index(stage)
+        dv_tile = dv_tiles.index(stage)
+        dcontext_tile = dcontext_tiles.index(stage)
+        mean_tile = means.index(GROUP + zero)
+        dlogit_tile = dlogits.index(GROUP + zero)
+        mbarrier.wait(full.index(stage), (use // STAGES) & 1)
         context = start_scan(v, triangles.index(zero), D)
-        dgated = start_scan(dstat, triangles.index(1 + zero), D)
-        context, dgated = warpgroup_mma_wait(0, deps=(context, dgated))
+        dgated = start_scan(dstat_tiles.index(stage), triangles.index(1 + zero), D)
+        # The next one; before the first one there are zeros.
+        after = start - GROUPS * PIECE
+        full_next = full.index(other)
+        mbarrier.expect(full_next, 4 * BYTES)
+        load_values(v_desc, b, h, after, full_next, v_tiles.index(other))
+        load_rows(dstat_desc, head, after, full_next, dstat_tiles.index(other))
+        load_rows(dcontext_desc, head, after, full_next, dcontext_tiles.index(other))
         inverse_count = gl.expand_dims(1.0 / (start + 1 + offs_t).to(gl.float32), 0)
-        context += load_column(contexts.index(STAGES * GROUP + stage))
+        context, dgated = warpgroup_mma_wait(0, deps=(context, dgated))
+        context += gl.expand_dims(before, 1)
+        before = gl.load(contexts_ptr + gl.maximum(piece - GROUPS, 0) * D + offs_row)
         if step >= GROUPS:
             meet_at(_DLOGIT_EMPTY + GROUP, THREADS)
         store_transposed(mean_tile, context * (2.0 * inverse_count))
         fence_async_shared()
+        thread_barrier()
         logit = start_linear(mean_tile, weight.index(zero), bias.index(zero), D)
+        tma.store_wait(0)  # dv of the piece before has left its tile
+        load_rows(dv_desc, head, after, full_next, dv_tiles.index(other))
         meet_at(_DSTAT_FROM + (1 - GROUP), THREADS)
         dgated += load_column(dstat_rows.index(1 - GROUP))
-        sum_on = first_token(dgated)
+        dstat_rows.index(GROUP).store(first_token(dgated))
         if piece > 0:
-            dstat_rows.index(GROUP).store(sum_on)
             arrive_at(_DSTAT_FROM + GROUP, THREADS)
-        else:
-            gl.store(dsums_ptr + num_heads.to(gl.int64) * D + offs_row, sum_on)
         logit = warpgroup_mma_wait(0, deps=(logit,))
-        gate = sigmoid_of_double(logit, True)
-        dgated *= gate
-        dlogit = 2.0 * dgated * load_transposed(v) * (1.0 - gate)
-        store_transposed(dlogit_tile, rounded(dlogit, dtype))
-        dv = load_transposed(dv_tile) + dgated
+        t = tanh(logit)  # of which sigmoid(2 logit) is (1 + t) / 2
+        dgated *= 0.5 * t + 0.5
+        dlogit = dgated * load_transposed(v) * (1.0 - t)
+        store_transposed(dlogit_tile, dlogit)
         fence_async_shared()
         arrive_at(_DLOGIT_FULL + GROUP, THREADS)
+        thread_barrier()
         dmean = start_input_gradient(dlogit_tile, weight.index(zero), D)
         dmean = warpgroup_mma_wait(0, deps=(dmean,))
         dcontext = load_transposed(dcontext_tile) + dmean * inverse_count
-        store_transposed(dcontext_tile, rounded(dcontext, dtype))
+        store_transposed(dcontext_tile, dcontext)
         fence_async_shared()
+        thread_barrier()
         dcontext = start_scan(dcontext_tile, triangles.index(1 + zero), D)
+        dgated += load_transposed(dv_tile)
         dcontext = warpgroup_mma_wait(0, deps=(dcontext,))
         meet_at(_DCONTEXT_FROM + (1 - GROUP), THREADS)
         dcontext += load_column(dcontext_rows.index(1 - GROUP))
-        sum_on = first_token(dcontext)
+        dcontext_rows.index(GROUP).store(first_token(dcontext))
         if piece > 0:
-            dcontext_rows.index(GROUP).store(sum_on)
             arrive_at(_DCONTEXT_FROM + GROUP, THREADS)
-        else:
-            gl.store(dsums_ptr + offs_row, sum_on)
-        store_transposed(dv_tile, rounded(dv + dcontext, dtype))
-        store_rows(dv_ptr + (start + zero) * D, dv_tile, rows, zero, PIECE, D)
-    async_copy.wait_group(0)
+        store_transposed(dv_tile, dgated + dcontext)
+        fence_async_shared()
+        thread_barrier()
+        send_rows(dv_desc, head, start, dv_tile)
+    # What was loaded ahead must have come before the program ends.
+    uses = (num_pieces - GROUP + 1) // GROUPS
+    mbarrier.wait(full.index(FIRST + uses % STAGES), (uses // STAGES) & 1)
+    tma.store_wait(0)
+    if (num_pieces - 1) % GROUPS == GROUP:  # it had the first piece
+        offs_d = gl.arange(0, D, ROW)
+        gl.store(dsums_ptr + offs_d, dcontext_rows.index(GROUP).load(ROW))
+        row = dsums_ptr + num_heads.to(gl.int64) * D
+        gl.store(row + offs_d, dstat_rows.index(GROUP).load(ROW))
 
 
 @gluon.jit
 def _add_products(
-    partial_matrices_ptr, partial_vectors_ptr, work, ones, num_pieces, D: gl.constexpr
+    partial_matrices_ptr, partial_vectors_ptr, means, dlogits, ones, num_pieces, D: gl.constexpr
 ):
     """The gradients of W_g and of its bias, of the pieces of both groups."""
     dw_g = gl.zeros([D, D], gl.float32, square(D))
@@ -186,8 +170,8 @@ def _add_products(
     for step in range(num_pieces):
         group = step % GROUPS
         meet_at_stage(_DLOGIT_FULL, group, THREADS)
-        mean_tile = work.index(2 * group)
-        dlogit_tile = work.index(2 * group + 1)
+        mean_tile = means.index(group)
+        dlogit_tile = dlogits.index(group)
         dw_g = warpgroup_mma(dlogit_tile.permute((1, 0)), mean_tile, dw_g, is_async=True)
         sums = add_row_sums(sums, dlogit_tile, ones)
         dw_g, sums = warpgroup_mma_wait(0, deps=(dw_g, sums))
@@ -203,46 +187,48 @@ def _add_products(
 
 @gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_whole_stat_kernel(
-    v_ptr, stride_vb, stride_vh, stride_vl,
+    v_desc, dstat_desc, dcontext_desc, dv_desc,
     matrices_ptr, vectors_ptr,
     contexts_ptr,  # [B * H, pieces, D]: half the context before each piece
-    dstat_ptr, dcontext_ptr,  # [B * H, L, D], contiguous
-    dv_ptr,  # [B, H, L, D], contiguous
     dsums_ptr,  # [2, B, H, D], contiguous
     partial_matrices_ptr,  # [programs, 4, D, D]
     partial_vectors_ptr,  # [programs, 6, D]
-    L, H, num_heads, num_pieces,
+    H, num_heads, num_pieces,
     D: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = v_ptr.dtype.element_ty
+    dtype: gl.constexpr = v_desc.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PIECE, D], dtype)
     WEIGHT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], dtype)
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, 16], dtype)
     TRIANGLE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PIECE, PIECE], dtype)
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     pid = gl.program_id(0)
     head = pid.to(gl.int64)
-    v_ptr += (pid // H).to(gl.int64) * stride_vb + (pid % H).to(gl.int64) * stride_vh
+    b = pid // H
+    h = pid % H
     contexts_ptr += head * num_pieces * D
-    dstat_ptr += head * L * D
-    dcontext_ptr += head * L * D
-    dv_ptr += head * L * D
     dsums_ptr += head * D
     partial_matrices_ptr += (head * 4 + W_G) * D * D
     partial_vectors_ptr += (head * 6 + W_G) * D
-    last_rows = L - (num_pieces - 1) * PIECE
 
     weight = gl.allocate_shared_memory(dtype, [1, D, D], WEIGHT)
     bias = gl.allocate_shared_memory(gl.float32, [1, D], FLAT)
-    tiles = gl.allocate_shared_memory(dtype, [GROUPS * _TILES, PIECE, D], TILE)
-    work = gl.allocate_shared_memory(dtype, [GROUPS * 2, PIECE, D], TILE)
+    v_tiles = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, PIECE, D], TILE)
+    dstat_tiles = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, PIECE, D], TILE)
+    dv_tiles = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, PIECE, D], TILE)
+    dcontext_tiles = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, PIECE, D], TILE)
+    means = gl.allocate_shared_memory(dtype, [GROUPS, PIECE, D], TILE)
+    dlogits = gl.allocate_shared_memory(dtype, [GROUPS, PIECE, D], TILE)
     ones = gl.allocate_shared_memory(dtype, [16, 16], ONES)
     triangles = gl.allocate_shared_memory(dtype, [2, PIECE, PIECE], TRIANGLE)
-    contexts = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, D], FLAT)
     dstat_rows = gl.allocate_shared_memory(gl.float32, [GROUPS, D], FLAT)
     dcontext_rows = gl.allocate_shared_memory(gl.float32, [GROUPS, D], FLAT)
+    full = gl.allocate_shared_memory(gl.int64, [GROUPS * STAGES, 1], BARRIER)
+    for i in gl.static_range(GROUPS * STAGES):
+        mbarrier.init(full.index(i), count=1)
     offs_d = gl.arange(0, D, ROW)
-    start_copy(weight.index(0), matrices_ptr + W_G * D * D, D, D, 0, D, D)
+    start_copy(weight.index(0), matrices_ptr + W_G * D * D, D, D)
     async_copy.commit_group()
     bias.index(0).store(gl.load(vectors_ptr + W_G * D + offs_d))
     dstat_rows.index(1).store(gl.zeros([D], gl.float32, ROW))
@@ -257,22 +243,22 @@ def _attention_backward_whole_stat_kernel(
             (
                 _walk,
                 (
-                    v_ptr, stride_vl, contexts_ptr, dstat_ptr, dcontext_ptr, dv_ptr, dsums_ptr,
-                    num_heads, weight, bias, tiles, work, triangles, contexts, dstat_rows,
-                    dcontext_rows, L, last_rows, num_pieces, D, 0,
+                    v_desc, dstat_desc, dcontext_desc, dv_desc, contexts_ptr, dsums_ptr, pid, b, h,
+                    num_heads, weight, bias, v_tiles, dstat_tiles, dv_tiles, dcontext_tiles, means,
+                    dlogits, triangles, dstat_rows, dcontext_rows, full, num_pieces, D, 0,
                 ),
             ),
             (
                 _walk,
                 (
-                    v_ptr, stride_vl, contexts_ptr, dstat_ptr, dcontext_ptr, dv_ptr, dsums_ptr,
-                    num_heads, weight, bias, tiles, work, triangles, contexts, dstat_rows,
-                    dcontext_rows, L, last_rows, num_pieces, D, 1,
+                    v_desc, dstat_desc, dcontext_desc, dv_desc, contexts_ptr, dsums_ptr, pid, b, h,
+                    num_heads, weight, bias, v_tiles, dstat_tiles, dv_tiles, dcontext_tiles, means,
+                    dlogits, triangles, dstat_rows, dcontext_rows, full, num_pieces, D, 1,
                 ),
             ),
             (
                 _add_products,
-                (partial_matrices_ptr, partial_vectors_ptr, work, ones, num_pieces, D),
+                (partial_matrices_ptr, partial_vectors_ptr, means, dlogits, ones, num_pieces, D),
             ),
         ],
         [4, 4],
@@ -281,21 +267,22 @@ def _attention_backward_whole_stat_kernel(
 
 
 # Registers of a thread at the start, which warp_specialize shares out: 160 where two take turns.
-_launch_stat = Launcher(_attention_backward_whole_stat_kernel, maxnreg=168)
+_REGISTERS = 168
+_launch_stat = GluonLauncher(_attention_backward_whole_stat_kernel)
 
 
 def backward_stat(work: Work, contexts: torch.Tensor, dstat: torch.Tensor) -> None:
     """As `_triton.backward`'s stat and context."""
     call, scratch = work.call, work.scratch
     v = call.v[0]
-    L, H, num_heads, *_ = call.sizes
+    _, H, num_heads, *_ = call.sizes
+    tensors = v, dstat, work.dcontext, work.dv.view(dstat.shape)
     _launch_stat(
         num_heads,
-        strides=v.stride(),
         args=(
-            v, *v.stride()[:3], scratch.matrices, scratch.vectors, contexts, dstat, work.dcontext,
-            work.dv, work.dsums, *work.partials, L, H, num_heads, contexts.shape[1],
+            *(Tiles(x, support.PIECE) for x in tensors), scratch.matrices, scratch.vectors,
+            contexts, work.dsums, *work.partials, H, num_heads, contexts.shape[1],
         ),
-        constexprs={"D": v.shape[-1]},
-        config=configs.hopper_kernel(v, call.config)._replace(num_warps=4),
+        constants={"D": v.shape[-1]},
+        maxnreg=_REGISTERS,
     )  # fmt: skip

@@ -55,26 +55,12 @@ def of_each_thread(x):
 
 
 @gluon.jit
-def start_copy(tile, ptr, stride, num_rows, zero, ROWS: gl.constexpr, D: gl.constexpr):
-    """Start to copy the first `num_rows` rows of [ROWS, D]; the others arrive as zeros.
-
-    With an `opaque_zero` addresses are worked out here, where a loop would keep them over it.
-    """
+def start_copy(tile, ptr, ROWS: gl.constexpr, D: gl.constexpr):
+    """Start to copy [ROWS, D], which is contiguous."""
     LAYOUT: gl.constexpr = copied(D)
-    offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + zero
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    ptrs = ptr + (offs_row[:, None] * stride + offs_d[None, :])
-    async_load(tile, ptrs, mask=(offs_row < num_rows)[:, None] & (offs_d < D)[None, :])
-
-
-@gluon.jit
-def store_rows(ptr, tile, num_rows, zero, ROWS: gl.constexpr, D: gl.constexpr):
-    """Copy the first `num_rows` rows of a tile to memory, where they are contiguous."""
-    LAYOUT: gl.constexpr = copied(D)
-    offs_row = (gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + zero)[:, None]
+    offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
     offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    mask = (offs_row < num_rows) & (offs_d < D)
-    gl.store(ptr + (offs_row * D + offs_d), tile.load(LAYOUT), mask=mask)
+    async_load(tile, ptr + (offs_row * D + offs_d))
 
 
 @gluon.jit
