@@ -139,7 +139,6 @@ def make_stand_ins(gl):
         "rounded": lambda x, dtype: tensor(round_to(x.array, dtype)).to(dtype),
         "has_values": lambda v: gl.tensor((v.array != 0).any(1)),
         "settled": lambda x: x,
-        "of_each_thread": lambda x: x,
         "magnitude": lambda x: tensor(np.abs(x.array)),
         "add_magnitudes": lambda x, y: tensor(np.abs(x.array) + np.abs(y.array)),
         "with_sign": lambda x, y: tensor(np.where(np.signbit(y.array), -x.array, x.array)),

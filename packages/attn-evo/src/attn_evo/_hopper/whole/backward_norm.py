@@ -214,8 +214,6 @@ def _attention_backward_whole_norm_kernel(
         low = work.index(1 + zero)
         v = v_tiles.index(stage)
         next_v = v_tiles.index(other)
-        tma.store_wait(2)  # half_ratio of the tile before has left `next_v`
-        thread_barrier()
         mean = left_operand((context * twice_inverse(start + 1 + offs_m)).to(dtype), next_v, D)
         logit = begin_linear(mean, weights, biases, W_G + zero, _ROWS, D)
         local = begin_linear(v, weights, biases, W_L + zero, _ROWS, D)
@@ -274,7 +272,7 @@ def _attention_backward_whole_norm_kernel(
         shift = (own_mean - gl.expand_dims(mean_x, 1)) * gl.expand_dims(scale, 1)
         x = x * gl.expand_dims(gl.expand_dims(scale, 1), 2) + gl.expand_dims(shift, 2)
         x = gl.convert_layout(gl.reshape(x, [_ROWS, D]), accumulators(D), assert_trivial=True)
-        tma.store_wait(0)  # what was in `high` has left it
+        tma.store_wait(0)  # what was in `high` has left it, and half_ratio has left `v`
         thread_barrier()
         high.store(pair_product(x.to(dtype), dout))
         fence_async_shared()

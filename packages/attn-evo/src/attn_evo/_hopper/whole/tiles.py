@@ -42,19 +42,6 @@ def copied(D):
 
 
 @gluon.jit
-def of_each_thread(x):
-    """x, of which the compiler does not know that all threads of a warp have the same.
-
-    What hangs on it is kept in registers of threads. Those of warps are few, and the addresses of
-    products take them all.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; mov.u32 t, %laneid; shr.u32 t, t, 5; add.s32 $0, t, $1; }", "=r,r", [x],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def start_copy(tile, ptr, ROWS: gl.constexpr, D: gl.constexpr):
     """Start to copy [ROWS, D], which is contiguous."""
     LAYOUT: gl.constexpr = copied(D)
