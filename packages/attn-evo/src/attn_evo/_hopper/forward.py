@@ -85,11 +85,11 @@ def running_sums(
     call: problem.Call, weights: EvoWeights, sums_after: torch.Tensor
 ) -> problem.Scratch:
     """As `_triton.forward.running_sums`, with `causal`."""
-    scratch = forward.sums_of_values(call, weights)
     v = call.v[0]
     if v.dtype == torch.float32:
         stat = attention_stat_float32
     else:
         stat = {64: attention_stat, 128: attention_stat_wide}[v.shape[-1]]
+    scratch = forward.sums_of_values(call, weights, starts_next=stat is attention_stat)
     stat(call, scratch, sums_after)
     return scratch

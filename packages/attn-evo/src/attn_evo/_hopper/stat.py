@@ -2,6 +2,7 @@
 
 It takes the place of Triton's kernel for D = 64. Three programs of a warpgroup share an SM. Each
 computes two tiles at a time, which do not wait for each other: the context before either is known.
+They are started, and load their first values, before `sums` has ended.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from attn_core.launch import Launcher
 from attn_core.tiles.gluon_names import reinterpret
@@ -106,6 +108,7 @@ def _attention_stat_kernel(
     v_ptr += BLOCK_M * stride_vl
     rows = gl.where(first + 1 < last, rows - BLOCK_M, 0)
     start_copy(v_tiles.index(1), v_ptr, stride_vl, rows, BLOCK_M, D)
+    gdc_wait()  # so far nothing came from the launch before
     start_copy(weight, matrices_ptr + W_G * D * D, D, D, D, D)
     start_copy(bias, biases_ptr + W_G * BIAS_ROWS * D, D, BIAS_ROWS, BIAS_ROWS, D)
     async_copy.commit_group()
@@ -173,7 +176,7 @@ def _attention_stat_kernel(
         gl.store(sums_after_ptr + pid_bh.to(gl.int64) * D + offs_d, context_0)
 
 
-_launch_stat = Launcher(_attention_stat_kernel, maxnreg=_REGISTERS)
+_launch_stat = Launcher(_attention_stat_kernel, maxnreg=_REGISTERS, launch_pdl=True)
 
 
 def attention_stat(call: problem.Call, scratch: problem.Scratch, sums_after: torch.Tensor) -> None:

@@ -63,6 +63,11 @@ from attn_evo._triton.tiles import (
 )
 from attn_evo.weights import EvoWeights
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents
+except ImportError:  # of a Triton without kernels for Hopper, where no launch starts early
+    gdc_launch_dependents = None
+
 PACKED_ROWS = tl.constexpr(16)  # of a matrix, which one program packs
 
 
@@ -148,9 +153,11 @@ def _attention_sums_kernel(
     matrices_ptr, biases_ptr, vectors_ptr, tile_sums_ptr, chunk_sums_ptr,
     L, H, num_heads, num_tiles, num_chunks, tiles_per_chunk,
     HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    STARTS_NEXT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
+    if STARTS_NEXT:  # the next launch may begin, which waits for what it needs of this one
+        gdc_launch_dependents()
     pid_bh = tl.program_id(0) // num_chunks
     pid_c = tl.program_id(0) % num_chunks
     num_pieces = tl.cdiv(BLOCK_D, PACKED_ROWS)
@@ -446,7 +453,7 @@ def running_sums(
 
 
 def sums_of_values(
-    call: problem.Call, weights: EvoWeights, only_packs: bool = False
+    call: problem.Call, weights: EvoWeights, only_packs: bool = False, starts_next: bool = False
 ) -> problem.Scratch:
     """Pack the weights and, unless that is all, sum up v over tiles and chunks."""
     scratch = problem.scratch(call)
@@ -464,7 +471,7 @@ def sums_of_values(
         args=(*args, *scratch[:-1], L, H, num_heads, *cut),
         constexprs={
             "HEAD_DIM": call.flags["HEAD_DIM"], "HAS_MASK": call.flags["HAS_MASK"],
-            "PRECISION": call.numerics["PRECISION"], **call.blocks,
+            "PRECISION": call.numerics["PRECISION"], "STARTS_NEXT": starts_next, **call.blocks,
         },
         config=configs.SUMS,
     )  # fmt: skip
