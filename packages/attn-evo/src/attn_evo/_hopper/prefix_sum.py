@@ -16,7 +16,6 @@ from attn_evo._triton import problem
 from attn_evo._triton.prefix_sum import (
     GROUP,
     PUBLISHED,
-    joined_sums,
     outer_offset,
     published,
     tile_of_program,
@@ -49,6 +48,21 @@ def _sum_before(words_ptr, place, num_tiles, BLOCK_C: gl.constexpr):
 
 
 @gluon.jit
+def _sums_before_runs(runs, REVERSE: gl.constexpr):
+    """Sum of the runs before each one [runs, columns], in reverse of those after it.
+
+    Nothing is subtracted: no sum knows what comes later. A thread has whole columns, so of the
+    choices only additions are left.
+    """
+    PAIRS: gl.constexpr = gl.BlockedLayout([_RUNS, _RUNS, 1], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    run = gl.arange(0, _RUNS, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS)))[:, None]
+    other = gl.arange(0, _RUNS, gl.SliceLayout(0, gl.SliceLayout(2, PAIRS)))[None, :]
+    is_added = other > run if REVERSE else other < run
+    runs = gl.expand_dims(gl.convert_layout(runs, gl.SliceLayout(0, PAIRS)), 0)
+    return gl.sum(gl.where(gl.expand_dims(is_added, 2), runs, 0.0), 1)
+
+
+@gluon.jit
 def _step(tile, index: gl.constexpr, LAYOUT: gl.constexpr):
     """One element of each run [runs, columns] of a tile [runs, elements, columns], in float32."""
     return gl.sum(tile.slice(index, 1, dim=1).load(LAYOUT).to(gl.float32), 1)
@@ -68,7 +82,6 @@ def _prefix_sum_columns_kernel(
     WALKED: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 1, 8], [4, 1, 1], [2, 1, 0])
     STEP: gl.constexpr = gl.SliceLayout(1, WALKED)
     COLUMN: gl.constexpr = gl.SliceLayout(0, STEP)
-    UPRIGHT: gl.constexpr = gl.BlockedLayout([_RUNS, 1], [1, 32], [1, 4], [1, 0])
     column, place, pid_c, outer, start = tile_of_program(
         C, num_columns, num_tiles, REVERSE, BLOCK_N, BLOCK_C
     )
@@ -103,9 +116,7 @@ def _prefix_sum_columns_kernel(
         gl.store(row + offs_d, published(carry + total))
 
     thread_barrier()  # or the tile is kept in registers from the first walk on
-    runs = gl.convert_layout(runs, UPRIGHT)
-    nothing = gl.zeros([_RUNS, BLOCK_C], gl.float32, UPRIGHT)
-    before, _ = gl.associative_scan((nothing, runs), 0, joined_sums, reverse=REVERSE)
+    before = _sums_before_runs(runs, REVERSE)
     sums = gl.convert_layout(before, STEP) + gl.expand_dims(carry, 0)
     first = gl.arange(0, _RUNS, gl.SliceLayout(1, STEP))[:, None] * RUN
     offs_d = offs_d[None, :]

@@ -83,7 +83,7 @@ def _chunk_of_program(C, num_chunks, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def joined_sums(before_a, sum_a, before_b, sum_b):
+def _joined_sums(before_a, sum_a, before_b, sum_b):
     """Of two neighbours' sums without and with their last element, those of both together."""
     return sum_a + before_b, sum_a + sum_b
 
@@ -92,7 +92,7 @@ def joined_sums(before_a, sum_a, before_b, sum_b):
 def _sums(x, axis: tl.constexpr, EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr = False):
     """Prefix sums; where an element is left out it is never added, so that none has to cancel."""
     if EXCLUSIVE:
-        before, _ = tl.associative_scan((tl.zeros_like(x), x), axis, joined_sums, REVERSE)
+        before, _ = tl.associative_scan((tl.zeros_like(x), x), axis, _joined_sums, REVERSE)
         return before
     return tl.cumsum(x, axis, REVERSE)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 import re
 import types
@@ -122,19 +121,6 @@ def reduce(x: Any, axis: int, combine: Callable[..., Any]) -> Any:
     if isinstance(x, tuple):
         return functools.reduce(lambda a, b: combine(*a, *b), rows)
     return functools.reduce(lambda a, b: (combine(*a, *b),), rows)[0]
-
-
-def associative_scan(
-    xs: Sequence[Tensor], axis: int, combine: Callable[..., Any], reverse: bool = False
-) -> tuple[Tensor, ...]:
-    rows = [np.moveaxis(x.array, axis, 0) for x in xs]
-    steps: Any = zip(*(list(part)[:: -1 if reverse else 1] for part in rows), strict=True)
-    sums = itertools.accumulate(
-        (tuple(Tensor(row) for row in step) for step in steps), lambda a, b: combine(*a, *b)
-    )
-    scans = [np.stack([x.array for x in part]) for part in zip(*sums, strict=True)]
-    scans = [scan[::-1] if reverse else scan for scan in scans]
-    return tuple(Tensor(np.moveaxis(scan, 0, axis)) for scan in scans)
 
 
 def total(array: Any, axis: int) -> Any:
