@@ -193,15 +193,24 @@ def test_hopper_gradient_kernels_of_float32_fit(use_target, monkeypatch):
         assert compiled.spills <= MAX_SPILLS
 
 
+def start_with_descriptors(launcher, num_programs, args, constants, maxnreg):
+    """What a `GluonLauncher` does at a problem's first launch, on a GPU."""
+    args = [arg.describe() if isinstance(arg, tuple) else arg for arg in args]
+    options = {"num_warps": launcher._num_warps, "maxnreg": maxnreg}
+    launcher._kernel[(num_programs,)](*args, **constants, **options)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dim", support.HEAD_DIMS[torch.bfloat16])
 def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
+    from attn_core.gluon_launch import GluonLauncher
     from attn_evo._hopper import backward_gate, backward_norm, backward_stat, stat, stat_wide
     from attn_evo._triton import backward_products, backward_total
 
     use_target("sm_90")
     monkeypatch.setattr(support, "device_info", problem.device_info)
-    measured = [backward_norm._launch_norm, backward_gate._launch_gate]
+    monkeypatch.setattr(GluonLauncher, "__call__", start_with_descriptors)
+    measured = [backward_norm._launch_norm[dim], backward_gate._launch_gate]
     measured += [backward_stat._launch_stat] if causal else [backward_total._launch_rows]
     measured += [backward_products._launch_final] if dim > support.HELD_DIM else []
     for launcher in (*LAUNCHERS.values(), stat._launch_stat, stat_wide._launch_stat):
@@ -212,13 +221,6 @@ def test_hopper_gradient_kernels_fit(dim, causal, use_target, monkeypatch):
         compiled = recorder.compile("sm_90")
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"
         assert compiled.spills <= MAX_SPILLS
-
-
-def start_with_descriptors(launcher, num_programs, args, constants, maxnreg):
-    """What a `GluonLauncher` does at a problem's first launch, on a GPU."""
-    args = [arg.describe() if isinstance(arg, tuple) else arg for arg in args]
-    options = {"num_warps": launcher._num_warps, "maxnreg": maxnreg}
-    launcher._kernel[(num_programs,)](*args, **constants, **options)
 
 
 def test_hopper_gradient_kernels_of_whole_sequences_fit(use_target, monkeypatch):

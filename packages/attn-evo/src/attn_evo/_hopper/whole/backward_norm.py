@@ -223,17 +223,16 @@ def _attention_backward_whole_norm_kernel(
         thread_barrier()  # and the other warpgroup has multiplied the mean
         mbarrier.expect(full.index(other), NBYTES)
         load_values(v_desc, b, h, start + _ROWS, full.index(other), next_v)
+        query = begin_linear(v, weights, biases, W_Q + zero, _ROWS, D)
         store_gated_values(v, logit, high, low, dtype, D)
         stat = warpgroup_mma(half_tile, high, stat, is_async=True)
         stat = warpgroup_mma(half_tile, low, stat, is_async=True)
         gated_sum = gl.zeros([D, 16], gl.float32, column_accumulators(D))
         gated_sum = add_column_sums(gated_sum, high, ones, zero, _ROWS)
         gated_sum = add_column_sums(gated_sum, low, ones, zero, _ROWS)
-        query = begin_linear(v, weights, biases, W_Q + zero, _ROWS, D)
-        stat, gated_sum, local = warpgroup_mma_wait(1, deps=(stat, gated_sum, local))
+        stat, gated_sum, local, query = warpgroup_mma_wait(0, deps=(stat, gated_sum, local, query))
         stat_i += 0.5 * column_sums(gated_sum, 0, D)  # the gated values were doubled
         inverse = reciprocal(add_magnitudes(stat, local) + EPSILON)
-        query = warpgroup_mma_wait(0, deps=(query,))
         half_ratio = query * inverse
         values = v.load(accumulators(D))
         bits = gl.reduce(_split(_bits(values), D), 2, _either)
