@@ -34,12 +34,20 @@ def takes_full(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
     return is_held and takes(v, has_mask, has_state)
 
 
-def takes_backward(
-    v: torch.Tensor, dout: torch.Tensor, has_mask: bool, has_state: bool, causal: bool
-) -> bool:
+def takes_backward(v: torch.Tensor, has_mask: bool, has_state: bool, causal: bool) -> bool:
     """Whether the kernels take the gradients of values: in float32 of causal ones alone."""
     has_kernels = v.dtype == torch.bfloat16 or (v.dtype == torch.float32 and causal)
-    return has_kernels and takes(v, has_mask, has_state) and _is_copied_in_units(dout)
+    return has_kernels and takes(v, has_mask, has_state)
+
+
+def in_units(dout: torch.Tensor) -> torch.Tensor:
+    """Return it, or a copy that the kernels can address: sums leave gradients without strides."""
+    return dout if _is_copied_in_units(dout) else _copy(dout)
+
+
+def in_tiles(x: torch.Tensor) -> torch.Tensor:
+    """Return it, or a copy that the copy engine can address, which wants strides that are not 0."""
+    return x if all(x.stride()) else _copy(x)
 
 
 def takes_columns(x: torch.Tensor, out: torch.Tensor, strides: Sequence[Sequence[int]]) -> bool:
@@ -57,6 +65,10 @@ def takes_columns(x: torch.Tensor, out: torch.Tensor, strides: Sequence[Sequence
         and device_info(x.device).arch == "sm_90"
         and triton_version() in GLUON_VERSIONS
     )
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape).copy_(x)
 
 
 def _is_copied_in_units(v: torch.Tensor) -> bool:

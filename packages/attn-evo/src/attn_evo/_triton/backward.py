@@ -71,8 +71,9 @@ def attention_backward(
         dsums = dsums.zero_() if dsums_after is None else dsums.copy_(dsums_after)
         return v.new_empty(v.shape), dsums, zeros
     if dsums_after is None and support.takes_backward(
-        v, dout, mask is not None, sums is not None, causal
+        v, mask is not None, sums is not None, causal
     ):
+        dout = support.in_units(dout)
         if v.dtype == torch.float32:
             return _attention_backward_float32_on_hopper(dout, v, weights)
         return _attention_backward_on_hopper(dout, v, weights, causal)
@@ -115,8 +116,8 @@ def _attention_backward_on_hopper(
 
     D = v.shape[-1]
     is_wide = support.HELD_DIM < D
-    has_strides = all((*v.stride(), *dout.stride()))  # as the copy engine wants it
-    if causal and has_strides and forward.owns_sequences(v):
+    dout, v = support.in_tiles(dout), support.in_tiles(v)
+    if causal and forward.owns_sequences(v):
         return _attention_backward_of_whole_sequences(dout, v, weights)
     work = work_of(v, weights, None, None, None, causal, None, configs.HOPPER_BACKWARD[D])
     if not causal:

@@ -68,6 +68,7 @@ def _walk(
     dstat_rows, dcontext_rows, full, num_pieces,
     D: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    """Every other piece, from the last one on or from that before it."""
     FIRST: gl.constexpr = STAGES * GROUP
     BYTES: gl.constexpr = dstat_desc.block_type.nbytes
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
