@@ -99,6 +99,19 @@ def test_wide_sequences_packed_with_others(sizes, device, make_case, assert_resu
     assert_results(case, actual, inputs)
 
 
+@pytest.mark.parametrize("dtype, dim", [(BFLOAT, 64), (FLOAT, 64), (BFLOAT, 128)], ids=str)
+@pytest.mark.parametrize("batch, heads", [(2, 3), (8, 16)])
+def test_broadcast_values_and_gradients(batch, heads, dim, dtype, device, make_case):
+    """Strides of 0, as sums and means of outputs leave them."""
+    case = make_case(batch, heads, 97, dim)
+    v, *rest, dout, dsums = case.inputs(dtype, device)
+    v = v[:1].expand(v.shape)
+    for part in (dout[:, :, :1], dout.mean()):
+        dout = part.expand(v.shape)
+        actual = attend(case, (v, *rest, dout, dsums))
+        assert_same_bits(actual, attend(case, (v.contiguous(), *rest, dout.contiguous(), dsums)))
+
+
 def packed(x):
     """The same numbers between others, as one projection for all heads leaves them."""
     B, H, L, D = x.shape
