@@ -1,4 +1,4 @@
-"""Tiles that the copy engine moves, where a program owns a whole sequence.
+"""Tiles that the copy engine moves, of whole sequences and of chunks.
 
 A thread starts each copy, whose addresses cost the others neither instructions nor registers. Rows
 past the end of a sequence arrive as zeros and are not written.
