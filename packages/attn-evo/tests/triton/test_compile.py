@@ -24,7 +24,8 @@ FORWARD = ("sums", "stat", "output")
 CAUSAL = ("stat", "backward_stat")
 FULL = ("backward_total",)
 # Bytes of a gradient kernel for Hopper.
-MAX_SPILLS = 0 if triton_version() == (3, 6) else 64
+MAX_SPILLS = 0 if triton_version() in ((3, 6), (3, 9)) else 64
+MAX_SPILLS_FLOAT32 = 0 if triton_version() == (3, 6) else 80
 LAUNCHERS = {
     **{name: getattr(forward, f"_launch_{name}") for name in FORWARD},
     **{
@@ -190,7 +191,7 @@ def test_hopper_gradient_kernels_of_float32_fit(use_target, monkeypatch):
     for recorder in recorders:
         compiled = recorder.compile("sm_90")
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"
-        assert compiled.spills <= MAX_SPILLS
+        assert compiled.spills <= MAX_SPILLS_FLOAT32
 
 
 def start_with_descriptors(launcher, num_programs, args, constants, maxnreg):
@@ -242,8 +243,7 @@ def test_hopper_gradient_kernels_of_whole_sequences_fit(use_target, monkeypatch)
     for recorder in recorders:
         compiled = recorder.compile("sm_90")
         assert compiled.fits, f"{compiled.shared} bytes of shared memory"
-        if triton_version() == (3, 6):  # later ones spill a few bytes before a loop
-            assert compiled.spills == 0
+        assert compiled.spills <= MAX_SPILLS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
