@@ -396,7 +396,12 @@ def test_no_prefix_sum_before_a_large_element_knows_it(
         assert (out[:steps] == expected.to(dtype).view(-1, *[1] * (out.dim() - 1))).all()
 
 
-def test_prefix_sums_of_repeated_runs_have_the_same_bits(device):
-    x = random_tensor((4, 100_000, 16), seed="x", device=device)
+@pytest.mark.parametrize("dtype", [BFLOAT, FLOAT], ids=str)
+@pytest.mark.parametrize("shape", [(4, 100_000, 16), (2, 40_000, 64), (8, 40_000, 64)], ids=str)
+def test_prefix_sums_of_repeated_runs_have_the_same_bits(shape, dtype, device):
+    """Of chunks, and of columns, a few and many, in groups of tiles that wait for one another."""
+    x = random_tensor(shape, seed="x", dtype=dtype, device=device)
     expected = prefix_sum(x, 1, backend=BACKEND)
+    plain, exact = (reference.prefix_sum(y, 1, False, False) for y in (x, x.double()))
+    assert_within_budget(expected, plain, exact, factor=8.0)
     assert all(torch.equal(prefix_sum(x, 1, backend=BACKEND), expected) for _ in range(3))

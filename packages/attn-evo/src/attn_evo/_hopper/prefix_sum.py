@@ -14,7 +14,6 @@ from attn_core.launch import Launcher
 from attn_core.tiles.gluon_names import async_load, reinterpret, thread_barrier
 from attn_evo._triton import problem
 from attn_evo._triton.prefix_sum import (
-    GROUP,
     PUBLISHED,
     outer_offset,
     published,
@@ -31,7 +30,7 @@ def _nth(i, count, reverse):
 
 
 @gluon.jit
-def _sum_before(words_ptr, place, num_tiles, BLOCK_C: gl.constexpr):
+def _sum_before(words_ptr, place, num_tiles, GROUP: gl.constexpr, BLOCK_C: gl.constexpr):
     """Sum of all tiles before one: those of its group and, in the first row, all groups before."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [4, 1], [1, 0])
     group = place // GROUP
@@ -71,10 +70,11 @@ def _step(tile, index: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _prefix_sum_columns_kernel(
     x_ptr, stride_x0, stride_x1, stride_x2, stride_xn, stride_xc,
-    words_ptr,  # [outer, blocks of columns, tiles + groups, BLOCK_C], zeros at first
+    words_ptr,  # [outer, blocks of columns, tiles + groups of GROUP, BLOCK_C], zeros at first
     out_ptr, stride_o0, stride_o1, stride_o2, stride_on, stride_oc,
     N, C, size_1, size_2, num_columns, num_tiles,
-    EXCLUSIVE: gl.constexpr, REVERSE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_C: gl.constexpr,
+    EXCLUSIVE: gl.constexpr, REVERSE: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     RUN: gl.constexpr = BLOCK_N // _RUNS
@@ -110,7 +110,7 @@ def _prefix_sum_columns_kernel(
     total = gl.sum(runs, 0)
     offs_d = gl.arange(0, BLOCK_C, COLUMN)
     gl.store(words_ptr + place * BLOCK_C + offs_d, published(total))
-    carry = gl.convert_layout(_sum_before(words_ptr, place, num_tiles, BLOCK_C), COLUMN)
+    carry = gl.convert_layout(_sum_before(words_ptr, place, num_tiles, GROUP, BLOCK_C), COLUMN)
     if place % GROUP == GROUP - 1:
         row = words_ptr + (num_tiles + place // GROUP) * BLOCK_C
         gl.store(row + offs_d, published(carry + total))

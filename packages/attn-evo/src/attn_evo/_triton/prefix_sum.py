@@ -30,7 +30,10 @@ from attn_evo._triton.tiles import sum_rows
 
 _CHUNK = 2048  # elements of a chunk, unless there are too many or SMs are idle
 _BLOCK_RUN = tl.constexpr(16)  # elements of a run
-GROUP = tl.constexpr(16)  # tiles whose sums a program adds up
+# Tiles whose sums a program adds up. Groups wait for one another, in few sequences the longest.
+_GROUP = 16
+_GROUP_OF_FEW = 32
+_FEW_COLUMNS = 8
 PUBLISHED = tl.constexpr(1 << 32)
 _OUTER_DIMS = 3  # dimensions beside that of the sum and that of the columns
 
@@ -191,7 +194,7 @@ def published(x):
 
 
 @triton.jit
-def _sum_before(words_ptr, place, num_tiles, BLOCK_C: tl.constexpr):
+def _sum_before(words_ptr, place, num_tiles, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sum of all tiles before one: those of its group and, in the first row, all groups before."""
     group = place // GROUP
     offs_row = tl.arange(0, GROUP)
@@ -210,11 +213,11 @@ def _sum_before(words_ptr, place, num_tiles, BLOCK_C: tl.constexpr):
 @triton.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _prefix_sum_columns_kernel(
     x_ptr, stride_x0, stride_x1, stride_x2, stride_xn, stride_xc,
-    words_ptr,  # [outer, blocks of columns, tiles + groups, BLOCK_C], zeros at first
+    words_ptr,  # [outer, blocks of columns, tiles + groups of GROUP, BLOCK_C], zeros at first
     out_ptr, stride_o0, stride_o1, stride_o2, stride_on, stride_oc,
     N, C, size_1, size_2, num_columns, num_tiles,
     EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # fmt: on
     column, place, pid_c, outer, start = tile_of_program(
@@ -242,7 +245,7 @@ def _prefix_sum_columns_kernel(
 
     words_ptr += column.to(tl.int64) * (num_tiles + tl.cdiv(num_tiles, GROUP)) * BLOCK_C
     tl.store(words_ptr + place * BLOCK_C + offs_c, published(total))
-    carry = _sum_before(words_ptr, place, num_tiles, BLOCK_C)
+    carry = _sum_before(words_ptr, place, num_tiles, GROUP, BLOCK_C)
     if place % GROUP == GROUP - 1:
         row = words_ptr + (num_tiles + place // GROUP) * BLOCK_C
         tl.store(row + offs_c, published(carry + total))
@@ -291,16 +294,19 @@ def _sum_columns(
         launch, config = hopper.launch_columns, configs.HOPPER_PREFIX_SUM_COLUMNS
     num_columns = C // config.block_n * layout.num_outer
     num_tiles = tiling.ceil_div(layout.sequence.size, config.block_m)
-    rows = num_tiles + tiling.ceil_div(num_tiles, GROUP.value)
+    group = _GROUP if num_columns >= _FEW_COLUMNS else _GROUP_OF_FEW
+    rows = num_tiles + tiling.ceil_div(num_tiles, group)
     words = x.new_zeros((num_columns, rows, config.block_n), dtype=torch.int64)
     x_strides, out_strides = layout.strides
     launch(
         num_columns * num_tiles,
         strides=layout.strides,
         args=(x, *x_strides, words, out, *out_strides, *layout.sizes, num_columns, num_tiles),
-        constexprs={**flags, "BLOCK_N": config.block_m, "BLOCK_C": config.block_n},
+        constexprs={
+            **flags, "GROUP": group, "BLOCK_N": config.block_m, "BLOCK_C": config.block_n,
+        },
         config=config,
-    )
+    )  # fmt: skip
 
 
 def _sum_chunks(
