@@ -217,12 +217,14 @@ def test_float32(length, hopper, make_case, assert_results):
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF], ids=str)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("exclusive", [False, True], ids=["inclusive", "exclusive"])
-@pytest.mark.parametrize("length", [1, 700, 9000])
-def test_prefix_sum(length, exclusive, reverse, dtype, hopper, monkeypatch):
-    """Up to 18 tiles, more than a group of 16; programs start in order, as they rely on it."""
+@pytest.mark.parametrize(
+    "batch, heads, length", [(2, 3, 1), (2, 3, 700), (3, 3, 9000), (1, 1, 17_000)]
+)
+def test_prefix_sum(batch, heads, length, exclusive, reverse, dtype, hopper, monkeypatch):
+    """Up to 18 and 34 tiles, more than a group; programs start in order, as they rely on it."""
     in_order = SimpleNamespace(sample=lambda x, _: [*x][::-1], shuffle=random.shuffle)
     monkeypatch.setattr("attn_core.testing.hopper._language.random", in_order)
-    x = random_tensor((2, length, 3, 64), seed="x", dtype=dtype).transpose(1, 2)
+    x = random_tensor((batch, length, heads, 64), seed="x", dtype=dtype).transpose(1, 2)
     with poison_new_allocations():
         out = prefix_sum.prefix_sum(x, 2, exclusive, reverse)
     plain, exact = (reference.prefix_sum(y, 2, exclusive, reverse) for y in (x, x.double()))
