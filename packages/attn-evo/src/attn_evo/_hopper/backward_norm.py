@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import reciprocal
+from attn_evo._hopper.copies import Tiles, load_values, send_rows
 from attn_evo._hopper.support import BLOCK_M, HELD_DIM
 from attn_evo._hopper.tiles import (
     FLAT,
@@ -50,7 +51,6 @@ from attn_evo._hopper.tiles import (
     widened,
     with_sign,
 )
-from attn_evo._hopper.whole.copies import Tiles, load_values, send_rows
 from attn_evo._triton import problem
 from attn_evo._triton.tiles import (
     DCONTEXT,

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.gluon_names import thread_barrier
+from attn_evo._hopper.copies import Tiles, load_rows, load_values, send_rows
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
     FLAT,
@@ -44,7 +45,6 @@ from attn_evo._hopper.tiles import (
     tanh,
     widened,
 )
-from attn_evo._hopper.whole.copies import Tiles, load_rows, load_values, send_rows
 from attn_evo._triton import problem
 from attn_evo._triton.tiles import W_F, W_L, W_Q
 

@@ -25,8 +25,8 @@ from attn_core.gluon_launch import GluonLauncher
 from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import arrive_at, arrive_at_stage, meet_at, meet_at_stage
 from attn_evo._hopper import support
+from attn_evo._hopper.copies import Tiles, load_rows, load_values, send_rows
 from attn_evo._hopper.tiles import FLAT, opaque_zero, tanh
-from attn_evo._hopper.whole.copies import Tiles, load_rows, load_values, send_rows
 from attn_evo._hopper.whole.tiles import (
     GROUPS,
     PIECE,
