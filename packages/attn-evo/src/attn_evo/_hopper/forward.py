@@ -15,7 +15,7 @@ from attn_evo._hopper.stat_wide import attention_stat_wide
 from attn_evo._triton import configs, forward, problem
 from attn_evo.weights import EvoWeights
 
-_MOST_TOKENS = 4096  # that a program adds up alone: sums of more are made of chunks'
+_MOST_TOKENS = 4096  # of a sequence that one program adds up: longer ones are cut into chunks
 _HELD_PROGRAMS = 3  # on an SM, of heads that a warpgroup holds
 _FULL_PROGRAMS = 4  # and without `causal`
 _LEAST_TOKENS = 512  # of a program where that many share an SM: fewer are not worth its start

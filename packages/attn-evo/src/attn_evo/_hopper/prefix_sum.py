@@ -50,8 +50,8 @@ def _sum_before(words_ptr, place, num_tiles, GROUP: gl.constexpr, BLOCK_C: gl.co
 def _sums_before_runs(runs, REVERSE: gl.constexpr):
     """Sum of the runs before each one [runs, columns], in reverse of those after it.
 
-    Nothing is subtracted: no sum knows what comes later. A thread has whole columns, so of the
-    choices only additions are left.
+    Nothing is subtracted: no sum knows what comes later. A thread has whole columns, where the
+    choices are known while compiling: only additions are left of them.
     """
     PAIRS: gl.constexpr = gl.BlockedLayout([_RUNS, _RUNS, 1], [1, 1, 32], [1, 1, 4], [2, 1, 0])
     run = gl.arange(0, _RUNS, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS)))[:, None]

@@ -11,7 +11,7 @@ from attn_core.device import GLUON_VERSIONS, device_info, triton_version
 HEAD_DIMS = {torch.float16: (64, 128), torch.bfloat16: (64, 128), torch.float32: (64,)}
 BLOCK_M = 64  # tokens of a tile
 PIECE = 32  # those that one of two warpgroups has, which take turns
-HELD_DIM = 64  # of the widest heads whose kernels hold gradients of weights in their registers
+HELD_DIM = 64  # of heads that one warpgroup holds, with gradients of weights in its registers
 _UNIT = 16  # bytes that one copy into shared memory moves
 _MOST_STRIDE = 1 << 22  # elements between rows: within a tile of prefix sums int32 counts them
 

@@ -14,7 +14,11 @@ of a product y = x W^T + b comes up, so does its share of dW = dy^T x; a last ke
 shares of all programs in a fixed order: the bits never change. Without `causal` there is one dstat
 and one dcontext a head, and "total" replaces "stat".
 
-Gradients of halved weights (see `tiles`) are twice those of the weights: so are dq, da and df here.
+Gradients of halved weights (see `tiles`) are twice those of the weights: so are dq, df and, of the
+gate of v, dlogit here.
+
+On Hopper kernels of `_hopper` take the place of most: there "norm" does the work of "ratio" too.
+Where a program owns a whole sequence, "stat" also does that of "context".
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from attn_evo._triton.problem import SMALL_SHARED_MEMORY
 
 Launch = Callable[[TileConfig], object]
 
-# Later versions need more registers for some kernels; those of Hopper tell in a compilation.
+# With Triton after 3.6 some kernels take more registers: other tiles keep them from spilling.
 _IS_LATER = (triton_version() or (3, 6)) > (3, 6)
 
 

@@ -5,6 +5,9 @@ tiles and chunks. The second adds the sums of the chunks before its own, in a fi
 by the running mean and sums up gated v. The third computes everything else. No atomics: its bits
 never change. Without `causal` all tokens share one gate, and the second launch has nothing to do.
 
+On Hopper kernels of `_hopper` take the place of the second and the third. Where a program of theirs
+owns a whole sequence, the first launch only packs the weights.
+
 The formula is in `attn_evo.reference`.
 """
 
@@ -68,7 +71,7 @@ try:
 except ImportError:  # of a Triton without kernels for Hopper, where no launch starts early
     gdc_launch_dependents = None
 
-PACKED_ROWS = tl.constexpr(16)  # of a matrix, which one program packs
+_PACKED_ROWS = tl.constexpr(16)  # of a matrix, which one program packs
 
 
 # fmt: off
@@ -79,7 +82,7 @@ def _pack_linear(
 ):
     # fmt: on
     """Pack some rows of a matrix and, with the first of them, its bias."""
-    offs_row = piece * PACKED_ROWS + tl.arange(0, PACKED_ROWS)
+    offs_row = piece * _PACKED_ROWS + tl.arange(0, _PACKED_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     w_ptrs = w_ptr + tile_offsets(offs_row, stride_wo, offs_d, stride_wi)
@@ -160,7 +163,7 @@ def _attention_sums_kernel(
         gdc_launch_dependents()
     pid_bh = tl.program_id(0) // num_chunks
     pid_c = tl.program_id(0) % num_chunks
-    num_pieces = tl.cdiv(BLOCK_D, PACKED_ROWS)
+    num_pieces = tl.cdiv(BLOCK_D, _PACKED_ROWS)
     place = tl.program_id(0) - num_heads * num_chunks  # the last programs pack the weights
     which = tl.where(place < 0, -1, place // num_pieces)
     piece = place % num_pieces
@@ -480,4 +483,4 @@ def sums_of_values(
 
 def _num_packing_programs(block_d: int) -> int:
     """Number of programs that pack the weights: for pieces of four matrices, and for the norm."""
-    return 4 * ceil_div(block_d, PACKED_ROWS.value) + 1
+    return 4 * ceil_div(block_d, _PACKED_ROWS.value) + 1

@@ -30,7 +30,7 @@ from attn_evo._triton.tiles import sum_rows
 
 _CHUNK = 2048  # elements of a chunk, unless there are too many or SMs are idle
 _BLOCK_RUN = tl.constexpr(16)  # elements of a run
-# Tiles whose sums a program adds up. Groups wait for one another, in few sequences the longest.
+# Tiles of a group. Groups wait for one another, longest where few sequences have many of them.
 _GROUP = 16
 _GROUP_OF_FEW = 32
 _FEW_COLUMNS = 8

@@ -1,9 +1,10 @@
 """The gate backward on Hopper, where a program owns a whole sequence.
 
-It holds the gradient of W_l. Copies run a tile ahead, and so do the two products that a tile begins
-with: they overlap the last of the tile before. There is no room for both, so each result takes the
-place of what it is computed from. The walk is backwards: the launch before has left the last tiles
-in the L2 cache, and the launch after begins with the first.
+It holds the gradient of W_l. The copy engine loads a tile ahead, and tensor cores compute the two
+products that a tile starts with while the tile before is stored. Inputs of two tiles leave no
+shared memory for results: each takes the place of what it is computed from. The walk is backwards:
+the launch before has left the last tiles in the L2 cache, and the launch after begins with the
+first.
 """
 
 from __future__ import annotations
