@@ -102,6 +102,19 @@ def make_weights():
     return make
 
 
+def _packed(x):
+    B, H, L, D = x.shape
+    whole = x.new_full((B, L, H, 3, D), torch.nan)
+    whole[:, :, :, 1] = x.transpose(1, 2)
+    return whole[:, :, :, 1].transpose(1, 2)
+
+
+@pytest.fixture
+def packed():
+    """A function that puts a tensor between NaN, as one projection for all heads has its parts."""
+    return _packed
+
+
 @pytest.fixture
 def make_case():
     """The class of problems, which tests cannot import from here."""

@@ -137,14 +137,13 @@ def make_stand_ins(gl):
         "sigmoid_of_double": sigmoid_of_double,
         "twice_gated": lambda y, x, *_: 2.0 * sigmoid_of_double(x) * y,
         "rounded": lambda x, dtype: tensor(round_to(x.array, dtype)).to(dtype),
-        "has_values": lambda v: gl.tensor((v.array != 0).any(1)),
         "settled": lambda x: x,
         "magnitude": lambda x: tensor(np.abs(x.array)),
         "add_magnitudes": lambda x, y: tensor(np.abs(x.array) + np.abs(y.array)),
         "with_sign": lambda x, y: tensor(np.where(np.signbit(y.array), -x.array, x.array)),
         "tanh": lambda x: tensor(np.tanh(x.array)),
         "minus_sign": lambda x: tensor(-np.sign(x.array)),
-        "_bits": lambda v: gl.tensor((v.array != 0).astype(np.int32)),
+        "magnitude_bits": lambda v: gl.tensor((v.array != 0).astype(np.int32)),
         "pair_product": lambda x, y: tensor(x.array * y.array).to(x.dtype),
         "against_sign": lambda x, y: tensor(np.where(np.signbit(y.array), x.array, -x.array)),
         "silu_times": silu_times,
@@ -175,18 +174,10 @@ def test_whole_sequences(length, hopper, make_case, assert_results):
     check(case, BFLOAT, assert_results)
 
 
-def test_whole_sequences_packed_with_others(hopper, make_case, assert_results):
+def test_whole_sequences_packed_with_others(hopper, make_case, packed, assert_results):
     case = make_case(2, SMS // 2, 97, 128)
     v, *rest, dout, dsums = inputs = case.inputs(BFLOAT)
     assert_results(case, attend(case, (packed(v), *rest, packed(dout), dsums)), inputs)
-
-
-def packed(x):
-    """The same numbers between others, as one projection for all heads leaves them."""
-    B, H, L, D = x.shape
-    whole = x.new_full((B, L, H, 3, D), torch.nan)
-    whole[:, :, :, 1] = x.transpose(1, 2)
-    return whole[:, :, :, 1].transpose(1, 2)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])

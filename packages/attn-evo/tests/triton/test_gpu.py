@@ -91,7 +91,7 @@ def test_many_wide_sequences_repeat_their_bits(device, make_case):
 
 
 @pytest.mark.parametrize("sizes", [(8, 16, 97), (2, 3, 1001)], ids=str)
-def test_wide_sequences_packed_with_others(sizes, device, make_case, assert_results):
+def test_wide_sequences_packed_with_others(sizes, device, make_case, packed, assert_results):
     """Their gradients too."""
     case = make_case(*sizes, 128)
     v, *rest, dout, dsums = inputs = case.inputs(BFLOAT, device)
@@ -110,14 +110,6 @@ def test_broadcast_values_and_gradients(batch, heads, dim, dtype, device, make_c
         dout = part.expand(v.shape)
         actual = attend(case, (v, *rest, dout, dsums))
         assert_same_bits(actual, attend(case, (v.contiguous(), *rest, dout.contiguous(), dsums)))
-
-
-def packed(x):
-    """The same numbers between others, as one projection for all heads leaves them."""
-    B, H, L, D = x.shape
-    whole = x.new_full((B, L, H, 3, D), torch.nan)
-    whole[:, :, :, 1] = x.transpose(1, 2)
-    return whole[:, :, :, 1].transpose(1, 2)
 
 
 def test_no_tokens(device, make_case):

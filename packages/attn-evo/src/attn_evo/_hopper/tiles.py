@@ -128,18 +128,23 @@ def add_magnitudes(x, y):
 
 
 @gluon.jit
-def _either(a, b):
+def magnitude_bits(v):
+    """Bits of 16-bit numbers without their signs, those of two in one and 0 in the other."""
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $2, 0x7fff7fff; mov.b32 $1, 0;", "=r,=r,r", [v],
+        dtype=gl.int32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def either(a, b):
     return a | b
 
 
 @gluon.jit
 def has_values(v):
-    """Whether a row of 16-bit numbers is not all zero; looks at two of them at once."""
-    bits = gl.inline_asm_elementwise(
-        "and.b32 $0, $2, 0x7fff7fff; mov.b32 $1, 0;", "=r,=r,r", [v],
-        dtype=gl.int32, is_pure=True, pack=2,
-    )  # fmt: skip
-    return gl.reduce(bits, 1, _either) != 0
+    """Whether a row of 16-bit numbers is not all zero."""
+    return gl.reduce(magnitude_bits(v), 1, either) != 0
 
 
 @gluon.jit

@@ -34,6 +34,7 @@ from attn_evo._hopper.copies import Tiles, load_values, send_rows
 from attn_evo._hopper.support import BLOCK_M
 from attn_evo._hopper.tiles import (
     FLAT,
+    STAGES,
     accumulators,
     add_column_sums,
     add_magnitudes,
@@ -41,7 +42,9 @@ from attn_evo._hopper.tiles import (
     begin_with,
     column_accumulators,
     column_sums,
+    either,
     left_operand,
+    magnitude_bits,
     opaque_zero,
     pair_product,
     start_copy,
@@ -54,6 +57,7 @@ from attn_evo._hopper.tiles import (
     with_sign,
 )
 from attn_evo._hopper.whole.tiles import PIECE
+from attn_evo._triton import problem
 from attn_evo._triton.tiles import (
     EPSILON,
     NORM_BIAS,
@@ -77,8 +81,7 @@ _COLUMNS = gl.constexpr(64)  # of a warpgroup
 _OF_NORM_WEIGHT = gl.constexpr(0)
 _OF_NORM_BIAS = gl.constexpr(1)
 _OF_F = gl.constexpr(2)
-# Barriers: of the two tiles of v, and of dout.
-_DOUT = gl.constexpr(2)
+_DOUT = STAGES  # its barrier, after those of the tiles of v
 
 
 @gluon.jit
@@ -111,20 +114,6 @@ def _split(x, D: gl.constexpr):
 
 
 @gluon.jit
-def _bits(v):
-    """Bits of 16-bit numbers without their signs, those of two in one."""
-    return gl.inline_asm_elementwise(
-        "and.b32 $0, $2, 0x7fff7fff; mov.b32 $1, 0;", "=r,=r,r", [v],
-        dtype=gl.int32, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _either(a, b):
-    return a | b
-
-
-@gluon.jit
 def _merge_halves(mean, squares, g, along, bits, mean_b, squares_b, g_b, along_b, bits_b):
     """Of two halves: mean of x, sums of (x - mean)^2, g and g (x - mean), and bits of v."""
     apart = mean - mean_b
@@ -140,7 +129,7 @@ def _of_rows(x, D: gl.constexpr):
     return gl.expand_dims(x, 1)
 
 
-@gluon.jit(do_not_specialize=["L", "H", "num_tiles", "num_pieces"])
+@gluon.jit(do_not_specialize=problem.NOT_SPECIALIZED)
 def _attention_backward_whole_norm_kernel(
     v_desc, dout_desc,  # [B, H, L, D]
     half_ratio_desc,  # [B * H, L, D], as those after it
@@ -165,15 +154,15 @@ def _attention_backward_whole_norm_kernel(
 
     weights = gl.allocate_shared_memory(dtype, [4, D, D], TILE)
     biases = gl.allocate_shared_memory(gl.float32, [4, D], FLAT)
-    v_tiles = gl.allocate_shared_memory(dtype, [2, _ROWS, D], TILE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, _ROWS, D], TILE)
     dout_tile = gl.allocate_shared_memory(dtype, [_ROWS, D], TILE)
     work = gl.allocate_shared_memory(dtype, [2, _ROWS, D], TILE)
     ones = gl.allocate_shared_memory(dtype, [3, 16, 16], ONES)
     half_tiles = gl.allocate_shared_memory(dtype, [1, _ROWS, _ROWS], HALF)
     context_row = gl.allocate_shared_memory(gl.float32, [D], FLAT)
     stat_row = gl.allocate_shared_memory(gl.float32, [D], FLAT)
-    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    for which in gl.static_range(3):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for which in gl.static_range(STAGES + 1):
         mbarrier.init(full.index(which), count=1)
     fence_async_shared()
     thread_barrier()
@@ -207,8 +196,8 @@ def _attention_backward_whole_norm_kernel(
     for tile in range(num_tiles):
         start = tile * _ROWS
         zero = opaque_zero(L - start)
-        stage = tile % 2 + zero
-        other = 1 - tile % 2 + zero
+        stage = tile % STAGES + zero
+        other = 1 - tile % STAGES + zero
         half_tile = half_tiles.index(zero)
         high = work.index(zero)
         low = work.index(1 + zero)
@@ -235,7 +224,7 @@ def _attention_backward_whole_norm_kernel(
         inverse = reciprocal(add_magnitudes(stat, local) + EPSILON)
         half_ratio = query * inverse
         values = v.load(accumulators(D))
-        bits = gl.reduce(_split(_bits(values), D), 2, _either)
+        bits = gl.reduce(_split(magnitude_bits(values), D), 2, either)
         silu = half_ratio * tanh(half_ratio) + half_ratio
         thread_barrier()  # the other warpgroup has multiplied v and what was gated
         high.store(with_sign(inverse, stat).to(dtype))
@@ -250,7 +239,7 @@ def _attention_backward_whole_norm_kernel(
         dout = dout_tile.load(accumulators(D))
         norm_weight = gl.load(vectors_ptr + NORM_WEIGHT * D + columns)
         dx = widened(dout) * gl.expand_dims(norm_weight, 0)
-        mbarrier.wait(full.index(other), ((tile + 1) // 2) & 1)
+        mbarrier.wait(full.index(other), ((tile + 1) // STAGES) & 1)
         final = warpgroup_mma_wait(0, deps=(final,))
 
         t = tanh(final)  # 2 sigmoid - 1
