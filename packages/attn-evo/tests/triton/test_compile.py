@@ -162,7 +162,7 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
 
     use_target("sm_90")
     monkeypatch.setattr(support, "device_info", problem.device_info)
-    record_launches(LAUNCHERS["sums"], monkeypatch)
+    sums = record_launches(LAUNCHERS["sums"], monkeypatch)
     if dtype == torch.float32:
         launchers = stat_float32._launch_stat, output_float32._launch_output
     else:
@@ -176,6 +176,10 @@ def test_hopper_kernels_fit(dim, dtype, use_target, monkeypatch):
         assert compiled.spills == 0
         if dtype != torch.float32 and (dim == 64 or triton_version() == (3, 6)):
             assert not compiled.serializes
+    # Whoever lets the next launch start early is waited for there.
+    starts_next = "griddepcontrol.launch_dependents" in sums.compile("sm_90").asm["ptx"]
+    assert starts_next == ("griddepcontrol.wait" in recorders[0].compile("sm_90").asm["ptx"])
+    assert starts_next == recorders[0].options.get("launch_pdl", False)
 
 
 def test_hopper_gradient_kernels_of_float32_fit(use_target, monkeypatch):
