@@ -14,6 +14,7 @@ PIECE = 32  # those that one of two warpgroups has, which take turns
 HELD_DIM = 64  # of heads that one warpgroup holds, with gradients of weights in its registers
 _UNIT = 16  # bytes that one copy into shared memory moves
 _MOST_STRIDE = 1 << 22  # elements between rows: within a tile of prefix sums int32 counts them
+_MOST_HEADS = 1 << 22  # of the batch: int32 counts their rows of sums
 
 
 def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
@@ -22,6 +23,7 @@ def takes(v: torch.Tensor, has_mask: bool, has_state: bool) -> bool:
         not has_mask
         and not has_state
         and v.shape[-1] in HEAD_DIMS.get(v.dtype, ())
+        and v.shape[0] * v.shape[1] <= _MOST_HEADS
         and _is_copied_in_units(v)
         and device_info(v.device).arch == "sm_90"
         and triton_version() in GLUON_VERSIONS

@@ -378,6 +378,7 @@ def _attention_output_kernel(
             store_state(sums_after_ptr, num_heads, pid_bh, context_i, CONTEXT, HEAD_DIM, BLOCK_D)
 
 
+# Started when all before has ended: the launch that it starts early reads v at once.
 _launch_sums = Launcher(_attention_sums_kernel)
 _launch_stat = Launcher(_attention_stat_kernel)
 _launch_output = Launcher(_attention_output_kernel)
