@@ -35,7 +35,6 @@ from attn_evo._hopper.tiles import (
     store_columns_of_ones,
     store_partial,
     store_rows,
-    tanh,
     widened,
 )
 from attn_evo._triton import configs, problem
@@ -45,6 +44,7 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     chunk_of_program,
+    fast_tanh,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _attention_backward_gate_kernel(
         dgate = warpgroup_mma(df_tile, w_f, dgate, use_acc=False, is_async=True)
         dgate = warpgroup_mma_wait(0, deps=(dgate,))
         half_ratio = widened(half_ratio_tile.load(accumulators(D)))
-        t = tanh(half_ratio)  # of which sigmoid(2 half_ratio) is (1 + t) / 2
+        t = fast_tanh(half_ratio)  # of which sigmoid(2 half_ratio) is (1 + t) / 2
         silu = half_ratio * t + half_ratio
         twice_slope = silu * (1.0 - t) + (1.0 + t)
         inverse = inverse_tile.load(accumulators(D))

@@ -46,7 +46,6 @@ from attn_evo._hopper.tiles import (
     store_partial,
     store_triangle,
     sum_rows,
-    tanh,
     twice_inverse,
     widened,
     with_sign,
@@ -63,6 +62,8 @@ from attn_evo._triton.tiles import (
     W_L,
     W_Q,
     chunk_of_program,
+    fast_tanh,
+    twice_gated,
 )
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _attention_backward_norm_kernel(
         half_ratio = query * inverse
         values = v.load(accumulators(D))
         alive = has_values(values)
-        silu = half_ratio * tanh(half_ratio) + half_ratio
+        silu = twice_gated(half_ratio, half_ratio, True)
         tma.store_wait(0)
         thread_barrier()  # the other warpgroup has multiplied v and what was gated
         high.store(with_sign(inverse, stat).to(dtype))
@@ -224,7 +225,7 @@ def _attention_backward_norm_kernel(
         final = warpgroup_mma_wait(0, deps=(final,))
 
         mbarrier.wait(full.index(_DOUT), step & 1)
-        t = tanh(final)  # 2 sigmoid - 1
+        t = fast_tanh(final)  # 2 sigmoid - 1
         x = context * t + context
         mean_x = gl.expand_dims(gl.sum(x, 1) * (1.0 / D), 1)
         x -= mean_x

@@ -196,14 +196,6 @@ def times_sign(x, y):
 
 
 @gluon.jit
-def tanh(x):
-    """To 2.5e-4, which is nothing next to bfloat16."""
-    return gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def minus_sign(x):
     """The sign of -x in bfloat16, or 0, looking at two numbers at once."""
     return gl.inline_asm_elementwise(

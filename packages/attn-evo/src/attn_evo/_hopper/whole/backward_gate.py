@@ -43,11 +43,10 @@ from attn_evo._hopper.tiles import (
     start_copy,
     store_columns_of_ones,
     store_partial,
-    tanh,
     widened,
 )
 from attn_evo._triton import problem
-from attn_evo._triton.tiles import W_F, W_L, W_Q
+from attn_evo._triton.tiles import W_F, W_L, W_Q, fast_tanh
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
@@ -137,7 +136,7 @@ def _attention_backward_whole_gate_kernel(
         mbarrier.wait(half_ratio_full.index(stage), (step // STAGES) & 1)
         half_ratio = widened(dq_tile.load(accumulators(D)))
         inverse = dlocal_tile.load(accumulators(D))
-        t = tanh(half_ratio)  # of which sigmoid(2 half_ratio) is (1 + t) / 2
+        t = fast_tanh(half_ratio)  # of which sigmoid(2 half_ratio) is (1 + t) / 2
         silu = half_ratio * t + half_ratio
         twice_slope = silu * (1.0 - t) + (1.0 + t)
         dv = dgate * silu

@@ -51,7 +51,6 @@ from attn_evo._hopper.tiles import (
     store_columns_of_ones,
     store_gated_values,
     store_triangle,
-    tanh,
     twice_inverse,
     widened,
     with_sign,
@@ -67,6 +66,8 @@ from attn_evo._triton.tiles import (
     W_G,
     W_L,
     W_Q,
+    fast_tanh,
+    twice_gated,
 )
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _attention_backward_whole_norm_kernel(
         half_ratio = query * inverse
         values = v.load(accumulators(D))
         bits = gl.reduce(_split(magnitude_bits(values), D), 2, either)
-        silu = half_ratio * tanh(half_ratio) + half_ratio
+        silu = twice_gated(half_ratio, half_ratio, True)
         thread_barrier()  # the other warpgroup has multiplied v and what was gated
         high.store(with_sign(inverse, stat).to(dtype))
         low.store(pair_product(silu.to(dtype), values))
@@ -242,7 +243,7 @@ def _attention_backward_whole_norm_kernel(
         mbarrier.wait(full.index(other), ((tile + 1) // STAGES) & 1)
         final = warpgroup_mma_wait(0, deps=(final,))
 
-        t = tanh(final)  # 2 sigmoid - 1
+        t = fast_tanh(final)  # 2 sigmoid - 1
         x = _split(context * t + context, D)
         context_row.store(context_i)
         stat_row.store(stat_i)

@@ -26,7 +26,7 @@ from attn_core.tiles.gluon_names import thread_barrier
 from attn_core.tiles.hopper import arrive_at, arrive_at_stage, meet_at, meet_at_stage
 from attn_evo._hopper import support
 from attn_evo._hopper.copies import Tiles, load_rows, load_values, send_rows
-from attn_evo._hopper.tiles import FLAT, opaque_zero, tanh
+from attn_evo._hopper.tiles import FLAT, opaque_zero
 from attn_evo._hopper.whole.tiles import (
     GROUPS,
     PIECE,
@@ -49,7 +49,7 @@ from attn_evo._hopper.whole.tiles import (
     store_triangle,
 )
 from attn_evo._triton import problem
-from attn_evo._triton.tiles import W_G
+from attn_evo._triton.tiles import W_G, fast_tanh
 
 if TYPE_CHECKING:
     from attn_evo._triton.backward_work import Work
@@ -125,7 +125,7 @@ def _walk(
         if piece > 0:
             arrive_at(_DSTAT_FROM + GROUP, THREADS)
         logit = warpgroup_mma_wait(0, deps=(logit,))
-        t = tanh(logit)  # of which sigmoid(2 logit) is (1 + t) / 2
+        t = fast_tanh(logit)  # of which sigmoid(2 logit) is (1 + t) / 2
         dgated *= 0.5 * t + 0.5
         dlogit = dgated * load_transposed(v) * (1.0 - t)
         store_transposed(dlogit_tile, dlogit)
